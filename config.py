@@ -1,0 +1,282 @@
+"""All hyperparameters: what to train (`Config`), how to write (`SampleConfig`), and named settings (`PRESETS`).
+
+Edit the defaults here, or override them on the command line of train.py and inference.py: every field is a flag.
+A preset is a dict of differences from the defaults. An experiment file is the same in a file of its own:
+
+    # my_experiment.py                       python train.py my_experiment.py --max_iters 2000
+    config = {"preset": "shakespeare", "n_layer": 4}
+"""
+import dataclasses
+import difflib
+import os
+import runpy
+import sys
+from dataclasses import dataclass
+
+VERSION = 1  # of what a checkpoint stores
+
+
+class UserError(Exception):
+    """What the user can mend: told in one line, without a traceback, exit code 2."""
+
+
+def field(default, help, group=None, choices=None):
+    """A dataclass field that is a flag. `group` starts a heading of --help, for this field and those after it."""
+    return dataclasses.field(default=default, metadata={"help": help, "group": group, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Config:
+    name: str = field("", "name of the run: artifacts/models/NAME.pt (default: the preset's)", "run")
+    seed: int = field(1337, "of the weights, the batches and the masks")
+    out_dir: str = field("artifacts", "folder for models/, logs/, plots/, tokenizer/")
+    resume: str = field("", "continue a run: path of its checkpoint, or auto for the newest")
+    init_from: str = field("", "start a new run from the weights of this checkpoint (fine-tuning)")
+    max_iters: int = field(2000, "optimizer steps (0: no limit but max_minutes)")
+    max_minutes: float = field(0.0, "stop after this long, the learning rate decayed by then (0: no limit)")
+    save_interval: int = field(0, "steps between checkpoints (0: eval_interval)")
+    device: str = field("auto", "auto: cuda, else mps, else cpu", choices=("auto", "cpu", "cuda", "mps"))
+    dtype: str = field("auto", "of matrix products; auto: bfloat16 where the hardware has it",
+                       choices=("auto", "float32", "bfloat16", "float16"))
+    compile: str = field("auto", "torch.compile; auto: on CUDA", choices=("auto", "on", "off"))
+
+    data: str = field("tales", "tales (built in), or a .txt, .jsonl or .parquet file", "data")
+    tokenizer: str = field("bpe", "char, bpe (trained on the corpus), or the path of a tokenizer.json")
+    vocab_size: int = field(2048, "for a bpe trained here, MASK included; char has as many as the text")
+    rows: str = field("stream", "stream: windows anywhere in the text; document: one document a row",
+                      choices=("stream", "document"))
+    short_rows: float = field(0.01, "share of rows trained at a random shorter length, for short canvases")
+
+    n_layer: int = field(6, "transformer blocks", "model")
+    n_head: int = field(6, "attention heads")
+    n_embd: int = field(384, "channels")
+    block_size: int = field(256, "tokens in a window")
+    dropout: float = field(0.0, "share of activations dropped in training")
+    tie_embeddings: bool = field(False, "one matrix for embedding and head")
+    init: str = field("zero", "zero: projections and head start at zero; normal: N(0, 0.02) as in the sources",
+                      choices=("zero", "normal"))
+    time_conditioning: str = field("none", "how the network is told the masked share",
+                                   choices=("none", "table", "sinusoidal", "adaln"))
+
+    schedule: str = field("linear", "masked share over time: linear, cos, cos2, cos2_s008, poly2, md4_cosine",
+                          "objective")
+    corruption: str = field("count", "count: an exact number of masks a row; bernoulli: each token by itself",
+                            choices=("count", "bernoulli"))
+    diffusion_steps: int = field(0, "0: continuous time; T: T discrete times (and rows of the time table)")
+    loss_weighting: str = field("elbo", "weight of a masked token in the training loss; the bound is always the ELBO",
+                                choices=("elbo", "flat", "clip", "pooled", "full"))
+
+    batch_size: int = field(64, "rows a step", "optimisation")
+    optimizer: str = field("muon", "muon: Muon for block matrices, AdamW for the rest; adamw: AdamW for all",
+                           choices=("muon", "adamw"))
+    lr: float = field(3e-3, "learning rate of AdamW")
+    muon_lr: float = field(0.02, "learning rate of Muon")
+    beta1: float = field(0.9, "AdamW")
+    beta2: float = field(0.95, "AdamW")
+    weight_decay: float = field(0.0, "decoupled, on matrices")
+    warmup_iters: int = field(50, "steps of linear warm-up")
+    lr_decay: str = field("linear", "shape of the decay to zero", choices=("linear", "cosine", "constant"))
+    decay_share: float = field(0.5, "share of the run, at its end, over which the learning rate decays")
+    grad_clip: float = field(1.0, "largest norm of the gradient (0: off)")
+
+    eval_interval: int = field(250, "steps between held-out bounds, samples and log lines", "evaluation")
+    eval_rows: int = field(64, "held-out rows while training, each with one mask")
+    final_rows: int = field(256, "held-out rows at the end, each with final_masks masks")
+    final_masks: int = field(8, "masks a row at the end")
+
+    def __post_init__(self):
+        check_choices(self)
+        positive = ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "eval_interval", "eval_rows",
+                    "final_rows", "final_masks", "vocab_size")
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("max_iters", "max_minutes", "diffusion_steps", "warmup_iters", "lr", "muon_lr", "weight_decay",
+                     "grad_clip", "save_interval"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name}={getattr(self, name)} must not be negative")
+        if self.block_size < 2:
+            raise UserError(f"block_size={self.block_size} must be at least 2")
+        if self.n_embd % self.n_head or self.n_embd // self.n_head % 2:
+            raise UserError(f"n_embd={self.n_embd} over n_head={self.n_head} heads must be an even whole number")
+        if not 0 <= self.dropout < 1 or not 0 <= self.short_rows <= 1 or not 0 <= self.decay_share <= 1:
+            raise UserError(f"dropout={self.dropout}, short_rows={self.short_rows} and decay_share={self.decay_share} "
+                            "are shares: from 0 to 1 (dropout below 1)")
+        if self.diffusion_steps and self.corruption == "count":
+            raise UserError(f"diffusion_steps={self.diffusion_steps} with corruption=count: discrete times need "
+                            "corruption=bernoulli")
+        if self.time_conditioning == "table" and not self.diffusion_steps:
+            raise UserError("time_conditioning=table with diffusion_steps=0: a table needs diffusion_steps rows; "
+                            "use sinusoidal, or diffusion_steps=100")
+        if not self.max_iters and not self.max_minutes:
+            raise UserError("max_iters=0 with max_minutes=0: the run would never end; set one of them")
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    checkpoint: str = field("", "path (default: the newest run in artifacts/models, its best checkpoint)", "what")
+    prompt: str = field("", "text that the result begins with")
+    gen_len: int = field(None, "tokens to write (default: to the end of the window)")
+    num_samples: int = field(1, "how many")
+    seed: int = field(1337, "of the first sample; the next has the next number")
+
+    sampler: str = field("confidence", "rule that picks which tokens to write next; --list shows all", "how")
+    steps: int = field(None, "steps; more is better and slower (default: one token a step)")
+    schedule: str = field("linear", "masked share over the steps")
+    temperature: float = field(1.0, "of the token distribution; 0: always the likeliest token")
+    top_k: int = field(0, "draw from the k likeliest tokens (0: all)")
+    top_p: float = field(1.0, "draw from the likeliest tokens that sum to this (1: all)")
+    device: str = field("auto", "auto: cuda, else mps, else cpu", choices=("auto", "cpu", "cuda", "mps"))
+    dtype: str = field("auto", "of matrix products; auto: bfloat16 where the hardware has it",
+                       choices=("auto", "float32", "bfloat16", "float16"))
+
+    viz_video: str = field("", "write an MP4 of the text appearing", "trace")
+    viz_gif: str = field("", "write the same as a GIF")
+    trace_every: int = field(1, "steps between frames")
+    gif_frame_ms: int = field(180, "milliseconds a frame stays, in GIF and MP4")
+
+    def __post_init__(self):
+        check_choices(self)
+        for name in ("gen_len", "num_samples", "steps", "trace_every", "gif_frame_ms"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise UserError(f"temperature={self.temperature} and top_k={self.top_k} must not be negative, "
+                            f"top_p={self.top_p} must be in (0, 1]")
+
+
+PRESETS = {
+    # The built-in stories. A 2-core CPU trains it in minutes.
+    "tales": dict(rows="document", vocab_size=1024, block_size=68, n_layer=4, n_head=4, n_embd=128, batch_size=48,
+                  tie_embeddings=True, max_iters=2500),
+    # The standard small benchmark: nanoGPT's size and text, with our recipe.
+    "shakespeare": dict(data="data/shakespeare.txt", tokenizer="char", dropout=0.1, max_iters=5000),
+    # TinyStories, or any text of one's own: python scripts/data.py, then this.
+    "stories": dict(data="data/stories.txt", tokenizer="artifacts/tokenizer/tokenizer.json", max_iters=5000),
+}
+
+
+# --- the command line -------------------------------------------------------------------------------------------
+
+
+def check_choices(config):
+    for f in dataclasses.fields(config):
+        choices, value = f.metadata["choices"], getattr(config, f.name)
+        if choices and value not in choices:
+            raise UserError(f"{f.name}={value} is not one of {', '.join(choices)}{nearest(value, choices)}")
+
+
+def nearest(word, words):
+    match = difflib.get_close_matches(str(word), list(words), 1)
+    return f"; did you mean {match[0]}?" if match else ""
+
+
+def convert(f, text):
+    """The string `text` as the type of dataclass field `f`."""
+    if f.type is bool:
+        if text.lower() in ("true", "1", "yes", "on", "false", "0", "no", "off"):
+            return text.lower() in ("true", "1", "yes", "on")
+        raise UserError(f"--{f.name} {text}: expected true or false")
+    try:
+        return f.type(text)
+    except ValueError:
+        kind = {int: "a whole number", float: "a number"}[f.type]
+        raise UserError(f"--{f.name} {text}: expected {kind}") from None
+
+
+def parse(argv, kind):
+    """Command line -> (positional arguments, overrides): `--key value`, `--key=value`, `--bool`; - and _ are one."""
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    positional, overrides, rest = [], {}, list(argv)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            positional.append(word)
+            continue
+        key, equals, value = word[2:].partition("=")
+        key = key.replace("-", "_")
+        if key not in fields:
+            raise UserError(f"unknown flag {word.split('=')[0]}{nearest(key, fields)} (--help shows all)")
+        if not equals:
+            if fields[key].type is bool and (not rest or rest[0].startswith("--")):
+                value = "true"
+            elif not rest:
+                raise UserError(f"{word} needs a value")
+            else:
+                value = rest.pop(0)
+        overrides[key] = convert(fields[key], value)
+    return positional, overrides
+
+
+def merge(kind, *layers):
+    """A `kind` from dicts, later ones first in rank; a name that it does not have is an error."""
+    values, names = {}, [f.name for f in dataclasses.fields(kind)]
+    for layer in layers:
+        for key in layer:
+            if key not in names:
+                raise UserError(f"there is no setting {key}{nearest(key, names)}")
+        values |= layer
+    return kind(**values)
+
+
+def preset(name):
+    """Differences of a preset, or of a Python file that defines `config = {...}`, from the defaults."""
+    if name in PRESETS:
+        return {"name": name} | PRESETS[name]
+    if name.endswith(".py"):
+        if not os.path.exists(name):
+            raise UserError(f"there is no file {name}")
+        settings = dict(runpy.run_path(name).get("config") or {})
+        if not settings:
+            raise UserError(f"{name} does not define config = {{...}}")
+        base = preset(settings.pop("preset")) if "preset" in settings else {}
+        return base | {"name": os.path.splitext(os.path.basename(name))[0]} | settings
+    raise UserError(f"there is no preset {name}{nearest(name, PRESETS)} (--list shows all; a .py file works too)")
+
+
+def load(argv):
+    """Command line of train.py -> Config and one line that says what was chosen and why."""
+    positional, overrides = parse(argv, Config)
+    if len(positional) > 1:
+        raise UserError(f"one preset at a time, got {' '.join(positional)}")
+    if positional:
+        chosen, why = positional[0], "as asked"
+    elif os.path.exists(PRESETS["stories"]["data"]):
+        chosen, why = "stories", f"{PRESETS['stories']['data']} has been prepared"
+    else:
+        chosen, why = "tales", f"the built-in corpus; no {PRESETS['stories']['data']} has been prepared"
+    layers = [preset(chosen), overrides]
+    if overrides.get("max_minutes") and "max_iters" not in overrides:
+        layers.append({"max_iters": 0})  # a time that the user names replaces the preset's number of steps
+    return merge(Config, *layers), f"preset {chosen}: {why}"
+
+
+def show_help(kind, usage):
+    lines = [usage]
+    for f in dataclasses.fields(kind):
+        if f.metadata["group"]:
+            lines.append(f"\n{f.metadata['group']}:")
+        choices = f" [{'|'.join(f.metadata['choices'])}]" if f.metadata["choices"] else ""
+        default = "" if f.default in ("", None) else f" (default {f.default})"
+        lines.append(f"  --{f.name:<18} {f.metadata['help']}{choices}{default}")
+    print("\n".join(lines))
+
+
+def show_list(samplers):
+    """Print the presets, each with its differences from the defaults, and the samplers (dict of name -> Sampler)."""
+    for name, settings in PRESETS.items():
+        print(f"preset {name}: {', '.join(f'{k}={v}' for k, v in settings.items())}")
+    for name, sampler in samplers.items():
+        print(f"sampler {name}: {' '.join(sampler.pick.__doc__.split()).split('. ')[0]}")
+
+
+def run(main):
+    """Call main(sys.argv[1:]) as a script does; what the user can mend ends in one line and exit code 2."""
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # `python inference.py | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

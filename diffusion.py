@@ -1,0 +1,368 @@
+"""Masked diffusion: schedules, corruption, losses, the likelihood bound, and the one sampling loop.
+
+The forward process hides tokens: at noise level m each token of a row is MASK with probability m. The network learns
+to say what is hidden. Sampling starts from a canvas full of MASKs and fills it in, a few tokens at a time.
+
+Everything here is a function of the masked share m of a row, in [0, 1], or of the integer number of masks l. Time t
+exists only inside a schedule m(t) and on a sampler's grid.
+
+  B rows, L positions, V real tokens 0..V-1, MASK = V        x0 (B, L) clean ids, xt (B, L) corrupted ids
+  CE = -log p(x0_i | xt) at a masked position i, in nats     S = the masked positions of a row, l = |S|
+"""
+import math
+from typing import Callable, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+# --- schedules --------------------------------------------------------------------------------------------------
+# A schedule is the masked share m(t), rising from 0 at t = 0 to 1 at t = 1, and its inverse t(m). The survival
+# probability of the papers is alpha = 1 - m. No name is just "cosine": at least four different curves are called so.
+
+
+class Schedule(NamedTuple):
+    mask_rate: Callable  # t -> m
+    time: Callable       # m -> t
+
+
+_S = 0.008  # the offset of Nichol & Dhariwal (arXiv:2102.09672), copied by the notes
+_PHI0 = _S / (1 + _S) * math.pi / 2
+
+SCHEDULES = {
+    # MDLM, LLaDA, the guide
+    "linear": Schedule(lambda t: t, lambda m: m),
+    # the micro-dLLMs' documents, alpha = cos(pi t / 2); 2 sin^2(x / 2) is 1 - cos(x) without cancellation
+    "cos": Schedule(lambda t: 2 * torch.sin(math.pi / 4 * t) ** 2, lambda m: 4 / math.pi * torch.asin((m / 2).sqrt())),
+    # the BPE micro-dLLM's published code, alpha = cos^2(pi t / 2)
+    "cos2": Schedule(lambda t: torch.sin(math.pi / 2 * t) ** 2, lambda m: 2 / math.pi * torch.asin(m.sqrt())),
+    # the masked-text-diffusion notes, without their clip at .999
+    "cos2_s008": Schedule(
+        lambda t: 1 - (torch.cos((t + _S) / (1 + _S) * math.pi / 2) / math.cos(_PHI0)) ** 2,
+        lambda m: (1 + _S) * 2 / math.pi * torch.acos((1 - m).sqrt() * math.cos(_PHI0)) - _S),
+    # MD4's polynomial with exponent 2 (arXiv:2406.04329)
+    "poly2": Schedule(lambda t: t**2, lambda m: m.sqrt()),
+    # what MD4, Duo and dLLM call cosine: masks fast at small t where "cos" masks slowly
+    "md4_cosine": Schedule(lambda t: torch.sin(math.pi / 2 * t), lambda m: 2 / math.pi * torch.asin(m)),
+}
+
+
+def _with_ends(function, x):
+    """function(x) with the ends 0 -> 0 and 1 -> 1 set, not computed: 2 sin^2(pi / 4) is not 1 in floats."""
+    return torch.where(x <= 0, 0.0, torch.where(x >= 1, 1.0, function(x.clamp(0, 1)).clamp(0, 1)))
+
+
+def mask_rate(schedule, t):
+    """Masked share m(t) of the named schedule, in t's shape."""
+    return _with_ends(SCHEDULES[schedule].mask_rate, t)
+
+
+def time_of(schedule, m):
+    """Time t(m) at which the named schedule has masked the share m, in m's shape."""
+    return _with_ends(SCHEDULES[schedule].time, m)
+
+
+def mask_rate_slope(schedule, t):
+    """dm/dt, in t's shape, by automatic differentiation: a hand-written derivative is one more thing to get wrong."""
+    with torch.enable_grad():
+        t = t.detach().requires_grad_()
+        return torch.autograd.grad(SCHEDULES[schedule].mask_rate(t).sum(), t)[0]
+
+
+# --- corruption -------------------------------------------------------------------------------------------------
+
+
+def stratified(n, generator):
+    """n uniforms in [0, 1), (n,) float64, one in each stratum [i/n, (i+1)/n), with one random offset for all.
+
+    Each number is uniform by itself, together they cover [0, 1) evenly (variational diffusion models,
+    arXiv:2107.00630). Row r takes the r-th stratum in bit-reversed (van der Corput) order, so that every contiguous
+    slice of the rows, a micro-batch or a rank's share, is spread evenly too.
+    """
+    width = max(1, (n - 1).bit_length())
+    order = torch.tensor([int(f"{row:0{width}b}"[::-1], 2) for row in range(n)]).argsort().argsort()
+    offset = torch.rand((), generator=generator, dtype=torch.float64)
+    return (order + offset) / n
+
+
+def exactly(counts, L, given, generator):
+    """Uniformly random masks (B, L) bool with exactly counts (B,) True in each row, none in the first `given`."""
+    rank = torch.rand(len(counts), L - given, generator=generator).argsort(1).argsort(1)
+    return F.pad(rank < counts[:, None], (given, 0))
+
+
+def given_tokens(cfg):
+    """How many tokens at the start of a row are never masked: the `<|endoftext|>` that every document row starts with.
+
+    It carries no information, so the bound is the same; but it is what tells positions apart when all else is hidden,
+    since rotary positions are relative.
+    """
+    return int(cfg.rows == "document")
+
+
+class Corruption(NamedTuple):
+    masked: torch.Tensor  # (B, L) bool
+    weight: torch.Tensor  # (B,) float32; the loss of a row is weight * sum of CE over masked / L
+
+
+def draw_corruption(cfg, B, L, generator):
+    """Masks and loss weights of a whole (global) batch of B rows of L tokens, on the CPU; see `Corruption`.
+
+    cfg.corruption       count      an exact number of masks per row, stratified over the batch: no row without a
+                                    mask, no 1/t tail, an 8 times smaller deviation of the batch loss at L = 256
+                         bernoulli  each token by itself, as in the sources
+    cfg.diffusion_steps  0: continuous time, T: the sources' T discrete times 1/T, ..., 1 (bernoulli only)
+    cfg.loss_weighting   elbo   the negative ELBO in nats per token, whatever the schedule: with counts
+                                1 / (p(l) l) per masked token, where p(l) is the schedule's law of l; with bernoulli
+                                m'(t) / m(t), or T (m_k - m_{k-1}) / m_k in discrete time (MDLM, arXiv:2406.07524)
+                         flat   1 per masked token: the same minimum, less weight on nearly clean rows
+                         clip   elbo, but at most 5 per masked token
+                         pooled the sources' mean over all masked tokens of the batch
+                         full   the char micro-dLLM's mean over all positions, visible ones included (see `loss`)
+    """
+    u, T, given = stratified(B, generator), cfg.diffusion_steps, given_tokens(cfg)
+    if cfg.corruption == "count":
+        n = L - given
+        counts = (1 + (mask_rate(cfg.schedule, u) * n).floor().long()).clamp(max=n)
+        masked = exactly(counts, L, given, generator)
+        chance = time_of(cfg.schedule, counts.double() / n) - time_of(cfg.schedule, (counts - 1).double() / n)
+        elbo = 1 / (chance * counts)
+    else:
+        t = (u * T).floor() / T + 1 / T if T else u.clamp(min=1e-9)
+        m = mask_rate(cfg.schedule, t)
+        masked = F.pad(torch.rand(B, L - given, generator=generator) < m[:, None], (given, 0))
+        elbo = T * (m - mask_rate(cfg.schedule, t - 1 / T)) / m if T else mask_rate_slope(cfg.schedule, t) / m
+    if cfg.loss_weighting == "elbo":
+        weight = elbo
+    elif cfg.loss_weighting == "clip":
+        weight = elbo.clamp(max=5.0)
+    elif cfg.loss_weighting == "pooled":
+        weight = torch.full((B,), masked.numel() / max(1, masked.sum().item()))
+    else:  # flat and full
+        weight = torch.ones(B)
+    return Corruption(masked, weight.float())
+
+
+def hide(x0, masked, mask_id):
+    """x0 (B, L) with MASK at the masked (B, L) positions: the forward process."""
+    return torch.where(masked, mask_id, x0)
+
+
+# --- losses -----------------------------------------------------------------------------------------------------
+
+
+def masked_cross_entropy(model, x0, masked):
+    """CE of the hidden tokens: (N,) nats, and the flat index (N,) of each in the B * L positions."""
+    index = masked.flatten().nonzero()[:, 0]
+    logits = model(hide(x0, masked, model.vocab_size - 1), masked.float().mean(1), select=index)
+    return F.cross_entropy(at_least_float32(logits), x0.flatten()[index], reduction="none"), index
+
+
+def at_least_float32(logits):
+    """bfloat16 logits as float32, for softmax and losses; float32 and float64 as they are."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def loss(model, x0, corruption, full=False):
+    """Training loss of each row, (B,) nats per token, for x0 (B, L) long.
+
+    full=True is the char micro-dLLM's loss over all positions; it falls as the network learns to copy what it sees.
+    """
+    B, L = x0.shape
+    if full:
+        xt = hide(x0, corruption.masked, model.vocab_size - 1)
+        logits = model(xt, corruption.masked.float().mean(1))
+        return F.cross_entropy(at_least_float32(logits).transpose(1, 2), x0, reduction="none").mean(1)
+    ce, index = masked_cross_entropy(model, x0, corruption.masked)
+    return ce.new_zeros(B).index_add(0, index // L, ce) * corruption.weight / L
+
+
+@torch.no_grad()
+def nll_bound(model, x0, passes=1, given=0, rows_at_once=64):
+    """Upper bound on -log p(x0): (R, passes) nats per token, for x0 (R, L) long; its mean over passes is unbiased.
+
+    -log p(x0) <= E_l [ (L / l) E_S sum of CE over S ], l uniform on 1..L and S a uniform set of l positions (LLaDA,
+    arXiv:2502.09992, eq. 14). The same whatever schedule or loss the network was trained with, and its masks are
+    always the same, so that checkpoints and runs compare. Each pass stratifies the counts over all rows. The first
+    `given` tokens of a row are certain (`given_tokens`): never masked, and without cost.
+    """
+    R, L = x0.shape
+    generator = torch.Generator().manual_seed(0)
+    out = torch.empty(R, passes)
+    for k in range(passes):
+        counts = 1 + (stratified(R, generator) * (L - given)).floor().long()
+        masked = exactly(counts, L, given, generator)
+        for rows in torch.arange(R).split(rows_at_once):
+            batch = Corruption(masked[rows].to(x0.device), ((L - given) / counts[rows]).float().to(x0.device))
+            out[rows, k] = loss(model, x0[rows.to(x0.device)], batch).float().cpu()
+    return out
+
+
+def mean_and_errors(nll):
+    """Mean of nll (R, passes) and its two standard errors, over rows and over masks.
+
+    rows   what another sample of as many held-out rows would change (their own masks included)
+    masks  what other masks on the same rows would change; passes are independent, so their spread tells (nan for one)
+    """
+    R, passes = nll.shape
+    rows = nll.mean(1).std().item() / math.sqrt(R) if R > 1 else math.nan
+    masks = nll.mean(0).std().item() / math.sqrt(passes) if passes > 1 else math.nan
+    return nll.mean().item(), rows, masks
+
+
+# --- sampling ---------------------------------------------------------------------------------------------------
+# One loop. A sampler is a rule that picks which masked positions get their token now; the tokens themselves are
+# always drawn from p(x0 | xt), after temperature, top-k and top-p.
+
+
+def max_probability(p):
+    """Confidence of a position: p (N, V) -> (N,). Of the distribution, never of the token drawn: choosing positions
+    by the drawn token's probability prefers likely tokens and collapses the entropy of the text."""
+    return p.max(-1).values
+
+
+class Moment(NamedTuple):
+    """What a rule sees. b rows that still have masks, L positions."""
+    k: int                # index of the step, from 0
+    grid: torch.Tensor    # (steps + 1,) masked share after each step, from 1 to 0
+    masked: torch.Tensor  # (b, L) bool
+    total: torch.Tensor   # (b,) number of masks at the start
+    key: torch.Tensor     # (b, L) the sampler's preference, -inf where not masked; None for rules without
+    u: torch.Tensor       # (b, L) uniforms of this step
+
+
+def ancestral(now):
+    """Each masked position is revealed with chance (m_k - m_{k+1}) / m_k, by itself (MDLM, eq. 6): the reverse of the
+    forward process on the grid. Exact as the grid gets finer, and at any number of steps true to its schedule."""
+    here, there = now.grid[now.k], now.grid[now.k + 1]
+    return now.masked & (now.u < (here - there) / here)
+
+
+def best_first(now):
+    """The positions with the highest key, as many as the grid says, at least one (MaskGIT, arXiv:2202.04200, with the
+    distribution's confidence). Balanced: N masks in T <= N steps are N / T a step, rounded so that they sum to N."""
+    revealed = now.total - now.masked.sum(1)
+    due = (now.total * (1 - now.grid[now.k + 1]) + 1e-9).floor().long() - revealed
+    rank = now.key.argsort(dim=1, descending=True, stable=True).argsort(1)
+    return now.masked & (rank < due.clamp(min=1)[:, None])
+
+
+class Sampler(NamedTuple):
+    pick: Callable        # Moment -> (b, L) bool: reveal these now
+    key: Callable = None  # p (N, V) -> (N,), higher goes first; None: positions are picked before the network is asked
+
+
+SAMPLERS = {
+    "ancestral": Sampler(ancestral),
+    "confidence": Sampler(best_first, max_probability),
+}
+
+
+def warp(logits, temperature=1.0, top_k=0, top_p=1.0):
+    """Token distribution (N, V) to draw from: temperature, then top-k (0 = all), then top-p (1 = all).
+
+    top-p keeps the likeliest tokens until their sum reaches top_p, the one that crosses it included. Temperature 0 is
+    all mass on the likeliest token.
+    """
+    if temperature == 0:
+        return F.one_hot(logits.argmax(-1), logits.size(-1)).to(logits.dtype)
+    logits = logits / temperature
+    if 0 < top_k < logits.size(-1):
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
+    p = logits.softmax(-1)
+    if top_p < 1:
+        sorted_p, order = p.sort(descending=True)
+        dropped = sorted_p.cumsum(-1) - sorted_p >= top_p
+        p = p.masked_fill(torch.zeros_like(dropped).scatter(1, order, dropped), 0.0)
+    return p
+
+
+def draw(p, u):
+    """Tokens (N,) from p (N, V), which need not be normalised, by inverting the cumulative sum at u (N,) in [0, 1).
+
+    In float64: float32 never draws a token below about 1e-8, which shifts the text's entropy (arXiv:2409.02908). A
+    token of probability zero is never drawn. On MPS, which lacks float64, float32 does for vocabularies of some 4,000.
+    """
+    cumulative = p.to(u.dtype).cumsum(-1)
+    return (cumulative <= u[:, None] * cumulative[:, -1:]).sum(-1).clamp(max=p.size(-1) - 1)
+
+
+def _mix(x):
+    """SplitMix64's finaliser on int64 tensors: a one-to-one scrambling of 64 bits (Steele et al. 2014)."""
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -4658895280553007687
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685
+    return x ^ ((x >> 31) & 0x1FFFFFFFF)
+
+
+def row_uniforms(seeds, k, L, dtype=torch.float64):
+    """Uniforms in [0, 1) of step k for rows with the integer seeds (B,): (2, B, L), on the seeds' device.
+
+    A hash of (seed, step, which of the two, position): a row's numbers depend on its own seed alone, are the same on
+    every device, and cost no loop over rows and no copy from the host.
+    """
+    which = torch.arange(2, device=seeds.device)[:, None, None]
+    position = torch.arange(L, device=seeds.device)
+    bits = _mix(_mix(_mix(_mix(seeds + 1)[None, :, None] + k) + which) + position)
+    digits = 53 if dtype == torch.float64 else 24
+    return ((bits >> (64 - digits)) & (2**digits - 1)).to(dtype) * 2.0**-digits
+
+
+class Step(NamedTuple):
+    """The state after a network evaluation; tensors on the model's device, the sampler's own: copy what you keep."""
+    ids: torch.Tensor         # (B, L) long, MASK where still hidden
+    masked: torch.Tensor      # (B, L) bool, still hidden
+    fresh: torch.Tensor       # (B, L) bool, written in this step
+    remasked: torch.Tensor    # (B, L) bool, hidden again in this step
+    confidence: torch.Tensor  # (B, L) float32, of the distribution: when last computed; 1 for given tokens
+    evaluations: int          # network evaluations so far
+    t: float                  # masked share that the grid has now, from 1 to 0
+
+
+@torch.no_grad()
+def sample(model, canvas, *, sampler="confidence", steps=None, schedule="linear", temperature=1.0, top_k=0, top_p=1.0,
+           seeds=None):
+    """Fill the MASKs of canvas (B, L) long; yields a `Step` after every network evaluation.
+
+    sampler      a name in SAMPLERS
+    steps        steps of the grid (default L: one token at a time). The number of network evaluations is
+                 min(steps, MASKs) for "confidence", and at most steps for "ancestral", which does not ask the network
+                 when it reveals nothing
+    schedule     masked share over the grid, a name in SCHEDULES; independent of the one trained with
+    seeds        one integer a row (default 0, 1, ...): a row gets the same text whatever the rest of the batch
+    Given tokens are never changed, no MASK is left, and MASK is never drawn: the network has no logit for it.
+    A `model` needs `vocab_size` and `model(ids, noise_level, select=...)`.
+    """
+    (B, L), device = canvas.shape, canvas.device
+    rule, ids, masked = SAMPLERS[sampler], canvas.clone(), canvas == model.vocab_size - 1
+    total = masked.sum(1)
+    steps = steps or L
+    precision = torch.float32 if device.type == "mps" else torch.float64
+    grid = mask_rate(schedule, torch.linspace(1, 0, steps + 1, dtype=torch.float64)).to(device, precision)
+    seeds = torch.tensor(list(range(B) if seeds is None else seeds), device=device)
+    confidence, evaluations = torch.ones(B, L, device=device).masked_fill(masked, 0), 0
+    for k in range(steps):
+        rows = masked.any(1).nonzero()[:, 0]
+        if not len(rows):
+            return
+        u = row_uniforms(seeds, k, L, precision)
+        now = Moment(k, grid, masked[rows], total[rows], None, u[0, rows])
+        if rule.key is None:  # picked without asking: who reveals nothing needs no evaluation, and only picks logits
+            asked = rule.pick(now)
+            busy = asked.any(1)
+            rows, asked = rows[busy], asked[busy]
+            if not len(rows):
+                continue
+        else:
+            asked = now.masked
+        index = asked.flatten().nonzero()[:, 0]
+        logits = at_least_float32(model(ids[rows], masked[rows].float().mean(1), select=index))
+        evaluations += 1
+        p, pick = logits.softmax(-1), asked
+        if rule.key is not None:
+            key = torch.full(asked.shape, -math.inf, dtype=p.dtype, device=device).masked_scatter(asked, rule.key(p))
+            pick = rule.pick(now._replace(key=key))
+        tokens = draw(warp(logits[pick.flatten()[index]], temperature, top_k, top_p), u[1, rows][pick])
+        ids[rows] = ids[rows].masked_scatter(pick, tokens)
+        masked[rows] &= ~pick
+        confidence[rows] = confidence[rows].masked_scatter(asked, max_probability(p).float())
+        fresh = torch.zeros_like(masked).index_put((rows,), pick)
+        yield Step(ids, masked, fresh, torch.zeros_like(masked), confidence, evaluations, grid[k + 1].item())

@@ -1,0 +1,182 @@
+"""The network: one bidirectional transformer, and nothing about diffusion.
+
+It maps token ids to logits over the real tokens. Who may look at whom is an argument, not a subclass. What it shares
+with GPT: pre-norm blocks, attention, MLP. What differs: no causal mask by default, and optionally it is told how
+noisy its input is. The shape is the micro-dLLM's: RMSNorm without weights, rotary positions (RoPE, arXiv:2104.09864),
+normalised queries and keys (QK-norm, arXiv:2010.04245), MLP with ReLU^2 (arXiv:2109.08668) and expansion 4, no biases.
+
+Notation, the same in every file: B rows, L positions, C = n_embd channels, H heads, V real tokens (ids 0..V-1), the
+MASK token is id V, and cfg's `vocab_size` = V + 1 counts it.
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def norm(x):
+    """RMSNorm (arXiv:1910.07467) without a learned gain."""
+    return F.rms_norm(x, (x.size(-1),))
+
+
+def rotary_table(positions, head_dim, base=10_000.0):
+    """cos and sin of the rotary angles, (..., L, head_dim / 2) fp32, for integer positions (..., L)."""
+    frequency = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim)
+    angle = positions.float()[..., None] * frequency
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """Turn channel pairs of x (B, H, L, D) by their position's angles, cos and sin (..., L, D / 2)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.n_head, self.dropout = cfg.n_head, cfg.dropout
+        # three matrices, not one fused: Muon orthogonalises each on its own
+        self.q = nn.Linear(cfg.n_embd, cfg.n_embd, bias=False)
+        self.k = nn.Linear(cfg.n_embd, cfg.n_embd, bias=False)
+        self.v = nn.Linear(cfg.n_embd, cfg.n_embd, bias=False)
+        self.proj = nn.Linear(cfg.n_embd, cfg.n_embd, bias=False)
+
+    def forward(self, x, cos, sin, attention):
+        B, L, C = x.shape
+        q, k, v = (linear(x).view(B, L, self.n_head, -1).transpose(1, 2) for linear in (self.q, self.k, self.v))
+        q, k = rotate(norm(q), cos, sin), rotate(norm(k), cos, sin)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=attention if torch.is_tensor(attention) else None,  # True = may look
+            is_causal=attention == "causal" if isinstance(attention, str) else False,
+            dropout_p=self.dropout if self.training else 0.0)
+        return self.proj(y.transpose(1, 2).reshape(B, L, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.fc = nn.Linear(cfg.n_embd, 4 * cfg.n_embd, bias=False)
+        self.proj = nn.Linear(4 * cfg.n_embd, cfg.n_embd, bias=False)
+
+    def forward(self, x):
+        return self.proj(F.relu(self.fc(x)).square())
+
+
+class Block(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.attn, self.mlp = Attention(cfg), MLP(cfg)
+        self.dropout = nn.Dropout(cfg.dropout)
+        # adaLN (arXiv:2212.09748): the noise level shifts and scales what each half of the block reads
+        self.modulation = nn.Linear(cfg.n_embd, 4 * cfg.n_embd) if cfg.time_conditioning == "adaln" else None
+
+    def forward(self, x, cos, sin, attention, condition):
+        read1 = read2 = norm
+        if self.modulation is not None:
+            shift1, scale1, shift2, scale2 = self.modulation(F.silu(condition)).chunk(4, dim=-1)
+            read1, read2 = (lambda x: norm(x) * (1 + scale1) + shift1), (lambda x: norm(x) * (1 + scale2) + shift2)
+        x = x + self.dropout(self.attn(read1(x), cos, sin, attention))
+        return x + self.dropout(self.mlp(read2(x)))
+
+
+class NoiseEmbedding(nn.Module):
+    """Noise level (...,) in [0, 1] -> (..., C). The level is always the share of masked tokens, never a time.
+
+    table       the micro-dLLMs' learned Embedding(T + 1, C); row max(1, round(T m)), row 0 only for clean text, so
+                that every row that sampling reads has been trained
+    sinusoidal  sines and cosines of 1000 m, then a two-layer MLP; "adaln" uses the same, and feeds it to each block
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.steps = cfg.diffusion_steps if cfg.time_conditioning == "table" else 0
+        if self.steps:
+            self.table = nn.Embedding(self.steps + 1, cfg.n_embd)
+        else:
+            self.mlp = nn.Sequential(nn.Linear(cfg.n_embd, cfg.n_embd), nn.SiLU(), nn.Linear(cfg.n_embd, cfg.n_embd))
+
+    def forward(self, level):
+        if self.steps:
+            row = (level * self.steps).round().long()
+            return self.table(torch.where(level > 0, row.clamp(min=1), row))
+        width = self.mlp[0].in_features
+        frequency = torch.exp(-math.log(10_000) * torch.arange(width // 2, device=level.device) / (width // 2 - 1))
+        angle = 1000 * level[..., None] * frequency
+        return self.mlp(torch.cat((angle.sin(), angle.cos()), dim=-1))
+
+
+class Transformer(nn.Module):
+    """ids (B, L) -> logits over the V real tokens; see `forward`.
+
+    cfg needs n_layer, n_head, n_embd, dropout, tie_embeddings, init, time_conditioning, diffusion_steps;
+    vocab_size = V + 1 counts MASK.
+    """
+
+    def __init__(self, cfg, vocab_size):
+        super().__init__()
+        self.cfg, self.vocab_size = cfg, vocab_size
+        self.embedding = nn.Embedding(vocab_size, cfg.n_embd)
+        self.noise = None if cfg.time_conditioning == "none" else NoiseEmbedding(cfg)
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
+        self.head = nn.Linear(cfg.n_embd, vocab_size, bias=False)
+        if cfg.tie_embeddings:
+            self.head.weight = self.embedding.weight
+        self.dropout = nn.Dropout(cfg.dropout)
+        self._initialise()
+
+    def _initialise(self):
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+                if getattr(module, "bias", None) is not None:
+                    nn.init.zeros_(module.bias)
+        if self.cfg.init == "zero":  # every block starts as the identity, and every token as equally likely
+            for block in self.blocks:
+                # uniform of the variance that keeps activations at size 1 (C channels in), as in modded-nanogpt
+                for linear in (block.attn.q, block.attn.k, block.attn.v, block.mlp.fc):
+                    bound = math.sqrt(3 / linear.in_features)
+                    nn.init.uniform_(linear.weight, -bound, bound)
+                nn.init.zeros_(block.attn.proj.weight)
+                nn.init.zeros_(block.mlp.proj.weight)
+            if not self.cfg.tie_embeddings:
+                nn.init.zeros_(self.head.weight)
+        for block in self.blocks:  # adaLN-zero: no modulation at first
+            if block.modulation is not None:
+                nn.init.zeros_(block.modulation.weight)
+
+    def forward(self, ids, noise_level=None, *, attention=None, positions=None, select=None):
+        """Logits for every position, or for the selected ones.
+
+        ids          (B, L) long, MASK = V where the token is hidden
+        noise_level  (B,) or (B, L) in [0, 1], the share of masked tokens; needed if and only if
+                     time_conditioning is not "none"
+        attention    None (all see all), "causal", or a bool tensor (L, L) or (B, 1, L, L), True = row may look at column
+        positions    (L,) or (B, 1, L) long for the rotary embedding; 0..L-1 by default
+        select       flat indices (N,) into the B * L positions
+        returns      (B, L, V), or (N, V) with `select`; MASK has no column, so it can never be predicted
+        """
+        B, L = ids.shape
+        if positions is None:
+            positions = torch.arange(L, device=ids.device)
+        cos, sin = rotary_table(positions, self.cfg.n_embd // self.cfg.n_head)
+        x = self.embedding(ids)
+        condition = None
+        if self.noise is not None:
+            if noise_level is None:
+                raise ValueError(f"time_conditioning={self.cfg.time_conditioning} needs noise_level")
+            condition = self.noise(noise_level.float())
+            condition = condition if condition.dim() == 3 else condition[:, None]  # (B, 1 or L, C)
+            if self.cfg.time_conditioning != "adaln":
+                x = x + condition
+        x = self.dropout(norm(x))
+        for block in self.blocks:
+            x = block(x, cos, sin, attention, condition)
+        x = norm(x)
+        if select is not None:
+            x = x.flatten(0, 1)[select]
+        return F.linear(x, self.head.weight[: self.vocab_size - 1])
+
+    def num_parameters(self):
+        return sum(p.numel() for p in self.parameters())

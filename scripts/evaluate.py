@@ -1,0 +1,93 @@
+"""Judge a checkpoint: its held-out bound, and on tales whether its samples are stories.
+
+    python scripts/evaluate.py                                      the newest run's best checkpoint
+    python scripts/evaluate.py --checkpoint artifacts/models/tales.best.pt --num_samples 200 --json report.json
+"""
+import dataclasses
+import json
+import os
+import sys
+from dataclasses import dataclass
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import torch
+
+import config
+import diffusion
+from config import Config, SampleConfig, UserError, field
+from utils import canvas, checkpoint, corpus, metrics, runtime
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    checkpoint: str = field("", "path (default: the newest run's best)", "what")
+    num_samples: int = field(200, "unconditional samples, seeds 0, 1, ... (tales only)")
+    rows: int = field(None, "held-out rows (default: the run's final_rows)")
+    json: str = field("", "write the report to this file too")
+    sampler: str = field(SampleConfig.sampler, "rule that picks what to write next", "how")
+    steps: int = field(None, "steps (default: one token a step)")
+    temperature: float = field(SampleConfig.temperature, "of the token distribution")
+    device: str = field("auto", "auto: cuda, else mps, else cpu", choices=("auto", "cpu", "cuda", "mps"))
+    dtype: str = field("auto", "of matrix products", choices=("auto", "float32", "bfloat16", "float16"))
+
+    def __post_init__(self):
+        config.check_choices(self)
+        for name in ("num_samples", "rows", "steps"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.sampler not in diffusion.SAMPLERS:
+            raise UserError(f"there is no sampler {self.sampler}; known: {', '.join(diffusion.SAMPLERS)}")
+
+
+def sample_rows(model, text, cfg, options, device):
+    """Unconditional samples (num_samples, block_size) with the seeds 0, 1, ..., 50 at a time."""
+    rows, evaluations = [], 0
+    for seeds in torch.arange(options.num_samples).split(50):
+        blank = canvas.build(text, [""] * len(seeds), None, cfg.block_size).to(device)
+        *_, last = diffusion.sample(model, blank, sampler=options.sampler, steps=options.steps,
+                                    temperature=options.temperature, seeds=seeds.tolist())
+        rows.append(last.ids.cpu())
+        evaluations = max(evaluations, last.evaluations)
+    return torch.cat(rows), evaluations
+
+
+def judge_samples(model, text, cfg, data, options, steps, device):
+    """Validity of samples under the grammar, and copies from the stories that the run was trained on."""
+    rows, evaluations = sample_rows(model, text, cfg, options, device)
+    report = metrics.judge_tales([canvas.finished(text, row) for row in rows.tolist()])
+    known = torch.cat([data.batch(step) for step in range(steps)]).int()
+    # real stories share runs with the training set too: what as many held-out ones share is chance
+    copies, chance = (metrics.longest_copies(r, known) for r in (rows, data.held_out[: len(rows)]))
+    return report | {"evaluations_a_sample": evaluations, "longest_copy_mean": copies.float().mean().item(),
+                     "longest_copy_max": copies.max().item(), "held_out_copy_mean": chance.float().mean().item(),
+                     "held_out_copy_max": chance.max().item()}
+
+
+def main(argv):
+    if "--help" in argv or "-h" in argv:
+        return config.show_help(EvaluateConfig, __doc__)
+    positional, overrides = config.parse(argv, EvaluateConfig)
+    if positional:
+        raise UserError(f"what is {positional[0]}? Name the model with --checkpoint {positional[0]}")
+    options = config.merge(EvaluateConfig, overrides)
+    path = options.checkpoint or checkpoint.newest(os.path.join(Config.out_dir, "models"))
+    state, device = checkpoint.read(path), runtime.choose_device(options.device)
+    model, text, cfg = checkpoint.restore(state, device, path)
+    cfg = dataclasses.replace(cfg, final_rows=options.rows or cfg.final_rows)
+    data = corpus.load(cfg, text)
+    with runtime.autocast(device, runtime.choose_dtype(options.dtype, device)):
+        report = {"checkpoint": path, "step": state["step"]} | metrics.held_out(model, cfg, data, device)
+        if cfg.data == "tales":
+            report |= judge_samples(model, text, cfg, data, options, state["step"], device)
+    print(metrics.show(report))
+    if options.json:
+        try:
+            with open(options.json, "w", encoding="utf-8") as file:
+                json.dump(report, file, indent=1)
+        except OSError as error:
+            raise UserError(f"cannot write {options.json}: {error}") from None
+
+
+if __name__ == "__main__":
+    config.run(main)

@@ -1,0 +1,40 @@
+"""Train a byte-level BPE on the training part of a prepared corpus; held-out documents are never read.
+
+    python3 scripts/train_tokenizer.py --input data/stories.txt --output artifacts/tokenizer/tokenizer.json
+"""
+import os
+import sys
+from dataclasses import dataclass
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import config
+from config import UserError, field
+from utils import corpus, tokenizer
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    input: str = field("data/stories.txt", "prepared text file, .jsonl or .parquet")
+    output: str = field(tokenizer.DEFAULT, "tokenizer file to write")
+    vocab_size: int = field(2048, "MASK included, as in a model's vocabulary: the file has one less")
+    min_frequency: int = field(2, "pairs that are rarer are not merged")
+
+
+def main(argv):
+    if "--help" in argv or "-h" in argv:
+        return config.show_help(TokenizerConfig, __doc__)
+    positional, overrides = config.parse(argv, TokenizerConfig)
+    if positional:
+        raise UserError(f"what is {positional[0]}? Name the corpus with --input {positional[0]}")
+    cfg = config.merge(TokenizerConfig, overrides)
+    train, _ = corpus.split(corpus.read_documents(cfg.input))
+    text = tokenizer.train_bpe(train, cfg.vocab_size, cfg.min_frequency)
+    tokenizer.save(text, cfg.output)
+    ids = sum(map(len, text.encode(train)))
+    print(f"wrote {cfg.output}: {text.mask:,} tokens and MASK, "
+          f"{sum(map(len, train)) / ids:.2f} characters a token on {len(train):,} training documents")
+
+
+if __name__ == "__main__":
+    config.run(main)

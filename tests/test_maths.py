@@ -1,0 +1,482 @@
+"""The mathematics against exact answers: a toy distribution through the same loss and sampler code as the real network.
+
+Expected values are those of the design's mathematics document, section 5; the item is named at each test.
+"""
+import itertools
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import diffusion
+from diffusion import SAMPLERS, SCHEDULES, Corruption, mask_rate, mask_rate_slope, sample, time_of
+from toy import CANVASES, MASK, P, PI, SEQUENCES, A, L, Lookup, code, empirical, total_variation
+from utils.runtime import generator
+
+ENTROPY = 3.6957438948
+SUBSETS = torch.tensor([s for s in itertools.product((False, True), repeat=L) if any(s)])  # the 15 non-empty ones
+
+
+def settings(**changes):
+    return SimpleNamespace(**{"schedule": "linear", "corruption": "count", "diffusion_steps": 0,
+                              "loss_weighting": "elbo", "rows": "stream"} | changes)
+
+
+def exact_nelbo(model, x0):
+    """NELBO of each row of x0 in nats, all 15 masks enumerated: sum over S of 1 / (|S| C(4, |S|)) sum of CE over S."""
+    total = torch.zeros(len(x0), dtype=torch.float64)
+    for subset in SUBSETS:
+        size = int(subset.sum())
+        weight = torch.full((len(x0),), L / size / math.comb(L, size) / L, dtype=torch.float64)
+        total += diffusion.loss(model, x0, Corruption(subset.expand(len(x0), L), weight)) * L
+    return total
+
+
+# --- the toy itself ---------------------------------------------------------------------------------------------
+
+
+def test_toy_is_the_documented_one():
+    assert P[code(torch.tensor([[0, 0, 0, 0]]))].item() == pytest.approx(0.1715)
+    assert P[code(torch.tensor([[0, 1, 2, 0]]))].item() == pytest.approx(0.0075)
+    assert -(P * P.log()).sum().item() == pytest.approx(ENTROPY, abs=1e-10)
+    conditional = Lookup()(torch.tensor([[MASK, 1, MASK, 0]]))[0].exp()
+    assert conditional[0].tolist() == pytest.approx([0.303030, 0.545455, 0.151515], abs=1e-6)
+    assert conditional[2].tolist() == pytest.approx([0.341463, 0.292683, 0.365854], abs=1e-6)
+
+
+# --- item 1: schedules and the forward process ------------------------------------------------------------------
+
+EXACT = {  # name -> (m(t), m'(t)) written from the definition of alpha, not as diffusion.py writes it
+    "linear": (lambda t: t, lambda t: torch.ones_like(t)),
+    "cos": (lambda t: 1 - torch.cos(math.pi * t / 2), lambda t: math.pi / 2 * torch.sin(math.pi * t / 2)),
+    "cos2": (lambda t: 1 - torch.cos(math.pi * t / 2) ** 2, lambda t: math.pi / 2 * torch.sin(math.pi * t)),
+    "cos2_s008": (lambda t: 1 - torch.cos((t + .008) / 1.008 * math.pi / 2) ** 2 / math.cos(.008 / 1.008 * math.pi / 2) ** 2,
+                  lambda t: math.pi / 2 / 1.008 * torch.sin((t + .008) / 1.008 * math.pi)
+                  / math.cos(.008 / 1.008 * math.pi / 2) ** 2),
+    "poly2": (lambda t: t**2, lambda t: 2 * t),
+    "md4_cosine": (lambda t: 1 - (1 - torch.sin(math.pi * t / 2)), lambda t: math.pi / 2 * torch.cos(math.pi * t / 2)),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedule(name):
+    t = torch.linspace(0, 1, 1001, dtype=torch.float64)
+    m = mask_rate(name, t)
+    assert m[0] == 0 and m[-1] == 1, "the ends are set, not computed"
+    assert (m.diff() > 0).all()
+    torch.testing.assert_close(time_of(name, m), t, atol=1e-7, rtol=0)
+    if name in EXACT:  # a schedule that somebody adds is checked above
+        inner = t[1:-1]
+        torch.testing.assert_close(m[1:-1], EXACT[name][0](inner), atol=1e-12, rtol=0)
+        torch.testing.assert_close(mask_rate_slope(name, inner), EXACT[name][1](inner), atol=1e-10, rtol=0)
+    assert mask_rate(name, t.float())[-1] == 1
+
+
+def test_mean_mask_share_of_the_sources():
+    """Discrete t in 1..T, as the sources draw it: their documents say .368 for the cosine, which holds for cos only."""
+    t = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
+    assert mask_rate("cos", t).mean().item() == pytest.approx(1 - 2 / math.pi, abs=1e-6)  # .363
+    assert mask_rate("cos2", t).mean().item() == pytest.approx(0.5, abs=1e-6)
+    steps = torch.arange(1, 101, dtype=torch.float64) / 100
+    assert mask_rate("cos", steps).mean().item() == pytest.approx(0.368, abs=5e-4)
+    assert mask_rate("cos2", steps).mean().item() == pytest.approx(0.505, abs=5e-4)
+
+
+def test_count_corruption_masks_exactly_and_uniformly():
+    B, length = 512, 24
+    corruption = diffusion.draw_corruption(settings(), B, length, generator(1))
+    counts = corruption.masked.sum(1)
+    assert counts.min() >= 1 and counts.max() <= length
+    assert torch.bincount(counts, minlength=length + 1)[1:].float().std() < 0.6, "512 / 24 rows of each count, stratified"
+    torch.testing.assert_close(corruption.weight, length / counts.float())
+    many = torch.stack([diffusion.exactly(torch.tensor([2]), 4, 0, generator(i))[0] for i in range(3000)])
+    patterns = torch.bincount(many.long() @ torch.tensor([8, 4, 2, 1]), minlength=16)
+    assert (patterns > 0).sum() == 6 and patterns[patterns > 0].min() > 500 - 4 * math.sqrt(500)
+
+
+def test_bernoulli_corruption_follows_the_schedule():
+    B, length = 256, 400
+    for name in SCHEDULES:
+        corruption = diffusion.draw_corruption(settings(schedule=name, corruption="bernoulli"), B, length, generator(2))
+        u = diffusion.stratified(B, generator(2))
+        m = mask_rate(name, u)
+        off = (corruption.masked.float().mean(1) - m).abs()
+        assert (off < 4.5 * (m * (1 - m) / length).sqrt() + 3 / length).all()
+        torch.testing.assert_close(corruption.weight.double(), mask_rate_slope(name, u) / m, rtol=1e-4, atol=0)
+
+
+def test_two_steps_of_masking_are_one():
+    m_s, m_t, n = 0.3, 0.7, 200_000
+    first = torch.rand(n, generator=generator(3)) < m_s
+    both = first | (torch.rand(n, generator=generator(4)) < (m_t - m_s) / (1 - m_s))
+    assert abs(both.float().mean().item() - m_t) < 4 * math.sqrt(m_t * (1 - m_t) / n)
+
+
+@pytest.mark.parametrize("slices", (1, 2, 8))
+def test_strata_cover_every_slice_of_the_batch(slices):
+    u = diffusion.stratified(64, generator(5))
+    for part in u.chunk(slices):
+        gaps = part.sort().values.diff()
+        assert gaps.max() < 2.01 / len(part)
+    assert u.min() >= 0 and u.max() < 1
+    assert len(diffusion.stratified(7, generator(6)).mul(7).floor().unique()) == 7
+
+
+def test_document_rows_keep_their_first_token():
+    for corruption in ("count", "bernoulli"):
+        drawn = diffusion.draw_corruption(settings(rows="document", corruption=corruption), 64, 10, generator(7))
+        assert not drawn.masked[:, 0].any() and drawn.masked[:, 1:].any(0).all()
+
+
+# --- item 2: the posterior of the forward process ---------------------------------------------------------------
+
+
+def test_posterior_of_masking_is_bayes():
+    """q(x_s = x0 | x_t = MASK, x0) = (m_t - m_s) / m_t is the chance that `ancestral` reveals with, from Bayes."""
+    for m_s, m_t in ((0.0, 0.4), (0.2, 0.7), (0.5, 1.0)):
+        joint = torch.tensor([[(1 - m_s) * (1 - (m_t - m_s) / (1 - m_s)), (1 - m_s) * (m_t - m_s) / (1 - m_s)],
+                              [0.0, m_s]], dtype=torch.float64)  # x_s in (x0, MASK) by x_t in (x0, MASK)
+        assert joint.sum().item() == pytest.approx(1, abs=1e-12)
+        assert joint[:, 1].sum().item() == pytest.approx(m_t, abs=1e-12)
+        u = (torch.arange(100_000, dtype=torch.float64) + 0.5)[None] / 100_000
+        now = diffusion.Moment(0, torch.tensor([m_t, m_s], dtype=torch.float64), torch.ones(1, 100_000, dtype=torch.bool),
+                               None, None, u)
+        share = SAMPLERS["ancestral"].pick(now).double().mean().item()
+        assert share == pytest.approx((joint[0, 1] / joint[:, 1].sum()).item(), abs=1e-5)
+
+
+# --- items 3 and 4: the bound -----------------------------------------------------------------------------------
+
+
+def test_bound_of_the_perfect_network_is_the_likelihood():
+    assert (exact_nelbo(Lookup(), SEQUENCES) + P.log()).abs().max() < 1e-10
+
+
+def test_bound_of_an_imperfect_network():
+    model = Lookup(blur=0.2)
+    nelbo = exact_nelbo(model, SEQUENCES)
+    assert (P * nelbo).sum().item() == pytest.approx(3.7346923253, abs=1e-9)
+    assert nelbo[code(torch.tensor([0, 1, 2, 0]))].item() == pytest.approx(4.7418612289, abs=1e-9)
+    # the law that the bound bounds: one token at a time in uniformly random order
+    likelihood = torch.zeros(81, dtype=torch.float64)
+    for order in itertools.permutations(range(L)):
+        canvas, log_p = torch.full_like(SEQUENCES, MASK), torch.zeros(81, dtype=torch.float64)
+        for i in order:
+            log_p += model(canvas).log_softmax(-1)[torch.arange(81), i, SEQUENCES[:, i]]
+            canvas[:, i] = SEQUENCES[:, i]
+        likelihood += log_p.exp() / 24
+    assert -(P * likelihood.log()).sum().item() == pytest.approx(3.7331650114, abs=1e-9)
+    gap = nelbo + likelihood.log()
+    assert gap.min() > 0 and gap.min().item() == pytest.approx(8.1e-6, rel=0.02)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_bound_does_not_depend_on_the_schedule(name):
+    """Integral over t of m'(t) / m(t) E[sum of CE] is the set form, for every schedule (40-node Gauss-Legendre)."""
+    import numpy as np
+    model, x0 = Lookup(blur=0.2), SEQUENCES[[15]]
+    ce = torch.stack([diffusion.loss(model, x0, Corruption(s[None], torch.tensor([1.0]).double()))[0] * L
+                      for s in SUBSETS])
+    nodes, weights = np.polynomial.legendre.leggauss(40)
+    t, w = torch.tensor(nodes / 2 + 0.5), torch.tensor(weights / 2)
+    m, sizes = mask_rate(name, t)[:, None], SUBSETS.sum(1)
+    chance = m**sizes * (1 - m) ** (L - sizes)
+    value = (w * mask_rate_slope(name, t) / m[:, 0] * (chance * ce).sum(1)).sum().item()
+    assert value == pytest.approx(exact_nelbo(model, x0).item(), abs=1e-9)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("corruption", ("count", "bernoulli"))
+def test_training_loss_is_an_unbiased_bound(name, corruption):
+    """With elbo weights the loss averages to the bound, for every schedule and both kinds of corruption."""
+    cfg, model = settings(schedule=name, corruption=corruption), Lookup(blur=0.2)
+    x0 = torch.tensor([[0, 1, 2, 0]]).expand(4000, L)
+    means = torch.stack([diffusion.loss(model, x0, diffusion.draw_corruption(cfg, 4000, L, generator(name, i))).mean() * L
+                         for i in range(8)])
+    assert abs(means.mean().item() - 4.7418612289) < 5 * means.std().item() / math.sqrt(8) + 1e-3
+
+
+@pytest.mark.parametrize("T", (1, 2, 4, 8))
+def test_discrete_time_loss_has_the_documented_gap(T):
+    """Item 5's E[L_T] - H, with the weights that `draw_corruption` gives T discrete times on the linear schedule."""
+    expected = {1: .580047, 2: .277612, 4: .135703, 8: .067076}[T]
+    cfg = settings(corruption="bernoulli", diffusion_steps=T)
+    drawn = diffusion.draw_corruption(cfg, T, L, generator(8))  # stratified: each time once
+    times = ((diffusion.stratified(T, generator(8)) * T).floor() + 1) / T
+    model, total = Lookup(), 0.0
+    ce = torch.stack([diffusion.loss(model, SEQUENCES, Corruption(s.expand(81, L), torch.ones(81).double())) * L
+                      for s in SUBSETS])  # (15, 81)
+    for m, weight in zip(times.tolist(), drawn.weight.tolist()):
+        chance = torch.tensor([m**k * (1 - m) ** (L - k) for k in SUBSETS.sum(1).tolist()], dtype=torch.float64)
+        total += weight / T * (chance[:, None] * ce * P).sum().item()
+    assert total - ENTROPY == pytest.approx(expected, abs=1e-5)
+
+
+def test_bound_estimator_is_unbiased_and_its_masks_are_fixed():
+    model, x0 = Lookup(blur=0.2), SEQUENCES.repeat(50, 1)
+    nll = diffusion.nll_bound(model, x0, passes=4)
+    assert torch.equal(nll, diffusion.nll_bound(model, x0, passes=4)), "the same masks every time"
+    per_sequence = nll.double().mean(1).view(50, 81).mean(0) * L
+    estimate = (P * per_sequence).sum().item()
+    spread = (P * (nll.double().mean(1).view(50, 81).var(0) / 50 * L**2).sqrt()).sum().item()
+    assert abs(estimate - 3.7346923253) < 4 * spread
+    mean, rows, masks = diffusion.mean_and_errors(nll)
+    assert mean == pytest.approx(nll.mean().item(), abs=1e-6) and 0 < masks < rows
+    assert math.isnan(diffusion.mean_and_errors(nll[:, :1])[2]), "one pass does not tell the error over masks"
+
+
+def test_other_weightings():
+    """flat is 1 a masked token, clip is elbo up to 5, pooled is the mean over all masked tokens of the batch."""
+    for corruption in ("count", "bernoulli"):
+        draw = lambda w: diffusion.draw_corruption(settings(loss_weighting=w, corruption=corruption), 64, 32, generator(9))
+        assert (draw("flat").weight == 1).all()
+        torch.testing.assert_close(draw("clip").weight, draw("elbo").weight.clamp(max=5))
+        assert draw("elbo").weight.max() > 5
+        pooled = draw("pooled")
+        assert (pooled.weight * pooled.masked.sum(1) / 32).mean().item() == pytest.approx(1, abs=1e-6)
+    x0 = SEQUENCES[:8]
+    full = diffusion.loss(Lookup(), x0, Corruption(torch.zeros(8, L, dtype=torch.bool), torch.ones(8)), full=True)
+    assert full.abs().max() < 1e-12, "all visible: the loss over all positions is that of copying"
+
+
+# --- item 5: the law of ancestral sampling ----------------------------------------------------------------------
+
+
+def ancestral_law(model, grid):
+    """Exact law (81,) of ancestral sampling on a grid of masked shares, by dynamic programming over all canvases."""
+    p = model(CANVASES).softmax(-1)
+    law = {(MASK,) * L: 1.0}
+    for here, there in zip(grid[:-1], grid[1:]):
+        chance, after = (here - there) / here, {}
+        for canvas, mass in law.items():
+            row = p[code(torch.tensor(canvas), 4)].tolist()
+            options = [[(v, 1.0)] if v != MASK else
+                       [(MASK, 1 - chance)] + [(w, chance * q) for w, q in enumerate(row[i])]
+                       for i, v in enumerate(canvas)]
+            for choice in itertools.product(*options):
+                weight = mass * math.prod(q for _, q in choice)
+                if weight:
+                    key = tuple(v for v, _ in choice)
+                    after[key] = after.get(key, 0.0) + weight
+        law = after
+    out = torch.zeros(81, dtype=torch.float64)
+    for key, mass in law.items():
+        out[code(torch.tensor(key))] += mass
+    return out
+
+
+@pytest.mark.parametrize("name, T, expected", [
+    ("linear", 1, .432258), ("linear", 2, .221716), ("linear", 4, .112698), ("linear", 8, .056884),
+    ("linear", 16, .028581), ("md4_cosine", 4, .129062), ("md4_cosine", 8, .065986)])
+def test_law_of_ancestral_sampling(name, T, expected):
+    grid = mask_rate(name, torch.linspace(1, 0, T + 1, dtype=torch.float64)).tolist()
+    law = ancestral_law(Lookup(), grid)
+    assert law.sum().item() == pytest.approx(1, abs=1e-12)
+    assert total_variation(law, P) == pytest.approx(expected, abs=1e-6)
+
+
+def many(sampler, n, model=None, **options):
+    """n samples (n, 4) of the toy, and the network evaluations of a batch."""
+    rows, evaluations = [], 0
+    for start in range(0, n, 20_000):
+        size = min(20_000, n - start)
+        canvas = torch.full((size, L), MASK)
+        *_, last = sample(model or Lookup(), canvas, sampler=sampler, seeds=range(start, start + size), **options)
+        rows.append(last.ids.clone())
+        evaluations = last.evaluations
+    return torch.cat(rows), evaluations
+
+
+@pytest.mark.parametrize("T", (1, 2, 4))
+def test_ancestral_sampler_follows_its_law(T):
+    """The sampler itself, at so few steps that its law is far from the data's: total variation to the law is noise."""
+    rows, _ = many("ancestral", 40_000, steps=T)
+    law = ancestral_law(Lookup(), [1 - k / T for k in range(T + 1)])
+    assert total_variation(empirical(rows), law) < 0.0255  # 1.7 times the expected noise of 40,000 draws
+    assert total_variation(empirical(rows), P) > total_variation(law, P) - 0.03
+
+
+# --- item 6: samplers against the data --------------------------------------------------------------------------
+
+
+def test_ancestral_with_many_steps_is_nearly_exact():
+    assert total_variation(empirical(many("ancestral", 200_000, steps=64)[0]), P) < 0.016
+
+
+def test_one_token_at_a_time_by_confidence_is_exact():
+    rows, evaluations = many("confidence", 200_000)
+    assert total_variation(empirical(rows), P) < 0.010 and evaluations == L
+
+
+@pytest.mark.parametrize("steps, expected", ((2, .332791), (1, .432258)))
+def test_several_tokens_at_a_time_err_by_the_documented_amount(steps, expected):
+    rows, evaluations = many("confidence", 200_000, steps=steps)
+    assert total_variation(empirical(rows), P) == pytest.approx(expected, abs=0.010) and evaluations == steps
+
+
+def test_confidence_of_the_drawn_token_is_wrong():
+    """Negative control: choosing the position by the probability of the token drawn there (LLaDA, Fast-dLLM, the
+    micro-dLLMs) collapses the distribution, which is why `max_probability` is of the distribution."""
+    model, n = Lookup(), 20_000
+    ids = torch.full((n, L), MASK)
+    for k in range(L):
+        p = model(ids).softmax(-1)
+        tokens = diffusion.draw(p.flatten(0, 1), torch.rand(n * L, dtype=torch.float64, generator=generator(10, k)))
+        drawn = p.flatten(0, 1).gather(1, tokens[:, None]).view(n, L).masked_fill(ids != MASK, -1)
+        best = drawn.argmax(1, keepdim=True)
+        ids.scatter_(1, best, tokens.view(n, L).gather(1, best))
+    q = empirical(ids)
+    assert total_variation(q, P) > 0.5
+    assert -(q * q.clamp(min=1e-12).log()).sum().item() == pytest.approx(1.69, abs=0.1)
+
+
+# --- items 10 and 11: invariants and precision -------------------------------------------------------------------
+
+CANVAS = torch.tensor([[0, MASK, MASK, MASK], [MASK, 1, MASK, 2], [MASK] * 4, [0, 1, 2, 0]])
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("steps", (1, 2, 3, 4, 9))
+def test_sampler_invariants(sampler, steps):
+    model, before = Lookup(blur=0.2), CANVAS.clone()
+    previous = CANVAS
+    seen = torch.zeros_like(CANVAS)
+    for step in sample(model, CANVAS, sampler=sampler, steps=steps):
+        assert (step.ids[CANVAS != MASK] == CANVAS[CANVAS != MASK]).all(), "given tokens never change"
+        assert torch.equal(step.masked, step.ids == MASK)
+        assert not (step.fresh & (previous != MASK) & ~step.remasked).any(), "what is visible is carried over"
+        assert ((step.ids == previous) | step.fresh | step.remasked).all()
+        assert step.evaluations == model.evaluations, "the evaluations reported are those made"
+        seen += step.fresh
+        previous = step.ids.clone()
+    assert not step.masked.any() and step.ids.max() < MASK, "no MASK is left and none was drawn"
+    assert torch.equal(CANVAS, before), "the caller's canvas is untouched"
+    assert torch.equal(seen, (CANVAS == MASK).long()), "every hidden token is written once"
+    assert model.evaluations <= steps
+    if sampler == "confidence":
+        assert model.evaluations == min(steps, 4)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("options", ({}, {"steps": 2}, {"temperature": 0}, {"temperature": 0.7, "top_p": 0.9}))
+def test_a_row_does_not_depend_on_its_batch(sampler, options):
+    *_, together = sample(Lookup(), CANVAS, sampler=sampler, seeds=[3, 1, 4, 1], **options)
+    for row, seed in enumerate([3, 1, 4, 1]):
+        last = None
+        for last in sample(Lookup(), CANVAS[row:row + 1], sampler=sampler, seeds=[seed], **options):
+            pass
+        alone = CANVAS[row] if last is None else last.ids[0]
+        assert torch.equal(alone, together.ids[row])
+
+
+def test_a_complete_canvas_needs_no_evaluation():
+    model = Lookup()
+    assert list(sample(model, CANVAS[3:])) == [] and model.evaluations == 0
+
+
+def test_finished_rows_cost_nothing():
+    model = Lookup()
+    list(sample(model, CANVAS, sampler="confidence"))
+    assert model.rows == int((CANVAS == MASK).sum())
+
+
+def test_noise_level_is_the_true_share_of_masks():
+    model = Lookup()
+    list(sample(model, CANVAS[:1], sampler="confidence", steps=2))
+    assert [round(level.item(), 6) for level in model.levels] == [0.75, 0.5]
+
+
+def test_temperature_zero_is_greedy():
+    """Always the likeliest token, at the surest position first; the limit of small temperatures."""
+    *_, cold = sample(Lookup(), CANVAS[:3], temperature=0, seeds=[1, 2, 3])
+    *_, nearly = sample(Lookup(), CANVAS[:3], temperature=1e-4, seeds=[4, 5, 6])
+    assert torch.equal(cold.ids, nearly.ids)
+    assert cold.ids[2].tolist() == [0, 0, 0, 0]
+
+
+def test_balanced_counts():
+    """N masks in T steps: N // T or one more each, N in all; more steps than masks are one each."""
+    class Uniform:
+        vocab_size = 2
+
+        def __call__(self, ids, noise_level=None, select=None):
+            return torch.zeros(len(select), 1)
+
+    for N, T in ((128, 100), (128, 50), (7, 3), (5, 9)):
+        counts = [int(step.fresh.sum()) for step in sample(Uniform(), torch.ones(1, N, dtype=torch.long), steps=T)]
+        assert sum(counts) == N and len(counts) == min(N, T)
+        assert max(counts) - min(counts) <= 1
+
+
+def test_warp():
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+    assert diffusion.warp(logits, top_k=2)[0].tolist() == pytest.approx([0.625, 0.375, 0, 0])
+    kept = diffusion.warp(logits, top_p=0.6)[0]
+    assert (kept > 0).tolist() == [True, True, False, False], "the token that crosses top_p is kept"
+    assert (diffusion.warp(logits, top_p=0.5)[0] > 0).tolist() == [True, False, False, False]
+    assert diffusion.warp(logits, temperature=0)[0].tolist() == [1, 0, 0, 0]
+    assert diffusion.warp(logits, temperature=0.5)[0].tolist() == pytest.approx(
+        [p / 0.365 for p in (0.25, 0.09, 0.0225, 0.0025)])
+
+
+def test_a_token_of_probability_zero_is_never_drawn():
+    p = torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]])
+    u = torch.cat((torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64), torch.linspace(0, 1, 1001).double()[:-1]))
+    assert set(diffusion.draw(p.expand(len(u), -1), u).tolist()) == {1, 3}
+
+
+class Tail:
+    """Half of the mass on one token, half on V equal tail tokens, at every position."""
+    def __init__(self, V):
+        self.vocab_size, self.logits = V + 2, torch.cat((torch.tensor([0.5]), torch.full((V,), 0.5 / V))).log()
+
+    def __call__(self, ids, noise_level=None, select=None):
+        return self.logits.expand(len(select), -1)
+
+
+def test_two_stage_draw_keeps_the_tail():
+    """Item 11: with T = 1000 steps the tail of 2,000 tokens keeps its half of the mass."""
+    canvas = torch.full((8, 5000), 2001)
+    *_, last = sample(Tail(2000), canvas, sampler="ancestral", steps=1000)
+    assert (last.ids > 0).float().mean().item() == pytest.approx(0.5, abs=0.01)
+
+
+def test_one_stage_float32_draw_loses_the_tail():
+    """Negative control: drawing from the mixture with MASK by float32 Gumbel noise, as MDLM's first code did, in a step
+    of T = 10,000. The largest of 2,000 float32 uniforms is floor(2^24 v^(1/2000)) / 2^24, drawn directly.
+
+    Noise above the largest float32 value piles up there, so the loss is less than if it vanished (share .085), but the
+    tail keeps about a fifth instead of a half. In float64, through the same race, it keeps its half.
+    """
+    V, u, n = 2000, 1e-4, 10_000_000
+
+    def share(digits, dtype):
+        random = generator(11)
+        uniform = lambda: torch.rand(n, generator=random, dtype=torch.float64)
+        race = lambda p, v: math.log(p) - torch.log(-torch.log(v.to(dtype)))
+        tail = race(u * 0.5 / V, (uniform() ** (1 / V) * 2**digits).floor() / 2**digits)
+        first, mask = race(u * 0.5, uniform()), race(1 - u, uniform())
+        tail_wins, first_wins = ((a > b) & (a > mask) for a, b in ((tail, first), (first, tail)))
+        return (tail_wins.sum() / (tail_wins.sum() + first_wins.sum())).item()
+
+    assert share(24, torch.float32) < 0.3
+    assert share(53, torch.float64) == pytest.approx(0.5, abs=0.06)
+
+
+def test_row_uniforms_are_uniform_and_independent():
+    u = diffusion.row_uniforms(torch.arange(500), 3, 100)
+    assert u.min() >= 0 and u.max() < 1
+    assert abs(u.mean().item() - 0.5) < 4 / math.sqrt(12 * u.numel()) and abs(u.var().item() * 12 - 1) < 0.02
+    later = diffusion.row_uniforms(torch.arange(500), 4, 100)
+    columns = torch.stack([u[0].flatten(), u[1].flatten(), later[0].flatten(), u[0].roll(1, 0).flatten(),
+                           u[0].roll(1, 1).flatten()])
+    correlation = torch.corrcoef(columns) - torch.eye(5)
+    assert correlation.abs().max() < 5 / math.sqrt(columns.size(1))
+
+
+def test_time_of_pi_is_used():
+    """The toy's first token has its own law: a position's marginal under the sampler is the data's."""
+    rows, _ = many("confidence", 20_000)
+    first = torch.bincount(rows[:, 0], minlength=3).double() / len(rows)
+    assert (first - PI).abs().max() < 0.02 and A.sum(1).tolist() == pytest.approx([1, 1, 1])

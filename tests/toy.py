@@ -1,0 +1,52 @@
+"""A distribution small enough to know everything about: 4 tokens of 3 kinds, a Markov chain, 81 sequences.
+
+`Lookup` is a "network" that looks up exact conditionals; it goes through the same loss and sampler code as the real
+one. All expected values of test_maths.py are exact properties of this distribution.
+"""
+import itertools
+
+import torch
+
+L, V, MASK = 4, 3, 3
+PI = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+A = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.6, 0.3], [0.25, 0.25, 0.5]], dtype=torch.float64)
+SEQUENCES = torch.tensor(list(itertools.product(range(V), repeat=L)))  # (81, 4)
+P = PI[SEQUENCES[:, 0]] * torch.stack([A[SEQUENCES[:, i], SEQUENCES[:, i + 1]] for i in range(L - 1)]).prod(0)
+CANVASES = torch.tensor(list(itertools.product(range(V + 1), repeat=L)))  # (256, 4), MASKs included
+
+
+def code(ids, base=V):
+    """Row number of each sequence (N, 4) in SEQUENCES (or, with base 4, in CANVASES)."""
+    return (ids * torch.tensor([base**i for i in reversed(range(L))])).sum(-1)
+
+
+def conditionals():
+    """p(x_i = v | visible tokens) for every canvas: (256, 4, 3)."""
+    fits = ((CANVASES[:, None] == MASK) | (CANVASES[:, None] == SEQUENCES)).all(-1)  # (256, 81)
+    mass = fits * P
+    one_hot = torch.nn.functional.one_hot(SEQUENCES, V).double()  # (81, 4, 3)
+    return torch.einsum("cs,siv->civ", mass, one_hot) / mass.sum(1)[:, None, None]
+
+
+class Lookup:
+    """The perfect network, or with blur > 0 an imperfect one: (1 - blur) p + blur / 3. Counts its evaluations."""
+    vocab_size = V + 1
+
+    def __init__(self, blur=0.0):
+        self.logits = ((1 - blur) * conditionals() + blur / V).log()
+        self.evaluations, self.rows, self.levels = 0, 0, []
+
+    def __call__(self, ids, noise_level=None, select=None):
+        self.evaluations, self.rows = self.evaluations + 1, self.rows + len(ids)
+        self.levels.append(noise_level)
+        logits = self.logits[code(ids, V + 1)].clamp(min=-1e4)
+        return logits if select is None else logits.flatten(0, 1)[select]
+
+
+def empirical(rows):
+    """Share of each of the 81 sequences among rows (N, 4)."""
+    return torch.bincount(code(rows), minlength=81).double() / len(rows)
+
+
+def total_variation(p, q):
+    return 0.5 * (p - q).abs().sum().item()

@@ -1,0 +1,259 @@
+"""Train a masked diffusion language model.
+
+    python train.py                                  the default preset (see --list)
+    python train.py shakespeare --max_iters 500      a preset, with changes
+    python train.py --data my.txt --name mine        your own text
+    python train.py my_experiment.py                 settings in a file: config = {"preset": "tales", "n_layer": 6}
+    python train.py --resume auto                    go on with the newest run
+
+Every setting of config.py is a flag. Writes artifacts/models/NAME.pt (the last state) and NAME.best.pt (the best
+held-out bound), artifacts/logs/NAME.jsonl, and at the end artifacts/logs/NAME.json and a plot of the loss curves.
+"""
+import dataclasses
+import json
+import math
+import os
+import signal
+import time
+
+import torch
+from tqdm import tqdm
+
+import config
+import diffusion
+from config import Config, UserError
+from model import Transformer
+from utils import canvas, checkpoint, corpus, metrics, optim, plots, runtime
+
+# what a resumed run may change; everything else would make it another run
+MAY_CHANGE = {"max_iters", "max_minutes", "save_interval", "device", "dtype", "compile", "lr", "muon_lr", "lr_decay",
+              "decay_share", "eval_interval", "final_rows", "final_masks", "resume", "out_dir"}
+
+
+def resumed_config(argv):
+    """(Config, checkpoint dict) for --resume: the run's own settings, with the allowed changes of the command line."""
+    positional, overrides = config.parse(argv, Config)
+    if positional:
+        raise UserError(f"--resume takes its preset from the checkpoint; leave out {positional[0]}")
+    folder = os.path.join(overrides.get("out_dir", Config.out_dir), "models")
+    path = overrides["resume"]
+    state = checkpoint.read(checkpoint.newest(folder, best=False) if path == "auto" else path)
+    if "optimizers" not in state:
+        raise UserError(f"{path} holds weights only and cannot be resumed; use the run's last checkpoint "
+                        f"({path.replace('.best.pt', '.pt')}), or --init_from {path} to start a new run from it")
+    for key, value in overrides.items():
+        if key not in MAY_CHANGE and value != state["config"][key]:
+            raise UserError(f"--{key} {value} differs from the run's {state['config'][key]}, and a resumed run cannot "
+                            f"change it; --init_from {path} starts a new run")
+    cfg = config.merge(Config, state["config"], overrides)
+    changed = [f"{k} {state['config'][k]} -> {v}" for k, v in overrides.items()
+               if k not in ("resume", "out_dir") and v != state["config"][k]]
+    print(f"resuming {cfg.name} at step {state['step']:,}" + (f", with {', '.join(changed)}" if changed else ""))
+    return cfg, state
+
+
+def make_model(cfg, text, state):
+    """The network, from `state` (a resumed run), from --init_from, or new."""
+    torch.manual_seed(cfg.seed)
+    model = Transformer(cfg, text.vocab_size)
+    if state:
+        model.load_state_dict(state["model"])
+    elif cfg.init_from:
+        try:
+            model.load_state_dict(checkpoint.read(cfg.init_from)["model"])
+        except RuntimeError as error:
+            raise UserError(f"--init_from {cfg.init_from} has another shape: {str(error).splitlines()[1].strip()}; "
+                            "give the same --n_layer, --n_embd, ... as it was trained with") from None
+    return model
+
+
+def train_step(model, cfg, batch, step, device, dtype):
+    """Loss of the step's global batch, a scalar on `device`. Everything random is a function of (seed, step)."""
+    random = runtime.generator(cfg.seed, "masks", step)
+    if torch.rand((), generator=random) < cfg.short_rows:  # LLaDA's share of random lengths: canvases can be short
+        batch = batch[:, : 2 + int(torch.randint(cfg.block_size - 1, (), generator=random))]
+    corruption = diffusion.draw_corruption(cfg, *batch.shape, random)
+    corruption = diffusion.Corruption(*(part.to(device, non_blocking=True) for part in corruption))
+    torch.manual_seed(int(torch.randint(2**31, (), generator=random)))  # dropout
+    with runtime.autocast(device, dtype):
+        return diffusion.loss(model, batch.to(device, non_blocking=True), corruption,
+                              full=cfg.loss_weighting == "full").mean()
+
+
+def probe(model, cfg, data, step, device, dtype):
+    """Seconds that a forward and backward pass takes (the least of the last two of four); leaves no gradient."""
+    times = []
+    for _ in range(4):
+        start = time.perf_counter()
+        train_step(model, cfg, data.batch(step), step, device, dtype).backward()
+        model.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times[2:])
+
+
+def show_sample(model, text, cfg, device):
+    """An unconditional sample (str) in at most 64 network evaluations, always from the same random numbers."""
+    blank = canvas.build(text, [""], None, cfg.block_size).to(device)
+    steps = min(64, cfg.block_size)
+    *_, last = diffusion.sample(model, blank, steps=steps, seeds=[0])
+    return canvas.finished(text, last.ids[0].tolist())
+
+
+def duration(seconds):
+    """12 s, 3 min 20 s, 2 h 05 min"""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    minutes, seconds = divmod(seconds, 60)
+    return f"{minutes} min {seconds:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def train(cfg, state=None, quiet=False):
+    """Run the training loop for `cfg`, from the beginning or from the checkpoint dict `state`; returns the metrics."""
+    say = (lambda *_: None) if quiet else lambda line: tqdm.write(line)
+    device = runtime.choose_device(cfg.device)
+    dtype = runtime.choose_dtype(cfg.dtype, device)
+    given = state or (checkpoint.read(cfg.init_from) if cfg.init_from else None)
+    data = corpus.load(cfg, corpus.tokenizer.from_json(given["tokenizer"]) if given else None)
+    model = make_model(cfg, data.text, state).to(device)
+    optimizers = optim.make_optimizers(model, cfg)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    step, best, minutes, nll = 0, math.inf, 0.0, math.inf
+    if state:
+        step, best, minutes, nll = state["step"], state["best"], state["minutes"], state["nll"]
+        for optimizer, saved in zip(optimizers, state["optimizers"]):
+            optimizer.load_state_dict(saved)
+        peaks = [g["lr"] for o in optim.make_optimizers(model, cfg) for g in o.param_groups]  # --lr may have changed
+        for group, peak in zip((g for o in optimizers for g in o.param_groups), peaks):
+            group["peak"] = peak
+        scaler.load_state_dict(state["scaler"])
+    else:
+        cfg = dataclasses.replace(cfg, name=checkpoint.unused_name(os.path.join(cfg.out_dir, "models"), cfg.name))
+    path = {kind: os.path.join(cfg.out_dir, folder, cfg.name + ending) for kind, folder, ending in (
+        ("last", "models", ".pt"), ("best", "models", ".best.pt"), ("log", "logs", ".jsonl"),
+        ("metrics", "logs", ".json"), ("plot", "plots", ".loss.png"))}
+    log = runtime.open_log(path["log"], step)
+
+    # Before step 1: a few passes over the first batch tell what the run will take, and whether compiling it pays.
+    model.train()
+    tokens_a_step, left = cfg.batch_size * cfg.block_size, cfg.max_minutes - minutes
+    seconds = probe(model, cfg, data, step, device, dtype)
+    whole = min((cfg.max_iters or math.inf) * seconds, 60 * left if cfg.max_minutes else math.inf)
+    forward = runtime.maybe_compile(model, cfg, device, whole)
+    if forward is not model:
+        seconds = probe(forward, cfg, data, step, device, dtype)
+    total = min(cfg.max_iters or math.inf, step + max(1, int(60 * left / seconds)) if cfg.max_minutes else math.inf)
+    memory = runtime.peak_memory(device) + 8 * model.num_parameters()
+    say(f"{cfg.name}: {model.num_parameters():,} parameters, vocabulary {data.text.vocab_size:,} | "
+        f"{f'{data.tokens:,} training tokens' if data.tokens else 'fresh stories every step'}, "
+        f"{len(data.held_out):,} held-out rows of {cfg.block_size}")
+    say(f"{device.type} {str(dtype).removeprefix('torch.')}{', compiled' if forward is not model else ''} | "
+        f"{cfg.batch_size} rows a step, about {1000 * seconds:.0f} ms | about {memory / 2**30:.1f} GB, "
+        f"{duration((total - step) * seconds)} for {total - step:,} steps")
+
+    stop = []  # filled by Ctrl-C: finish the step, save, leave
+    previous = runtime.on_interrupt(lambda: stop.append(True)) if not quiet else None
+    bar = tqdm(initial=step, total=total, disable=None if not quiet else True, unit="step", dynamic_ncols=True)
+    running, counted, started = torch.zeros((), device=device), 0, time.perf_counter()
+    held_out = data.held_out[: cfg.eval_rows].to(device)
+    written = step  # the step whose state is on disk
+
+    while True:
+        used = minutes + (time.perf_counter() - started) / 60
+        progress = max(step / cfg.max_iters if cfg.max_iters else 0, used / cfg.max_minutes if cfg.max_minutes else 0)
+        done = progress >= 1 or bool(stop)
+
+        # -- once in a while, and at the end: held-out bound, log, sample, checkpoint; nothing here changes the run
+        if step and step != written and (step % cfg.eval_interval == 0 or done):
+            model.eval()
+            with runtime.autocast(device, dtype):
+                nll, rows_error, _ = diffusion.mean_and_errors(diffusion.nll_bound(
+                    model, held_out, given=diffusion.given_tokens(cfg)))
+                sample = show_sample(model, data.text, cfg, device)
+            model.train()
+            loss = (running / max(1, counted)).item()
+            if not math.isfinite(loss) or not math.isfinite(nll):
+                raise UserError(f"the loss is not finite at step {step}; nothing was saved since the last checkpoint. "
+                                f"Try a lower --lr ({cfg.lr:g}) and --muon_lr ({cfg.muon_lr:g}), or --dtype float32")
+            running.zero_()
+            entry = {"step": step, "loss": loss, "bound": nll, "bound_se_rows": rows_error, "minutes": used}
+            log.write(json.dumps(entry) + "\n")
+            log.flush()
+            say(f"step {step:,} | training loss {loss:.4f} | held-out bound {nll:.4f} ± {rows_error:.4f} nats a token"
+                f" | {duration(60 * used)}\n    {sample[:300]!r}")
+            counted = 0
+            if nll < best:
+                best = nll
+                checkpoint.save(path["best"], checkpoint.snapshot(cfg, data.text, model, step, nll))
+        if step and step != written and (step % (cfg.save_interval or cfg.eval_interval) == 0 or done):
+            checkpoint.save(path["last"], checkpoint.snapshot(
+                cfg, data.text, model, step, nll, best=best, minutes=used, scaler=scaler.state_dict(),
+                optimizers=[optimizer.state_dict() for optimizer in optimizers]))
+            written = step
+        if done:
+            break
+
+        # -- a training step
+        loss = train_step(forward, cfg, data.batch(step), step, device, dtype)
+        scaler.scale(loss).backward()
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
+        if cfg.grad_clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        scale = optim.lr_scale(cfg, step, progress)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * scale
+            scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
+        scaler.update()
+        running += loss.detach()
+        step, counted = step + 1, counted + 1
+        bar.update()
+        if counted % 10 == 0:  # reading the loss waits for the GPU, so not at every step
+            rate = bar.format_dict["rate"] or 0
+            bar.set_postfix_str(f"loss {running.item() / counted:.4f}, {rate * tokens_a_step:,.0f} tokens/s")
+
+    bar.close()
+    log.close()
+    if previous:
+        runtime.restore_signals(previous)
+    if stop:
+        say(f"stopped at step {step:,}; go on with: python train.py --resume {path['last']}")
+        return {}
+    return finish(cfg, data, device, dtype, step, used, path, say)
+
+
+def finish(cfg, data, device, dtype, step, minutes, path, say):
+    """The final metrics block of the best checkpoint, its files, and what to try next; returns the metrics."""
+    model, text, _ = checkpoint.restore(checkpoint.read(path["best"]), device, path["best"])
+    with runtime.autocast(device, dtype):
+        report = metrics.held_out(model, cfg, data, device)
+    report |= {"name": cfg.name, "steps": step, "minutes": minutes,
+               "tokens_per_second": step * cfg.batch_size * cfg.block_size / (60 * minutes) if minutes else None}
+    with open(path["metrics"], "w", encoding="utf-8") as file:
+        json.dump(report, file, indent=1)
+    say(metrics.show(report))
+    plots.loss_curves([path["log"]], path["plot"])
+    say("wrote " + ", ".join(path.values()))
+    prompt = "" if text.is_char or cfg.data != "tales" else ' --prompt "Once upon a time"'
+    say(f"next: python inference.py --checkpoint {path['best']}{prompt} --viz-video {cfg.out_dir}/media/trace.mp4")
+    return report
+
+
+def main(argv):
+    if "--help" in argv or "-h" in argv:
+        return config.show_help(Config, __doc__)
+    if "--list" in argv:
+        return config.show_list(diffusion.SAMPLERS)
+    if any(word.split("=")[0] == "--resume" for word in argv):
+        return train(*resumed_config(argv))
+    cfg, why = config.load(argv)
+    print(why)
+    train(cfg)
+
+
+if __name__ == "__main__":
+    config.run(main)

@@ -1,0 +1,92 @@
+"""Checkpoints: one file that holds all that inference or a resumed run needs.
+
+Tensors, numbers, strings, lists and dicts only, and loaded with weights_only=True, so that opening a stranger's file
+runs no code. Written beside the old file and then renamed, so that a crash at any moment leaves the old file whole.
+"""
+import dataclasses
+import os
+import pickle
+import zipfile
+
+import torch
+
+import config
+from config import Config, SampleConfig, UserError
+from model import Transformer
+from utils import tokenizer
+
+
+def save(path, state):
+    """Write the dict `state` to `path`, all or nothing. A full disk or missing permission is a UserError."""
+    temporary = f"{path}.tmp"
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch's zip writer turns a failed write into RuntimeError
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise UserError(f"cannot write {path}: {str(error).splitlines()[0]}; what was there before is untouched") \
+            from None
+
+
+def read(path):
+    """The dict that `save` wrote. A file that is missing, damaged or no checkpoint is a UserError."""
+    if not os.path.isfile(path):
+        raise UserError(f"there is no checkpoint {path}; train one with: python train.py")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is no checkpoint, or a damaged one: {str(error).splitlines()[0][:100]}") from None
+    if not isinstance(state, dict) or "version" not in state or "tokenizer" not in state:
+        raise UserError(f"{path} is no checkpoint of this program")
+    if state["version"] != config.VERSION:
+        raise UserError(f"{path} has format {state['version']}, this program reads {config.VERSION}")
+    return state
+
+
+def newest(folder, best=True):
+    """Path of the newest run's checkpoint in `folder`: its best file (or the last one, to resume)."""
+    files = [os.path.join(folder, f) for f in os.listdir(folder) if f.endswith(".pt")] if os.path.isdir(folder) else []
+    last = [f for f in files if not f.endswith(".best.pt")]
+    if not files or not (last or best):
+        raise UserError(f"there is no checkpoint in {folder}; train one with: python train.py")
+    path = max(last or files, key=os.path.getmtime)
+    candidate = path.removesuffix(".pt") + ".best.pt"
+    return candidate if best and os.path.exists(candidate) else path
+
+
+def unused_name(folder, name):
+    """`name`, or name-2, name-3, ...: the first that no run in `folder` has."""
+    taken = {f.removesuffix(".pt").removesuffix(".best") for f in os.listdir(folder)} if os.path.isdir(folder) else ()
+    number = 1
+    while (candidate := name if number == 1 else f"{name}-{number}") in taken:
+        number += 1
+    return candidate
+
+
+def snapshot(cfg, text, model, step, nll, **more):
+    """State for `save`: what inference needs, and `more` for a resumed run. nll is the held-out bound at `step`."""
+    return {"version": config.VERSION, "config": dataclasses.asdict(cfg), "sample": sample_defaults(),
+            "tokenizer": text.to_json(), "step": step, "nll": nll, "model": model.state_dict(), **more}
+
+
+def sample_defaults():
+    """How config.py says that this model should be sampled: the group "how", but for the machine's own."""
+    names = ("sampler", "steps", "schedule", "temperature", "top_k", "top_p")
+    return {name: getattr(SampleConfig(), name) for name in names}
+
+
+def restore(state, device, path="the checkpoint"):
+    """(model on `device` in evaluation mode, Text, Config) of what `read` gave."""
+    try:
+        cfg = config.merge(Config, state["config"])
+        text = tokenizer.from_json(state["tokenizer"])
+        model = Transformer(cfg, text.vocab_size)
+        model.load_state_dict(state["model"])
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise UserError(f"{path} does not fit this program: {str(error).splitlines()[0]}") from None
+    return model.to(device).eval(), text, cfg

@@ -1,0 +1,277 @@
+"""Corpora: documents -> training batches and held-out rows of token ids.
+
+A prepared text file separates documents by a line that holds only `<|endoftext|>`. Documents stay whole: each goes to
+training or to the held-out part by a hash of its text, so the same document is never in both, and the tokenizer,
+which is trained on the training part only, never sees held-out text.
+"""
+import hashlib
+import os
+import re
+from functools import partial
+from itertools import islice
+from typing import Callable, NamedTuple
+
+import numpy as np
+import torch
+
+from config import UserError
+from utils import tales, tokenizer
+from utils.runtime import generator
+
+HELD_OUT = 0.1  # share of the documents, or of the text of a single one
+TALES_HELD_OUT = 2048  # stories
+SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+STORIES = "roneneldan/TinyStories"
+
+
+class Corpus(NamedTuple):
+    batch: Callable          # step (int) -> (batch_size, block_size) long, the same for the same step
+    held_out: torch.Tensor   # (R, block_size) long
+    text: tokenizer.Text
+    tokens: int              # training tokens; 0: without end
+    lengths: torch.Tensor    # (R, 2) characters and bytes of the text of each held-out row
+
+
+# --- documents --------------------------------------------------------------------------------------------------
+
+
+def read_documents(path, column="text"):
+    """Documents (list of str) of a local .txt, .jsonl or .parquet file; `column` of the latter two."""
+    if not os.path.exists(path):
+        raise UserError(f"there is no file {path}; scripts/data.py makes corpora, --data takes any .txt, .jsonl "
+                        "or .parquet file")
+    if os.path.isdir(path):
+        raise UserError(f"{path} is a folder, not a text file")
+    if path.endswith((".jsonl", ".json", ".parquet")):
+        documents = list(stream_dataset(path, column=column))
+    else:
+        try:
+            documents = split_documents(open(path, encoding="utf-8").read())
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not UTF-8 text: {error}") from None
+    documents = [document for document in documents if document and not document.isspace()]
+    if not documents:
+        raise UserError(f"{path} is empty")
+    return documents
+
+
+def stream_dataset(name, split="train", config=None, column="text", seed=None, shuffle_buffer=10_000):
+    """Documents (iterator of str) of a Hugging Face dataset, or of a local .jsonl or .parquet file, never downloaded
+    or held in memory as a whole. With a seed they come shuffled through a buffer of `shuffle_buffer`."""
+    import datasets  # here, because it takes seconds to import and most runs do not need it
+    local = name.endswith((".jsonl", ".json", ".parquet"))
+    try:
+        if local:
+            kind = "parquet" if name.endswith(".parquet") else "json"
+            stream = datasets.load_dataset(kind, data_files=name, split="train", streaming=True)
+        else:
+            stream = datasets.load_dataset(name, config, split=split, streaming=True)
+        if seed is not None:
+            stream = stream.shuffle(seed=seed, buffer_size=shuffle_buffer)
+        for row in stream:
+            if column not in row:
+                raise UserError(f"{name} has no column {column}, but {', '.join(row)}: choose with --text-column")
+            yield row[column]
+    except UserError:
+        raise
+    except Exception as error:  # noqa: BLE001 - `datasets` raises dozens of kinds, its own and its backends'
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
+        if local:
+            raise UserError(f"{name} cannot be read: {reason}") from None
+        raise UserError(f"cannot stream {name} from the Hugging Face hub ({reason}); without a network give a local "
+                        "file: --dataset FILE.txt, .jsonl or .parquet, or --dataset tales") from None
+
+
+def download_shakespeare():
+    """The text (str) of Tiny Shakespeare, 1,115,394 characters."""
+    import urllib.request
+    print(f"fetching Tiny Shakespeare (1.1 MB) from {SHAKESPEARE}")
+    try:
+        with urllib.request.urlopen(SHAKESPEARE, timeout=60) as response:
+            return response.read().decode()
+    except OSError as error:
+        raise UserError(f"cannot fetch Tiny Shakespeare ({error}); without a network put a copy at "
+                        "data/shakespeare.txt, or train on the built-in tales: python train.py tales") from None
+
+
+_TAIL = {chr(b): b for b in range(0x80, 0xC0)} | {
+    bytes([b]).decode("cp1252"): b for b in range(0x80, 0xC0) if b not in (0x81, 0x8D, 0x8F, 0x90, 0x9D)}
+_MOJIBAKE = re.compile(f"[\u00c2-\u00f4][{re.escape(''.join(_TAIL))}]{{1,3}}")
+
+
+def repair_mojibake(text):
+    """UTF-8 that somebody read as Windows-1252, put right: the three characters that a quotation mark became are one
+    again. Only sequences that are valid UTF-8 change, so real quotation marks and accents stay as they are."""
+    def repair(match):
+        found = match.group()
+        for end in range(len(found), 1, -1):
+            try:
+                return (bytes([ord(found[0])]) + bytes(_TAIL[c] for c in found[1:end])).decode() + found[end:]
+            except UnicodeDecodeError:
+                continue
+        return "\u201d" + found[2:] if found[:2] == "\u00e2\u20ac" else found  # its last byte has no cp1252 letter
+    return _MOJIBAKE.sub(repair, text)
+
+
+def write_documents(path, documents, separator=None):
+    """Write documents (iterable of str) as a prepared text file, all or nothing; returns how many."""
+    separator, count, temporary = separator or f"\n{tokenizer.END}\n", 0, f"{path}.tmp"
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with open(temporary, "w", encoding="utf-8") as file:
+            for document in documents:
+                if document and not document.isspace():
+                    file.write(separator * bool(count) + document)
+                    count += 1
+        if not count:
+            raise UserError(f"no documents came; {path} was not written")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error}") from None
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+    return count
+
+
+def prepare(path):
+    """Make the missing corpus of a preset; any other missing file is left to `read_documents`."""
+    if path == "data/shakespeare.txt":
+        write_documents(path, [download_shakespeare()])
+    elif path == "data/stories.txt":
+        print(f"streaming 10,000 stories of {STORIES} from the Hugging Face hub to {path}")
+        write_documents(path, map(repair_mojibake, islice(stream_dataset(STORIES, seed=1337), 10_000)))
+
+
+def split_documents(text):
+    """The text of a prepared file -> its documents."""
+    return (text if text.startswith(tokenizer.END) else "\n" + text).split(f"\n{tokenizer.END}\n")
+
+
+def is_held_out(document):
+    """Whether `document` belongs to the held-out part: a function of its text alone."""
+    return int.from_bytes(hashlib.sha256(document.encode()).digest()[:8], "big") < HELD_OUT * 2**64
+
+
+def split(documents):
+    """(training, held-out) documents. A single document is cut at its last tenth; of several, at least one each."""
+    if len(documents) == 1:
+        cut = int(len(documents[0]) * (1 - HELD_OUT))
+        return [documents[0][:cut]], [documents[0][cut:]]
+    train, held_out = [], []
+    for document in documents:
+        (held_out if is_held_out(document) else train).append(document)
+    for part, other in ((train, held_out), (held_out, train)):
+        if not part:  # a handful of documents may fall on one side
+            part.append(other.pop())
+    return train, held_out
+
+
+# --- tokens and rows --------------------------------------------------------------------------------------------
+
+
+def document_ids(documents, text):
+    """One list of ids a document; with an end token, one before the first and one after each."""
+    ids = text.encode(documents, "the corpus")
+    if text.end is None:
+        return ids
+    return [([text.end] if i == 0 else []) + document + [text.end] for i, document in enumerate(ids)]
+
+
+def document_rows(documents, text, block_size):
+    """(rows, block_size) long: `<|endoftext|>`, the document, `<|endoftext|>` to the end; a long one takes several."""
+    rows = []
+    for ids in text.encode(documents, "the corpus"):
+        ids = [text.end, *ids, text.end]
+        rows += [ids[i:i + block_size] for i in range(0, len(ids), block_size)]
+    table = np.full((len(rows), block_size), text.end, dtype=np.int64)
+    for row, ids in zip(table, rows):
+        row[:len(ids)] = ids
+    return torch.from_numpy(table)
+
+
+def held_out_rows(documents, text, cfg):
+    """The held-out documents as non-overlapping windows; what is left over at the end is dropped."""
+    if cfg.rows == "document":
+        return document_rows(documents, text, cfg.block_size)
+    ids = torch.tensor([i for document in document_ids(documents, text) for i in document])
+    rows = len(ids) // cfg.block_size
+    if not rows:
+        raise UserError(f"the held-out part of {cfg.data} has {len(ids)} tokens, less than one window of "
+                        f"block_size={cfg.block_size}; use more text or a smaller --block_size")
+    return ids[: rows * cfg.block_size].view(rows, cfg.block_size)
+
+
+def row_lengths(rows, text):
+    """(R, 2) characters and UTF-8 bytes that the rows stand for."""
+    texts = [text.decode(row) for row in rows.tolist()]
+    return torch.tensor([[len(t), len(t.encode())] for t in texts])
+
+
+# --- corpora ----------------------------------------------------------------------------------------------------
+
+
+def stream_batch(ids, cfg, step):
+    """Windows at uniformly random places of the token stream `ids` (N,), one gather for the whole batch."""
+    start = torch.randint(len(ids) - cfg.block_size + 1, (cfg.batch_size, 1), generator=generator(cfg.seed, "rows", step))
+    return ids[start + torch.arange(cfg.block_size)].long()
+
+
+def pool_batch(rows, cfg, step):
+    """Uniformly random rows of the table `rows` (N, L)."""
+    return rows[torch.randint(len(rows), (cfg.batch_size,), generator=generator(cfg.seed, "rows", step))].long()
+
+
+def tales_held_out(cfg):
+    """Held-out stories of a run (list of str)."""
+    return tales.generate(f"held out {cfg.seed}", TALES_HELD_OUT)
+
+
+def tales_stories(cfg, step, held_out):
+    """The fresh stories of a training step (list of str), none of them in the set `held_out`."""
+    stories = tales.generate(f"train {cfg.seed} {step}", cfg.batch_size)
+    return [story if story not in held_out else stories[0] for story in stories]
+
+
+def load(cfg, text=None):
+    """Corpus of cfg.data. `text` is the tokenizer of a checkpoint to go on with; else cfg.tokenizer decides."""
+    if cfg.data == "tales":
+        held_out = tales_held_out(cfg)
+        seen = set(held_out)
+        if text is None:
+            text = make_tokenizer(cfg, tales.generate(f"tokenizer {cfg.seed}", 4000), documents=True)
+        rows = document_rows(held_out, text, cfg.block_size)
+        if len(rows) != len(held_out):
+            raise UserError(f"block_size={cfg.block_size} is shorter than a tale with tokenizer={cfg.tokenizer}; "
+                            "use at least 72 with bpe, 320 with char")
+        batch = lambda step: document_rows(tales_stories(cfg, step, seen), text, cfg.block_size)
+        return Corpus(batch, rows, text, 0, row_lengths(rows, text))
+    if not os.path.exists(cfg.data):
+        prepare(cfg.data)
+    documents = read_documents(cfg.data)
+    train, held_out = split(documents)
+    if text is None:
+        text = make_tokenizer(cfg, documents if cfg.tokenizer == "char" else train, documents=len(documents) > 1)
+    rows = held_out_rows(held_out, text, cfg)
+    if cfg.rows == "document":
+        if text.end is None:
+            raise UserError(f"rows=document needs a corpus of several documents; {cfg.data} is one: use --rows stream")
+        pool = document_rows(train, text, cfg.block_size)
+        return Corpus(partial(pool_batch, pool, cfg), rows, text, pool.numel(), row_lengths(rows, text))
+    ids = torch.from_numpy(np.fromiter((i for d in document_ids(train, text) for i in d), dtype=np.int32))
+    if len(ids) < cfg.block_size:
+        raise UserError(f"{cfg.data} has {len(ids)} training tokens, less than one window of "
+                        f"block_size={cfg.block_size}; use more text or a smaller --block_size")
+    return Corpus(partial(stream_batch, ids, cfg), rows, text, len(ids), row_lengths(rows, text))
+
+
+def make_tokenizer(cfg, texts, documents):
+    """Text for cfg.tokenizer: characters of `texts`, a BPE trained on `texts`, or a tokenizer file."""
+    if cfg.tokenizer == "char":
+        return tokenizer.train_char(texts, documents)
+    if cfg.tokenizer == "bpe":
+        return tokenizer.train_bpe(texts, cfg.vocab_size)
+    if cfg.tokenizer == tokenizer.DEFAULT and not os.path.exists(cfg.tokenizer):
+        print(f"training the tokenizer {cfg.tokenizer} ({cfg.vocab_size:,} tokens)")
+        tokenizer.save(tokenizer.train_bpe(texts, cfg.vocab_size), cfg.tokenizer)
+    return tokenizer.load(cfg.tokenizer)

@@ -1,0 +1,135 @@
+"""Tokenizers: characters or byte-level BPE, both a `tokenizers.Tokenizer` underneath, both one JSON file.
+
+Ids 0..V-1 are real tokens. MASK is not one of them: its id is V, and no text encodes to it. Corpora of several
+documents have a real token `<|endoftext|>` between documents; the same letters in a text are plain text.
+"""
+import os
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from config import UserError
+
+END = "<|endoftext|>"
+DEFAULT = "artifacts/tokenizer/tokenizer.json"
+
+
+class Text:
+    """Thin interface over a `tokenizers.Tokenizer`.
+
+    vocab_size  V + 1: the real tokens and MASK
+    mask        id of MASK, V
+    end         id of `<|endoftext|>`, or None
+    """
+
+    def __init__(self, tokenizer):
+        tokenizer.encode_special_tokens = True  # a text that spells <|endoftext|> is text
+        self.tokenizer = tokenizer
+        self.mask = tokenizer.get_vocab_size()
+        self.vocab_size = self.mask + 1
+        self.end = tokenizer.token_to_id(END)
+        self.is_char = isinstance(tokenizer.model, models.WordLevel)
+        self._characters = {t for t in tokenizer.get_vocab() if t != END} if self.is_char else None
+
+    def encode(self, texts, what="the text"):
+        """List of str -> list of lists of ids. A character that a character vocabulary lacks is a UserError."""
+        if self.is_char:
+            for text in texts:
+                if unknown := set(text) - self._characters:
+                    shown = " ".join(repr(c) for c in sorted(unknown)[:8])
+                    raise UserError(f"{what} has characters that the vocabulary of this model lacks: {shown}; "
+                                    f"it knows {''.join(sorted(self._characters))!r}")
+        return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids):
+        """Real ids (list of int) -> str; `<|endoftext|>` reads as nothing."""
+        return self.tokenizer.decode([i for i in ids if i != self.end], skip_special_tokens=False)
+
+    def pieces(self, ids):
+        """One str per id, together the text: for pictures in which every token has its place.
+
+        A BPE token may end inside a character of several bytes: the character then belongs to its first token, and
+        what never becomes a character (a MASK stands in between) is shown as \\x... . MASK and `<|endoftext|>` are "".
+        """
+        if self.is_char:
+            return ["" if i in (self.mask, self.end) else self.tokenizer.id_to_token(i) for i in ids]
+        raw = [b"" if i in (self.mask, self.end) else bytes(_BYTE[c] for c in self.tokenizer.id_to_token(i))
+               for i in ids]
+        out, position = [""] * len(ids), 0
+        while position < len(ids):
+            text, end = raw[position], position + 1
+            while True:  # take more tokens while the bytes end inside a character
+                try:
+                    out[position] = text.decode()
+                    break
+                except UnicodeDecodeError as error:
+                    if error.reason == "unexpected end of data" and end < len(ids) and raw[end]:
+                        text, end = text + raw[end], end + 1
+                        continue
+                    out[position], end = raw[position].decode(errors="backslashreplace"), position + 1
+                    break
+            position = end
+        return out
+
+    def to_json(self):
+        return self.tokenizer.to_str()
+
+
+def _byte_alphabet():
+    """Character -> byte of the byte-level alphabet (GPT-2): printable bytes stand for themselves."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+_BYTE = _byte_alphabet()
+
+
+def train_char(texts, documents):
+    """A token for every character of `texts` (iterable of str), sorted; `documents` adds `<|endoftext|>`."""
+    characters = sorted(set().union(*map(set, texts)))
+    vocab = {c: i for i, c in enumerate(characters + [END] * documents)}
+    tokenizer = Tokenizer(models.WordLevel(vocab))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return Text(tokenizer)
+
+
+def train_bpe(texts, vocab_size, min_frequency=2):
+    """Byte-level BPE from `texts` (iterable of str) with vocab_size - 1 real tokens, `<|endoftext|>` among them.
+
+    All 256 bytes are in the alphabet, so every string round-trips. A small text may give fewer tokens.
+    """
+    if vocab_size < 258:
+        raise UserError(f"vocab_size={vocab_size} is too small: 256 bytes, {END} and MASK need 258")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=vocab_size - 1, min_frequency=min_frequency, special_tokens=[END], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    return Text(tokenizer)
+
+
+def from_json(text):
+    return Text(Tokenizer.from_str(text))
+
+
+def load(path):
+    """Tokenizer file -> Text."""
+    if not os.path.exists(path):
+        raise UserError(f"there is no tokenizer {path}; make it with: python scripts/train_tokenizer.py "
+                        f"--input YOUR.txt --output {path}")
+    try:
+        return from_json(open(path, encoding="utf-8").read())
+    except Exception as error:  # noqa: BLE001 - `tokenizers` raises plain Exception
+        raise UserError(f"{path} is no tokenizer file: {error}") from None
+
+
+def save(text, path):
+    """Write the tokenizer file; an unwritable path is a UserError."""
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(text.to_json())
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error}") from None

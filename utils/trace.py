@@ -1,0 +1,264 @@
+"""Pictures of text appearing out of masks: the states of a sampler -> frames -> MP4 and GIF.
+
+Every token keeps its place from the first frame to the last, because the layout is that of the finished text. States
+are told apart by shape as well as by colour (Okabe-Ito's colours, which colour-blind readers can tell apart):
+a hidden token is a hollow box, a fresh one bold on a filled box, a re-masked one a crossed box, the given text is
+underlined, the rest is plain.
+"""
+import functools
+import math
+import os
+from fractions import Fraction
+from typing import NamedTuple
+
+from PIL import Image, ImageDraw, ImageFont
+
+from config import UserError
+
+WIDTH, HEIGHT, MARGIN = 1280, 720, 48
+TEXT_TOP, TEXT_BOTTOM = 112, 580  # the text's part of the picture
+PAPER, INK, FAINT, GIVEN = "#fbfaf7", "#1d1d1f", "#a9a59c", "#0072b2"
+FRESH, REMASKED, CURVE = "#e69f00", "#cc79a7", "#56b4e9"
+HOLD_SECONDS, PAGE_SECONDS = 3, 2
+
+
+class Frame(NamedTuple):
+    ids: list         # L ids of one row
+    fresh: list       # L bools
+    remasked: list    # L bools
+    evaluations: int  # network evaluations so far
+
+
+def record(steps, canvas, every=1):
+    """Wrap the stream of `diffusion.Step`s: returns (frames, iterator that yields the same steps).
+
+    frames fills as the iterator is consumed: row 0 of `canvas`, then of every `every`-th step, and of the last.
+    """
+    blank = [False] * canvas.size(1)
+    frames = [Frame(canvas[0].tolist(), blank, blank, 0)]
+
+    def watch():
+        pending = None
+        for number, step in enumerate(steps, 1):
+            pending = Frame(step.ids[0].tolist(), step.fresh[0].tolist(), step.remasked[0].tolist(), step.evaluations)
+            if number % every == 0:
+                frames.append(pending)
+                pending = None
+            yield step
+        if pending:
+            frames.append(pending)
+
+    return frames, watch()
+
+
+# --- fonts and characters ---------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _font_file(style=""):
+    import matplotlib  # ships DejaVu, so that no font has to be installed
+    return os.path.join(matplotlib.get_data_path(), "fonts", "ttf", f"DejaVuSansMono{style}.ttf")
+
+
+@functools.cache
+def font(size, style=""):
+    return ImageFont.truetype(_font_file(style), size)
+
+
+@functools.cache
+def _known_characters():
+    from matplotlib import font_manager
+    return frozenset(font_manager.get_font(_font_file()).get_charmap())
+
+
+def printable(piece):
+    """The text of a token as it is drawn: a line break as an arrow, what the font lacks escaped (never a box)."""
+    known = _known_characters()
+    return "".join("↵" if c == "\n" else "→" if c == "\t" else
+                   c if ord(c) in known and (c == " " or c.isprintable()) else
+                   c.encode("unicode_escape").decode() for c in piece)
+
+
+# --- layout -----------------------------------------------------------------------------------------------------
+
+
+class Layout(NamedTuple):
+    places: list   # (page, line, column) of each token
+    cells: list    # characters that each token takes, over all frames
+    pages: int
+    lines: int     # on a page
+    size: int      # font size in pixels
+
+
+def _place(cells, breaks, columns):
+    """(line, column) of each token in lines of `columns` cells; a token stays whole where it fits on a line.
+
+    Tokens that are longer than a line wrap inside: `_draw_token` continues on the next line.
+    """
+    places, line, column = [], 0, 0
+    for width, line_ends in zip(cells, breaks):
+        if column and column + width > columns:
+            line, column = line + 1, 0
+        places.append((line, column))
+        column += width
+        line, column = line + column // columns * (column > columns), column % columns if column > columns else column
+        if line_ends:
+            line, column = line + 1, 0
+    return places
+
+
+def layout(pieces_of_frames):
+    """Layout for the pieces (str) of every frame: the largest type in which the text fits, or pages of the smallest.
+
+    A token's room is the widest that it is in any frame, at least one cell, so that nothing moves.
+    """
+    cells = [max(1, *(len(printable(piece)) for piece in column)) for column in zip(*pieces_of_frames)]
+    breaks = [piece.endswith("\n") for piece in pieces_of_frames[-1]]
+    for size in (36, 32, 28, 24, 22, 20):
+        columns = int((WIDTH - 2 * MARGIN) / font(size).getlength("m"))
+        lines = int((TEXT_BOTTOM - TEXT_TOP) / (1.5 * size))
+        places = _place(cells, breaks, columns)
+        used = places[-1][0] + 1
+        if used <= lines:
+            break
+    return Layout([(line // lines, line % lines, column) for line, column in places], cells,
+                  math.ceil(used / lines), lines, size)
+
+
+# --- drawing ----------------------------------------------------------------------------------------------------
+
+
+def draw(frame, pieces, plan, page, given, counts, number, title):
+    """One picture (PIL.Image): the text in its states, the title line, the number of masks and its timeline.
+
+    pieces  text of each token in this frame, "" where it is a MASK    given  L bools: what the user gave
+    counts  number of masks in each frame                              number  index of this frame
+    """
+    image = Image.new("RGB", (WIDTH, HEIGHT), PAPER)
+    pen = ImageDraw.Draw(image)
+    cell, line_height = font(plan.size).getlength("m"), 1.5 * plan.size
+    for i, (piece, (on_page, line, column)) in enumerate(zip(pieces, plan.places)):
+        if on_page == page:
+            x, y = MARGIN + column * cell, TEXT_TOP + line * line_height
+            box = (x + 1, y + 1, x + max(plan.cells[i] * cell - 2, 4), y + 1.25 * plan.size)
+            _draw_token(pen, piece, box, plan, given[i], frame.fresh[i], frame.remasked[i])
+    _draw_header(pen, title, frame, counts, number, page, plan.pages)
+    _draw_timeline(pen, counts, number)
+    _draw_legend(pen, any(given))
+    return image
+
+
+def _draw_token(pen, piece, box, plan, given, fresh, remasked):
+    x0, y0, x1, y1 = box
+    if piece is None:  # a MASK
+        pen.rounded_rectangle((x0, y0 + 3, x1, y1 - 1), 4, outline=REMASKED if remasked else FAINT,
+                              width=2 if remasked else 1)
+        if remasked:
+            pen.line((x0 + 3, y1 - 4, x1 - 3, y0 + 6), fill=REMASKED, width=2)
+        return
+    if fresh:
+        pen.rounded_rectangle(box, 4, fill=FRESH)
+    text = printable(piece)
+    mark = not text.strip("↵→")
+    pen.text((x0 - 1, y0), text, font=font(plan.size, "-Bold" if fresh else ""),
+             fill=INK if fresh else FAINT if mark else GIVEN if given else INK)
+    if given and not mark:
+        pen.line((x0, y1, x1, y1), fill=GIVEN, width=1)
+
+
+def _draw_header(pen, title, frame, counts, number, page, pages):
+    pen.text((MARGIN, 28), title, font=font(22, "-Bold"), fill=INK)
+    left = counts[number]
+    status = f"evaluation {frame.evaluations}   {left} mask{'s' * (left != 1)} left of {counts[0]}"
+    pen.text((MARGIN, 62), status + (f"   page {page + 1} of {pages}" if pages > 1 else ""), font=font(20), fill=INK)
+
+
+def _draw_timeline(pen, counts, number):
+    """The number of masks over the frames: a faint curve for what comes, filled up to now."""
+    left, right, top, bottom = MARGIN, WIDTH - MARGIN, 604, 662
+    x = lambda i: left + (right - left) * i / max(1, len(counts) - 1)
+    y = lambda count: bottom - (bottom - top) * count / max(1, counts[0])
+    points = [(x(i), y(count)) for i, count in enumerate(counts)]
+    if number:
+        pen.polygon([(left, bottom), *points[: number + 1], (x(number), bottom)], fill=CURVE)
+    pen.line(points, fill=FAINT, width=2)
+    pen.line((left, bottom, right, bottom), fill=FAINT, width=1)
+    pen.line((x(number), top - 4, x(number), bottom + 4), fill=INK, width=2)
+
+
+def _draw_legend(pen, prompted):
+    x, y, size = MARGIN, 680, 16
+    marks = [("hidden", None, False, False, False), ("fresh", "a", False, True, False),
+             ("settled", "a", False, False, False), ("masked again", None, False, False, True)]
+    marks += [("given", "a", True, False, False)] if prompted else []
+    plan = Layout([], [], 1, 1, size)
+    for name, piece, given, fresh, remasked in marks:
+        _draw_token(pen, piece, (x, y, x + 12, y + 20), plan, given, fresh, remasked)
+        pen.text((x + 20, y), name, font=font(size), fill=INK)
+        x += 20 + font(size).getlength(name) + 28
+    pen.text((WIDTH - MARGIN, y), "masks over the evaluations", font=font(size), fill=INK, anchor="ra")
+
+
+def pictures(frames, text, title):
+    """Yield (PIL.Image, seconds or None) for recorded `frames`: None is the normal time, the last picture is held.
+
+    text is the tokenizer (utils.tokenizer.Text). A text of several pages is shown on the page where it is being
+    written, and page by page at the end.
+    """
+    mask = text.mask
+    shown = lambda ids: [None if i == mask else "¶" if i == text.end else piece
+                         for i, piece in zip(ids, text.pieces(ids))]
+    pieces = [shown(frame.ids) for frame in frames]
+    plan = layout([[piece or "" for piece in column] for column in pieces])
+    given = [i != mask for i in frames[0].ids]
+    counts = [frame.ids.count(mask) for frame in frames]
+    page = 0
+    for number, frame in enumerate(frames):
+        on_pages = [place[0] for place, fresh in zip(plan.places, frame.fresh) if fresh]
+        if on_pages and page not in on_pages:
+            page = on_pages[0]
+        last = number == len(frames) - 1
+        for page in range(plan.pages) if last else (page,):
+            image = draw(frame, pieces[number], plan, page, given, counts, number, title)
+            yield image, (HOLD_SECONDS if plan.pages == 1 else PAGE_SECONDS) if last else None
+
+
+# --- files ------------------------------------------------------------------------------------------------------
+
+
+def write_mp4(path, images, frame_ms):
+    """H.264, yuv420p: what browsers and QuickTime play. `images` as `pictures` yields them."""
+    import av
+    _make_folder(path)
+    try:
+        with av.open(path, "w", options={"movflags": "faststart"}) as container:
+            stream = container.add_stream("libx264", rate=Fraction(1000, frame_ms))
+            stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+            stream.options = {"crf": "20", "preset": "veryfast"}
+            for image, seconds in images:
+                frame = av.VideoFrame.from_image(image)
+                for _ in range(max(1, round((seconds or 0) * 1000 / frame_ms))):
+                    container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot write the video {path}: {error}") from None
+
+
+def write_gif(path, images, frame_ms):
+    """The same pictures, at half the size and in 32 colours."""
+    small, times = [], []
+    for image, seconds in images:
+        small.append(image.resize((WIDTH // 2, HEIGHT // 2), Image.LANCZOS).quantize(32))
+        times.append(frame_ms if seconds is None else int(1000 * seconds))
+    _make_folder(path)
+    try:
+        small[0].save(path, save_all=True, append_images=small[1:], duration=times, loop=0)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot write the GIF {path}: {error}") from None
+
+
+def _make_folder(path):
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error}") from None
