@@ -8,6 +8,7 @@ A preset is a dict of differences from the defaults. An experiment file is the s
 """
 import dataclasses
 import difflib
+import math
 import os
 import runpy
 import sys
@@ -38,9 +39,9 @@ class Config:
     device: str = field("auto", "auto: cuda, else mps, else cpu", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = field("auto", "of matrix products; auto: bfloat16 where the hardware has it",
                        choices=("auto", "float32", "bfloat16", "float16"))
-    compile: str = field("auto", "torch.compile; auto: on CUDA", choices=("auto", "on", "off"))
+    compile: str = field("auto", "torch.compile; auto: on CUDA, and on a CPU for runs that are long enough", choices=("auto", "on", "off"))
 
-    data: str = field("tales", "tales (built in), or a .txt, .jsonl or .parquet file", "data")
+    data: str = field("data/stories.txt", "tales (built in), or a .txt, .jsonl or .parquet file", "data")
     tokenizer: str = field("bpe", "char, bpe (trained on the corpus), or the path of a tokenizer.json")
     vocab_size: int = field(2048, "for a bpe trained here, MASK included; char has as many as the text")
     rows: str = field("stream", "stream: windows anywhere in the text; document: one document a row",
@@ -58,7 +59,7 @@ class Config:
     time_conditioning: str = field("none", "how the network is told the masked share",
                                    choices=("none", "table", "sinusoidal", "adaln"))
 
-    schedule: str = field("linear", "masked share over time: linear, cos, cos2, cos2_s008, poly2, md4_cosine",
+    schedule: str = field("linear", "masked share over time; --list shows all",
                           "objective")
     corruption: str = field("count", "count: an exact number of masks a row; bernoulli: each token by itself",
                             choices=("count", "bernoulli"))
@@ -95,6 +96,14 @@ class Config:
                      "grad_clip", "save_interval"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name}={getattr(self, name)} must not be negative")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
+        check_seed(self.seed)
+        if os.path.basename(self.name) != self.name:
+            raise UserError(f"name={self.name} must not be a path; --out_dir says where to write")
+        if self.data == "tales" and self.rows == "stream":
+            raise UserError("data=tales with rows=stream: tales are whole stories; use the preset tales, or --rows document")
         if self.block_size < 2:
             raise UserError(f"block_size={self.block_size} must be at least 2")
         if self.n_embd % self.n_head or self.n_embd // self.n_head % 2:
@@ -137,6 +146,7 @@ class SampleConfig:
 
     def __post_init__(self):
         check_choices(self)
+        check_seed(self.seed)
         for name in ("gen_len", "num_samples", "steps", "trace_every", "gif_frame_ms"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
@@ -147,8 +157,8 @@ class SampleConfig:
 
 PRESETS = {
     # The built-in stories. A 2-core CPU trains it in minutes.
-    "tales": dict(rows="document", vocab_size=1024, block_size=68, n_layer=4, n_head=4, n_embd=128, batch_size=48,
-                  tie_embeddings=True, max_iters=2500),
+    "tales": dict(data="tales", rows="document", vocab_size=1024, block_size=67, n_layer=4, n_head=4, n_embd=128, batch_size=48,
+                  tie_embeddings=True, lr=4e-3, max_iters=2500),
     # The standard small benchmark: nanoGPT's size and text, with our recipe.
     "shakespeare": dict(data="data/shakespeare.txt", tokenizer="char", dropout=0.1, max_iters=5000),
     # TinyStories, or any text of one's own: python scripts/data.py, then this.
@@ -166,6 +176,22 @@ def check_choices(config):
             raise UserError(f"{f.name}={value} is not one of {', '.join(choices)}{nearest(value, choices)}")
 
 
+def check_seed(seed):
+    if not 0 <= seed < 2**62:
+        raise UserError(f"seed={seed} must be at least 0 and below 2^62")
+
+
+def check_name(kind, name, known):
+    """Complain where there is no `kind` (say, sampler) called `name`; known is its dictionary."""
+    if name not in known:
+        raise UserError(f"there is no {kind} {name}{nearest(name, known)}; known: {', '.join(known)}")
+
+
+def reason(error):
+    """The first line of an exception's message, or its name where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+
+
 def nearest(word, words):
     match = difflib.get_close_matches(str(word), list(words), 1)
     return f"; did you mean {match[0]}?" if match else ""
@@ -178,7 +204,10 @@ def convert(f, text):
             return text.lower() in ("true", "1", "yes", "on")
         raise UserError(f"--{f.name} {text}: expected true or false")
     try:
-        return f.type(text)
+        value = f.type(text)
+        if f.type is float and not math.isfinite(value):
+            raise ValueError
+        return value
     except ValueError:
         kind = {int: "a whole number", float: "a number"}[f.type]
         raise UserError(f"--{f.name} {text}: expected {kind}") from None
@@ -210,11 +239,14 @@ def parse(argv, kind):
 
 def merge(kind, *layers):
     """A `kind` from dicts, later ones first in rank; a name that it does not have is an error."""
-    values, names = {}, [f.name for f in dataclasses.fields(kind)]
+    values, types = {}, {f.name: f.type for f in dataclasses.fields(kind)}
     for layer in layers:
-        for key in layer:
-            if key not in names:
-                raise UserError(f"there is no setting {key}{nearest(key, names)}")
+        for key, value in layer.items():
+            if key not in types:
+                raise UserError(f"there is no setting {key}{nearest(key, types)}")
+            wanted = (int, float) if types[key] is float else types[key]
+            if value is not None and (not isinstance(value, wanted) or isinstance(value, bool) != (types[key] is bool)):
+                raise UserError(f"{key}={value!r} must be of type {types[key].__name__}")
         values |= layer
     return kind(**values)
 
@@ -226,9 +258,13 @@ def preset(name):
     if name.endswith(".py"):
         if not os.path.exists(name):
             raise UserError(f"there is no file {name}")
-        settings = dict(runpy.run_path(name).get("config") or {})
-        if not settings:
+        try:
+            settings = runpy.run_path(name).get("config")
+        except Exception as error:  # noqa: BLE001 - whatever the user's file does
+            raise UserError(f"{name} does not run: {reason(error)}") from None
+        if not isinstance(settings, dict):
             raise UserError(f"{name} does not define config = {{...}}")
+        settings = dict(settings)
         base = preset(settings.pop("preset")) if "preset" in settings else {}
         return base | {"name": os.path.splitext(os.path.basename(name))[0]} | settings
     raise UserError(f"there is no preset {name}{nearest(name, PRESETS)} (--list shows all; a .py file works too)")
@@ -241,14 +277,17 @@ def load(argv):
         raise UserError(f"one preset at a time, got {' '.join(positional)}")
     if positional:
         chosen, why = positional[0], "as asked"
+    elif "data" in overrides and overrides["data"] != "tales":
+        chosen, why = "", "your own data, with the defaults of config.py"
     elif os.path.exists(PRESETS["stories"]["data"]):
         chosen, why = "stories", f"{PRESETS['stories']['data']} has been prepared"
     else:
         chosen, why = "tales", f"the built-in corpus; no {PRESETS['stories']['data']} has been prepared"
-    layers = [preset(chosen), overrides]
+    base = preset(chosen) if chosen else {"name": os.path.splitext(os.path.basename(overrides["data"]))[0]}
+    layers = [base, overrides]
     if overrides.get("max_minutes") and "max_iters" not in overrides:
         layers.append({"max_iters": 0})  # a time that the user names replaces the preset's number of steps
-    return merge(Config, *layers), f"preset {chosen}: {why}"
+    return merge(Config, *layers), f"preset {chosen}: {why}" if chosen else why
 
 
 def show_help(kind, usage):
@@ -262,12 +301,13 @@ def show_help(kind, usage):
     print("\n".join(lines))
 
 
-def show_list(samplers):
-    """Print the presets, each with its differences from the defaults, and the samplers (dict of name -> Sampler)."""
+def show_list(samplers, schedules):
+    """Print the presets, each with its differences from the defaults, the samplers and the schedules (dicts)."""
     for name, settings in PRESETS.items():
         print(f"preset {name}: {', '.join(f'{k}={v}' for k, v in settings.items())}")
     for name, sampler in samplers.items():
-        print(f"sampler {name}: {' '.join(sampler.pick.__doc__.split()).split('. ')[0]}")
+        print(f"sampler {name}: {' '.join(sampler.pick.__doc__.split()).split(' (')[0]}")
+    print(f"schedules: {', '.join(schedules)}")
 
 
 def run(main):
@@ -277,6 +317,9 @@ def run(main):
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     except BrokenPipeError:  # `python inference.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

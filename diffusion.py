@@ -102,6 +102,11 @@ def given_tokens(cfg):
 class Corruption(NamedTuple):
     masked: torch.Tensor  # (B, L) bool
     weight: torch.Tensor  # (B,) float32; the loss of a row is weight * sum of CE over masked / L
+    index: torch.Tensor = None  # (N,) flat positions of the masked ones; found on the CPU, so that a GPU need not wait
+
+    def to(self, device):
+        index = self.masked.flatten().nonzero()[:, 0] if self.index is None else self.index
+        return Corruption(*(part.to(device, non_blocking=True) for part in (self.masked, self.weight, index)))
 
 
 def draw_corruption(cfg, B, L, generator):
@@ -150,13 +155,6 @@ def hide(x0, masked, mask_id):
 # --- losses -----------------------------------------------------------------------------------------------------
 
 
-def masked_cross_entropy(model, x0, masked):
-    """CE of the hidden tokens: (N,) nats, and the flat index (N,) of each in the B * L positions."""
-    index = masked.flatten().nonzero()[:, 0]
-    logits = model(hide(x0, masked, model.vocab_size - 1), masked.float().mean(1), select=index)
-    return F.cross_entropy(at_least_float32(logits), x0.flatten()[index], reduction="none"), index
-
-
 def at_least_float32(logits):
     """bfloat16 logits as float32, for softmax and losses; float32 and float64 as they are."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -172,7 +170,9 @@ def loss(model, x0, corruption, full=False):
         xt = hide(x0, corruption.masked, model.vocab_size - 1)
         logits = model(xt, corruption.masked.float().mean(1))
         return F.cross_entropy(at_least_float32(logits).transpose(1, 2), x0, reduction="none").mean(1)
-    ce, index = masked_cross_entropy(model, x0, corruption.masked)
+    masked, _, index = corruption.to(x0.device)
+    logits = model(hide(x0, masked, model.vocab_size - 1), masked.float().mean(1), select=index)
+    ce = F.cross_entropy(at_least_float32(logits), x0.flatten()[index], reduction="none")
     return ce.new_zeros(B).index_add(0, index // L, ce) * corruption.weight / L
 
 
@@ -182,17 +182,19 @@ def nll_bound(model, x0, passes=1, given=0, rows_at_once=64):
 
     -log p(x0) <= E_l [ (L / l) E_S sum of CE over S ], l uniform on 1..L and S a uniform set of l positions (LLaDA,
     arXiv:2502.09992, eq. 14). The same whatever schedule or loss the network was trained with, and its masks are
-    always the same, so that checkpoints and runs compare. Each pass stratifies the counts over all rows. The first
-    `given` tokens of a row are certain (`given_tokens`): never masked, and without cost.
+    always the same, so that checkpoints and runs compare. Each pass stratifies the counts over all rows, and gives them
+    to the rows in a new random order. The first `given` tokens of a row are certain (`given_tokens`): never masked,
+    and without cost.
     """
     R, L = x0.shape
     generator = torch.Generator().manual_seed(0)
     out = torch.empty(R, passes)
     for k in range(passes):
-        counts = 1 + (stratified(R, generator) * (L - given)).floor().long()
+        u = stratified(R, generator)[torch.randperm(R, generator=generator)]
+        counts = 1 + (u * (L - given)).floor().long()
         masked = exactly(counts, L, given, generator)
         for rows in torch.arange(R).split(rows_at_once):
-            batch = Corruption(masked[rows].to(x0.device), ((L - given) / counts[rows]).float().to(x0.device))
+            batch = Corruption(masked[rows], ((L - given) / counts[rows]).float()).to(x0.device)
             out[rows, k] = loss(model, x0[rows.to(x0.device)], batch).float().cpu()
     return out
 

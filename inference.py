@@ -28,13 +28,15 @@ def load(argv):
     if positional:
         raise UserError(f"what is {positional[0]}? Give text with --prompt \"...\" and a model with --checkpoint PATH")
     for key, names in (("sampler", diffusion.SAMPLERS), ("schedule", diffusion.SCHEDULES)):
-        if key in overrides and overrides[key] not in names:
-            raise UserError(f"there is no {key} {overrides[key]}{config.nearest(overrides[key], names)}; "
-                            f"known: {', '.join(names)}")
+        if key in overrides:
+            config.check_name(key, overrides[key], names)
     config.merge(SampleConfig, overrides)  # complain before the checkpoint is read
     path = overrides.get("checkpoint") or checkpoint.newest(os.path.join(Config.out_dir, "models"))
     state = checkpoint.read(path)
     options = config.merge(SampleConfig, state["sample"], overrides)
+    for target, ending in ((options.viz_video, ".mp4"), (options.viz_gif, ".gif")):
+        if target:  # rather now than after the work
+            trace.check(target, ending)
     device = runtime.choose_device(options.device)
     return (options, *checkpoint.restore(state, device, path), device, path)
 
@@ -59,7 +61,7 @@ def main(argv):
     if "--help" in argv or "-h" in argv:
         return config.show_help(SampleConfig, __doc__)
     if "--list" in argv:
-        return config.show_list(diffusion.SAMPLERS)
+        return config.show_list(diffusion.SAMPLERS, diffusion.SCHEDULES)
     options, model, text, cfg, device, path = load(argv)
     dtype = runtime.choose_dtype(options.dtype, device)
     name = os.path.basename(path).removesuffix(".pt")

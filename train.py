@@ -27,17 +27,20 @@ from utils import canvas, checkpoint, corpus, metrics, optim, plots, runtime
 
 # what a resumed run may change; everything else would make it another run
 MAY_CHANGE = {"max_iters", "max_minutes", "save_interval", "device", "dtype", "compile", "lr", "muon_lr", "lr_decay",
-              "decay_share", "eval_interval", "final_rows", "final_masks", "resume", "out_dir"}
+              "decay_share", "eval_interval", "final_rows", "final_masks", "resume", "out_dir"}  # out_dir: for "auto"
 
 
 def resumed_config(argv):
-    """(Config, checkpoint dict) for --resume: the run's own settings, with the allowed changes of the command line."""
+    """(Config, checkpoint dict) for --resume: the run's own settings, with the allowed changes of the command line.
+
+    The run goes on where its checkpoint lies, FOLDER/models/NAME.pt, so that no other run can be overwritten.
+    """
     positional, overrides = config.parse(argv, Config)
     if positional:
         raise UserError(f"--resume takes its preset from the checkpoint; leave out {positional[0]}")
     folder = os.path.join(overrides.get("out_dir", Config.out_dir), "models")
-    path = overrides["resume"]
-    state = checkpoint.read(checkpoint.newest(folder, best=False) if path == "auto" else path)
+    path = checkpoint.newest(folder, best=False) if overrides["resume"] == "auto" else overrides["resume"]
+    state = checkpoint.read(path)
     if "optimizers" not in state:
         raise UserError(f"{path} holds weights only and cannot be resumed; use the run's last checkpoint "
                         f"({path.replace('.best.pt', '.pt')}), or --init_from {path} to start a new run from it")
@@ -45,22 +48,31 @@ def resumed_config(argv):
         if key not in MAY_CHANGE and value != state["config"][key]:
             raise UserError(f"--{key} {value} differs from the run's {state['config'][key]}, and a resumed run cannot "
                             f"change it; --init_from {path} starts a new run")
-    cfg = config.merge(Config, state["config"], overrides)
+    folder, file = os.path.split(os.path.abspath(path))
+    if os.path.basename(folder) != "models":
+        raise UserError(f"{path} is not in a folder models/; to go on with it, move it to {Config.out_dir}/models/")
+    if "max_minutes" in overrides:  # a new limit replaces the old one of the other kind
+        overrides.setdefault("max_iters", 0)
+    elif "max_iters" in overrides:
+        overrides["max_minutes"] = 0.0
+    place = {"out_dir": os.path.relpath(os.path.dirname(folder)), "name": file.removesuffix(".pt")}
+    cfg = config.merge(Config, state["config"], overrides, place)
     changed = [f"{k} {state['config'][k]} -> {v}" for k, v in overrides.items()
                if k not in ("resume", "out_dir") and v != state["config"][k]]
     print(f"resuming {cfg.name} at step {state['step']:,}" + (f", with {', '.join(changed)}" if changed else ""))
+    if 0 < cfg.max_iters <= state["step"] or 0 < cfg.max_minutes <= state["minutes"]:
+        raise UserError(f"{path} is finished ({state['step']:,} steps, {state['minutes']:.1f} minutes); "
+                        "give a larger --max_iters or --max_minutes to go on")
     return cfg, state
 
 
-def make_model(cfg, text, state):
-    """The network, from `state` (a resumed run), from --init_from, or new."""
+def make_model(cfg, text, given):
+    """The network, new or with the weights of the checkpoint dict `given`."""
     torch.manual_seed(cfg.seed)
     model = Transformer(cfg, text.vocab_size)
-    if state:
-        model.load_state_dict(state["model"])
-    elif cfg.init_from:
+    if given:
         try:
-            model.load_state_dict(checkpoint.read(cfg.init_from)["model"])
+            model.load_state_dict(given["model"])
         except RuntimeError as error:
             raise UserError(f"--init_from {cfg.init_from} has another shape: {str(error).splitlines()[1].strip()}; "
                             "give the same --n_layer, --n_embd, ... as it was trained with") from None
@@ -70,10 +82,9 @@ def make_model(cfg, text, state):
 def train_step(model, cfg, batch, step, device, dtype):
     """Loss of the step's global batch, a scalar on `device`. Everything random is a function of (seed, step)."""
     random = runtime.generator(cfg.seed, "masks", step)
-    if torch.rand((), generator=random) < cfg.short_rows:  # LLaDA's share of random lengths: canvases can be short
+    if torch.rand((), generator=random) < cfg.short_rows:  # as LLaDA: canvases can be shorter than the window
         batch = batch[:, : 2 + int(torch.randint(cfg.block_size - 1, (), generator=random))]
-    corruption = diffusion.draw_corruption(cfg, *batch.shape, random)
-    corruption = diffusion.Corruption(*(part.to(device, non_blocking=True) for part in corruption))
+    corruption = diffusion.draw_corruption(cfg, *batch.shape, random).to(device)
     torch.manual_seed(int(torch.randint(2**31, (), generator=random)))  # dropout
     with runtime.autocast(device, dtype):
         return diffusion.loss(model, batch.to(device, non_blocking=True), corruption,
@@ -87,8 +98,7 @@ def probe(model, cfg, data, step, device, dtype):
         start = time.perf_counter()
         train_step(model, cfg, data.batch(step), step, device, dtype).backward()
         model.zero_grad()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        runtime.synchronise(device)
         times.append(time.perf_counter() - start)
     return min(times[2:])
 
@@ -112,51 +122,60 @@ def duration(seconds):
 
 def train(cfg, state=None, quiet=False):
     """Run the training loop for `cfg`, from the beginning or from the checkpoint dict `state`; returns the metrics."""
+    started = time.perf_counter()
+    config.check_name("schedule", cfg.schedule, diffusion.SCHEDULES)
     say = (lambda *_: None) if quiet else lambda line: tqdm.write(line)
     device = runtime.choose_device(cfg.device)
     dtype = runtime.choose_dtype(cfg.dtype, device)
     given = state or (checkpoint.read(cfg.init_from) if cfg.init_from else None)
     data = corpus.load(cfg, corpus.tokenizer.from_json(given["tokenizer"]) if given else None)
-    model = make_model(cfg, data.text, state).to(device)
+    model = make_model(cfg, data.text, given).to(device)
     optimizers = optim.make_optimizers(model, cfg)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    step, best, minutes, nll = 0, math.inf, 0.0, math.inf
+    step, best, minutes, nll, running, counted = 0, math.inf, 0.0, math.inf, torch.zeros((), device=device), 0
     if state:
         step, best, minutes, nll = state["step"], state["best"], state["minutes"], state["nll"]
+        running, counted = state["running"].to(device), state["counted"]  # the loss since the last evaluation
         for optimizer, saved in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
         peaks = [g["lr"] for o in optim.make_optimizers(model, cfg) for g in o.param_groups]  # --lr may have changed
         for group, peak in zip((g for o in optimizers for g in o.param_groups), peaks):
             group["peak"] = peak
-        scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty if the run did not use float16 before
+            scaler.load_state_dict(state["scaler"])
     else:
-        cfg = dataclasses.replace(cfg, name=checkpoint.unused_name(os.path.join(cfg.out_dir, "models"), cfg.name))
+        cfg = dataclasses.replace(cfg, name=checkpoint.unused_name(cfg.out_dir, cfg.name))
     path = {kind: os.path.join(cfg.out_dir, folder, cfg.name + ending) for kind, folder, ending in (
         ("last", "models", ".pt"), ("best", "models", ".best.pt"), ("log", "logs", ".jsonl"),
         ("metrics", "logs", ".json"), ("plot", "plots", ".loss.png"))}
+    if not os.path.exists(path["best"]):
+        best = math.inf
     log = runtime.open_log(path["log"], step)
+    stop = []  # filled by Ctrl-C: finish the step, save, leave
+    previous = runtime.on_interrupt(lambda: stop.append(True)) if not quiet else None
 
     # Before step 1: a few passes over the first batch tell what the run will take, and whether compiling it pays.
     model.train()
     tokens_a_step, left = cfg.batch_size * cfg.block_size, cfg.max_minutes - minutes
-    seconds = probe(model, cfg, data, step, device, dtype)
-    whole = min((cfg.max_iters or math.inf) * seconds, 60 * left if cfg.max_minutes else math.inf)
-    forward = runtime.maybe_compile(model, cfg, device, whole)
-    if forward is not model:
-        seconds = probe(forward, cfg, data, step, device, dtype)
+    timed = lambda network: probe(network, cfg, data, step, device, dtype)
+    seconds = timed(model)
+    whole = min((cfg.max_iters or math.inf) * seconds - step * seconds, 60 * left if cfg.max_minutes else math.inf)
+    forward = runtime.maybe_compile(model, cfg, device, whole, timed)
+    seconds = seconds if forward is model else timed(forward)
+    # what auto meant is kept, so that a resumed run decides the same
+    cfg = dataclasses.replace(cfg, device=device.type, dtype=str(dtype).removeprefix("torch."),
+                              compile="off" if forward is model else "on")
+    left -= (time.perf_counter() - started) / 60
     total = min(cfg.max_iters or math.inf, step + max(1, int(60 * left / seconds)) if cfg.max_minutes else math.inf)
     memory = runtime.peak_memory(device) + 8 * model.num_parameters()
     say(f"{cfg.name}: {model.num_parameters():,} parameters, vocabulary {data.text.vocab_size:,} | "
         f"{f'{data.tokens:,} training tokens' if data.tokens else 'fresh stories every step'}, "
         f"{len(data.held_out):,} held-out rows of {cfg.block_size}")
-    say(f"{device.type} {str(dtype).removeprefix('torch.')}{', compiled' if forward is not model else ''} | "
+    say(f"{cfg.device} {cfg.dtype}{', compiled' if forward is not model else ''} | "
         f"{cfg.batch_size} rows a step, about {1000 * seconds:.0f} ms | about {memory / 2**30:.1f} GB, "
         f"{duration((total - step) * seconds)} for {total - step:,} steps")
 
-    stop = []  # filled by Ctrl-C: finish the step, save, leave
-    previous = runtime.on_interrupt(lambda: stop.append(True)) if not quiet else None
     bar = tqdm(initial=step, total=total, disable=None if not quiet else True, unit="step", dynamic_ncols=True)
-    running, counted, started = torch.zeros((), device=device), 0, time.perf_counter()
     held_out = data.held_out[: cfg.eval_rows].to(device)
     written = step  # the step whose state is on disk
 
@@ -166,30 +185,32 @@ def train(cfg, state=None, quiet=False):
         done = progress >= 1 or bool(stop)
 
         # -- once in a while, and at the end: held-out bound, log, sample, checkpoint; nothing here changes the run
-        if step and step != written and (step % cfg.eval_interval == 0 or done):
+        evaluate = step != written and (step % cfg.eval_interval == 0 or done)
+        save = step != written and (step % (cfg.save_interval or cfg.eval_interval) == 0 or done)
+        if (evaluate or save) and not running.isfinite():
+            raise UserError(f"the loss is not finite at step {step}; nothing was saved since the last checkpoint. "
+                            f"Try a lower --lr ({cfg.lr:g}) and --muon_lr ({cfg.muon_lr:g}), or --dtype float32")
+        if evaluate:
             model.eval()
             with runtime.autocast(device, dtype):
                 nll, rows_error, _ = diffusion.mean_and_errors(diffusion.nll_bound(
                     model, held_out, given=diffusion.given_tokens(cfg)))
                 sample = show_sample(model, data.text, cfg, device)
             model.train()
-            loss = (running / max(1, counted)).item()
-            if not math.isfinite(loss) or not math.isfinite(nll):
-                raise UserError(f"the loss is not finite at step {step}; nothing was saved since the last checkpoint. "
-                                f"Try a lower --lr ({cfg.lr:g}) and --muon_lr ({cfg.muon_lr:g}), or --dtype float32")
-            running.zero_()
+            loss = running.item() / max(1, counted)
+            running, counted = torch.zeros_like(running), 0
             entry = {"step": step, "loss": loss, "bound": nll, "bound_se_rows": rows_error, "minutes": used}
             log.write(json.dumps(entry) + "\n")
             log.flush()
             say(f"step {step:,} | training loss {loss:.4f} | held-out bound {nll:.4f} ± {rows_error:.4f} nats a token"
                 f" | {duration(60 * used)}\n    {sample[:300]!r}")
-            counted = 0
             if nll < best:
                 best = nll
                 checkpoint.save(path["best"], checkpoint.snapshot(cfg, data.text, model, step, nll))
-        if step and step != written and (step % (cfg.save_interval or cfg.eval_interval) == 0 or done):
+        if save:
             checkpoint.save(path["last"], checkpoint.snapshot(
-                cfg, data.text, model, step, nll, best=best, minutes=used, scaler=scaler.state_dict(),
+                cfg, data.text, model, step, nll, best=best, minutes=used, running=running, counted=counted,
+                scaler=scaler.state_dict(),
                 optimizers=[optimizer.state_dict() for optimizer in optimizers]))
             written = step
         if done:
@@ -200,8 +221,9 @@ def train(cfg, state=None, quiet=False):
         scaler.scale(loss).backward()
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
-        if cfg.grad_clip:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
+        if scaler.is_enabled() and not norm.isfinite():
+            model.zero_grad()  # float16 overflowed somewhere: no optimizer steps
         scale = optim.lr_scale(cfg, step, progress)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
@@ -209,7 +231,7 @@ def train(cfg, state=None, quiet=False):
             scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
         scaler.update()
-        running += loss.detach()
+        running = running + loss.detach()
         step, counted = step + 1, counted + 1
         bar.update()
         if counted % 10 == 0:  # reading the loss waits for the GPU, so not at every step
@@ -221,7 +243,8 @@ def train(cfg, state=None, quiet=False):
     if previous:
         runtime.restore_signals(previous)
     if stop:
-        say(f"stopped at step {step:,}; go on with: python train.py --resume {path['last']}")
+        say(f"stopped at step {step:,}; " + (f"go on with: python train.py --resume {path['last']}" if step else
+                                             "nothing was done yet"))
         return {}
     return finish(cfg, data, device, dtype, step, used, path, say)
 
@@ -233,8 +256,7 @@ def finish(cfg, data, device, dtype, step, minutes, path, say):
         report = metrics.held_out(model, cfg, data, device)
     report |= {"name": cfg.name, "steps": step, "minutes": minutes,
                "tokens_per_second": step * cfg.batch_size * cfg.block_size / (60 * minutes) if minutes else None}
-    with open(path["metrics"], "w", encoding="utf-8") as file:
-        json.dump(report, file, indent=1)
+    runtime.write_json(path["metrics"], report)
     say(metrics.show(report))
     plots.loss_curves([path["log"]], path["plot"])
     say("wrote " + ", ".join(path.values()))
@@ -247,7 +269,7 @@ def main(argv):
     if "--help" in argv or "-h" in argv:
         return config.show_help(Config, __doc__)
     if "--list" in argv:
-        return config.show_list(diffusion.SAMPLERS)
+        return config.show_list(diffusion.SAMPLERS, diffusion.SCHEDULES)
     if any(word.split("=")[0] == "--resume" for word in argv):
         return train(*resumed_config(argv))
     cfg, why = config.load(argv)

@@ -4,7 +4,6 @@
     python scripts/evaluate.py --checkpoint artifacts/models/tales.best.pt --num_samples 200 --json report.json
 """
 import dataclasses
-import json
 import os
 import sys
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ class EvaluateConfig:
     json: str = field("", "write the report to this file too")
     sampler: str = field(SampleConfig.sampler, "rule that picks what to write next", "how")
     steps: int = field(None, "steps (default: one token a step)")
-    temperature: float = field(SampleConfig.temperature, "of the token distribution")
+    temperature: float = field(1.0, "of the token distribution")
     device: str = field("auto", "auto: cuda, else mps, else cpu", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = field("auto", "of matrix products", choices=("auto", "float32", "bfloat16", "float16"))
 
@@ -36,8 +35,7 @@ class EvaluateConfig:
         for name in ("num_samples", "rows", "steps"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.sampler not in diffusion.SAMPLERS:
-            raise UserError(f"there is no sampler {self.sampler}; known: {', '.join(diffusion.SAMPLERS)}")
+        config.check_name("sampler", self.sampler, diffusion.SAMPLERS)
 
 
 def sample_rows(model, text, cfg, options, device):
@@ -82,11 +80,7 @@ def main(argv):
             report |= judge_samples(model, text, cfg, data, options, state["step"], device)
     print(metrics.show(report))
     if options.json:
-        try:
-            with open(options.json, "w", encoding="utf-8") as file:
-                json.dump(report, file, indent=1)
-        except OSError as error:
-            raise UserError(f"cannot write {options.json}: {error}") from None
+        runtime.write_json(options.json, report)
 
 
 if __name__ == "__main__":

@@ -5,13 +5,11 @@ runs no code. Written beside the old file and then renamed, so that a crash at a
 """
 import dataclasses
 import os
-import pickle
-import zipfile
 
 import torch
 
 import config
-from config import Config, SampleConfig, UserError
+from config import Config, SampleConfig, UserError, reason
 from model import Transformer
 from utils import tokenizer
 
@@ -29,7 +27,7 @@ def save(path, state):
     except (OSError, RuntimeError) as error:  # torch's zip writer turns a failed write into RuntimeError
         if os.path.exists(temporary):
             os.remove(temporary)
-        raise UserError(f"cannot write {path}: {str(error).splitlines()[0]}; what was there before is untouched") \
+        raise UserError(f"cannot write {path}: {reason(error)}; what was there before is untouched") \
             from None
 
 
@@ -39,9 +37,9 @@ def read(path):
         raise UserError(f"there is no checkpoint {path}; train one with: python train.py")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is no checkpoint, or a damaged one: {str(error).splitlines()[0][:100]}") from None
-    if not isinstance(state, dict) or "version" not in state or "tokenizer" not in state:
+    except Exception as error:  # noqa: BLE001 - any file may be given, and the unpickler fails in many ways
+        raise UserError(f"{path} is no checkpoint, or a damaged one: {reason(error)}") from None
+    if not isinstance(state, dict) or not {"version", "config", "sample", "tokenizer", "step", "model"} <= set(state):
         raise UserError(f"{path} is no checkpoint of this program")
     if state["version"] != config.VERSION:
         raise UserError(f"{path} has format {state['version']}, this program reads {config.VERSION}")
@@ -59,9 +57,13 @@ def newest(folder, best=True):
     return candidate if best and os.path.exists(candidate) else path
 
 
-def unused_name(folder, name):
-    """`name`, or name-2, name-3, ...: the first that no run in `folder` has."""
-    taken = {f.removesuffix(".pt").removesuffix(".best") for f in os.listdir(folder)} if os.path.isdir(folder) else ()
+def unused_name(out_dir, name):
+    """`name`, or name-2, name-3, ...: the first that no run in out_dir has, finished or begun."""
+    taken = set()
+    for folder, ending in (("models", ".pt"), ("logs", ".jsonl")):
+        path = os.path.join(out_dir, folder)
+        files = os.listdir(path) if os.path.isdir(path) else []
+        taken |= {f.removesuffix(ending).removesuffix(".best") for f in files if f.endswith(ending)}
     number = 1
     while (candidate := name if number == 1 else f"{name}-{number}") in taken:
         number += 1
@@ -88,5 +90,5 @@ def restore(state, device, path="the checkpoint"):
         model = Transformer(cfg, text.vocab_size)
         model.load_state_dict(state["model"])
     except (KeyError, RuntimeError, TypeError) as error:
-        raise UserError(f"{path} does not fit this program: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path} does not fit this program: {reason(error)}") from None
     return model.to(device).eval(), text, cfg

@@ -2,7 +2,8 @@
 
 A prepared text file separates documents by a line that holds only `<|endoftext|>`. Documents stay whole: each goes to
 training or to the held-out part by a hash of its text, so the same document is never in both, and the tokenizer,
-which is trained on the training part only, never sees held-out text.
+which is trained on the training part only, never sees held-out text. (An alphabet of characters is that of the whole
+corpus, as is usual: it has nothing to learn from frequencies.)
 """
 import hashlib
 import os
@@ -14,7 +15,7 @@ from typing import Callable, NamedTuple
 import numpy as np
 import torch
 
-from config import UserError
+from config import UserError, reason
 from utils import tales, tokenizer
 from utils.runtime import generator
 
@@ -49,6 +50,8 @@ def read_documents(path, column="text"):
             documents = split_documents(open(path, encoding="utf-8").read())
         except UnicodeDecodeError as error:
             raise UserError(f"{path} is not UTF-8 text: {error}") from None
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error}") from None
     documents = [document for document in documents if document and not document.isspace()]
     if not documents:
         raise UserError(f"{path} is empty")
@@ -70,15 +73,19 @@ def stream_dataset(name, split="train", config=None, column="text", seed=None, s
             stream = stream.shuffle(seed=seed, buffer_size=shuffle_buffer)
         for row in stream:
             if column not in row:
-                raise UserError(f"{name} has no column {column}, but {', '.join(row)}: choose with --text-column")
+                raise UserError(f"{name} has no column {column}, but {', '.join(row)}; "
+                                "scripts/data.py chooses one with --text-column")
+            if row[column] is None:
+                continue
+            if not isinstance(row[column], str):
+                raise UserError(f"the column {column} of {name} holds {type(row[column]).__name__}, not text")
             yield row[column]
     except UserError:
         raise
     except Exception as error:  # noqa: BLE001 - `datasets` raises dozens of kinds, its own and its backends'
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
         if local:
-            raise UserError(f"{name} cannot be read: {reason}") from None
-        raise UserError(f"cannot stream {name} from the Hugging Face hub ({reason}); without a network give a local "
+            raise UserError(f"{name} cannot be read: {reason(error)}") from None
+        raise UserError(f"cannot stream {name} from the Hugging Face hub ({reason(error)}); without a network give a local "
                         "file: --dataset FILE.txt, .jsonl or .parquet, or --dataset tales") from None
 
 
@@ -145,7 +152,8 @@ def prepare(path):
 
 def split_documents(text):
     """The text of a prepared file -> its documents."""
-    return (text if text.startswith(tokenizer.END) else "\n" + text).split(f"\n{tokenizer.END}\n")
+    parts = re.split(rf"(?m)^{re.escape(tokenizer.END)}$", text)
+    return [part.removeprefix("\n" * (i > 0)).removesuffix("\n" * (i < len(parts) - 1)) for i, part in enumerate(parts)]
 
 
 def is_held_out(document):
@@ -179,11 +187,18 @@ def document_ids(documents, text):
 
 
 def document_rows(documents, text, block_size):
-    """(rows, block_size) long: `<|endoftext|>`, the document, `<|endoftext|>` to the end; a long one takes several."""
+    """(rows, block_size) long: `<|endoftext|>`, the document, `<|endoftext|>` to the end.
+
+    A document that is longer than the window takes several rows, each with an `<|endoftext|>` in front: every row
+    starts with one, which is what `diffusion.given_tokens` relies on.
+    """
+    if text.end is None:
+        raise UserError("rows=document needs a tokenizer with <|endoftext|>, and so a corpus of several documents "
+                        "(a line <|endoftext|> between them); or use --rows stream")
     rows = []
     for ids in text.encode(documents, "the corpus"):
-        ids = [text.end, *ids, text.end]
-        rows += [ids[i:i + block_size] for i in range(0, len(ids), block_size)]
+        pieces = [ids[i:i + block_size - 1] for i in range(0, len(ids), block_size - 1)]
+        rows += [[text.end, *piece] for piece in pieces]
     table = np.full((len(rows), block_size), text.end, dtype=np.int64)
     for row, ids in zip(table, rows):
         row[:len(ids)] = ids
@@ -204,8 +219,7 @@ def held_out_rows(documents, text, cfg):
 
 def row_lengths(rows, text):
     """(R, 2) characters and UTF-8 bytes that the rows stand for."""
-    texts = [text.decode(row) for row in rows.tolist()]
-    return torch.tensor([[len(t), len(t.encode())] for t in texts])
+    return torch.tensor([[len(text.decode(row)), text.num_bytes(row)] for row in rows.tolist()])
 
 
 # --- corpora ----------------------------------------------------------------------------------------------------
@@ -230,7 +244,8 @@ def tales_held_out(cfg):
 def tales_stories(cfg, step, held_out):
     """The fresh stories of a training step (list of str), none of them in the set `held_out`."""
     stories = tales.generate(f"train {cfg.seed} {step}", cfg.batch_size)
-    return [story if story not in held_out else stories[0] for story in stories]
+    fresh = [story for story in stories if story not in held_out]
+    return (fresh * len(stories))[: len(stories)]
 
 
 def load(cfg, text=None):
@@ -243,7 +258,7 @@ def load(cfg, text=None):
         rows = document_rows(held_out, text, cfg.block_size)
         if len(rows) != len(held_out):
             raise UserError(f"block_size={cfg.block_size} is shorter than a tale with tokenizer={cfg.tokenizer}; "
-                            "use at least 72 with bpe, 320 with char")
+                            "use at least 67 with bpe, 320 with char")
         batch = lambda step: document_rows(tales_stories(cfg, step, seen), text, cfg.block_size)
         return Corpus(batch, rows, text, 0, row_lengths(rows, text))
     if not os.path.exists(cfg.data):
@@ -254,10 +269,8 @@ def load(cfg, text=None):
         text = make_tokenizer(cfg, documents if cfg.tokenizer == "char" else train, documents=len(documents) > 1)
     rows = held_out_rows(held_out, text, cfg)
     if cfg.rows == "document":
-        if text.end is None:
-            raise UserError(f"rows=document needs a corpus of several documents; {cfg.data} is one: use --rows stream")
         pool = document_rows(train, text, cfg.block_size)
-        return Corpus(partial(pool_batch, pool, cfg), rows, text, pool.numel(), row_lengths(rows, text))
+        return Corpus(partial(pool_batch, pool, cfg), rows, text, int((pool != text.end).sum()), row_lengths(rows, text))
     ids = torch.from_numpy(np.fromiter((i for d in document_ids(train, text) for i in d), dtype=np.int32))
     if len(ids) < cfg.block_size:
         raise UserError(f"{cfg.data} has {len(ids)} training tokens, less than one window of "
@@ -274,4 +287,6 @@ def make_tokenizer(cfg, texts, documents):
     if cfg.tokenizer == tokenizer.DEFAULT and not os.path.exists(cfg.tokenizer):
         print(f"training the tokenizer {cfg.tokenizer} ({cfg.vocab_size:,} tokens)")
         tokenizer.save(tokenizer.train_bpe(texts, cfg.vocab_size), cfg.tokenizer)
-    return tokenizer.load(cfg.tokenizer)
+    text = tokenizer.load(cfg.tokenizer)
+    print(f"tokenizer {cfg.tokenizer}: {text.mask:,} tokens and MASK (--tokenizer bpe trains one for this run)")
+    return text

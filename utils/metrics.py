@@ -58,7 +58,7 @@ def longest_copies(rows, training):
         for n in middle[low < high].unique().tolist():
             here = ((low < high) & (middle == n)).nonzero()[:, 0]
             known = _run_hashes(training, n).flatten().unique()
-            found = torch.isin(_run_hashes(rows[here], n), known, assume_unique=False).any(1)
+            found = torch.isin(_run_hashes(rows[here], n), known).any(1)
             low[here[found]], high[here[~found]] = n, n - 1
     return low
 

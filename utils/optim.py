@@ -23,7 +23,7 @@ def orthogonalise(g, dtype, steps=5):
 
 class Muon(torch.optim.Optimizer):
     """torch.optim.Muon's update with all matrices of a shape orthogonalised at once, and in float32 where bfloat16 is
-    only emulated. Measured against torch.optim.Muon: see `scripts/bench.py train`. A test compares the two.
+    only emulated; `scripts/bench.py train` times the two, a test compares their steps.
 
     params are matrices; lr is scaled by sqrt(max(1, rows / columns)), momentum is Nesterov's.
     """
@@ -53,9 +53,9 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_add_(params, list(updates.unbind()), alpha=-group["lr"] * scale)
 
 
-def make_optimizers(model, cfg):
+def make_optimizers(model, cfg, muon=Muon):
     """List of optimizers. Muon (Jordan 2024) moves the block matrices, each step orthogonalised; AdamW moves
-    embeddings, head and vectors. Each group remembers its full learning rate in "peak"."""
+    embeddings, head and vectors. Each group remembers its full learning rate in "peak". bench.py gives another muon."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and name.startswith("blocks.")]
     if cfg.optimizer == "adamw":
         matrices = []
@@ -65,7 +65,7 @@ def make_optimizers(model, cfg):
     optimizers = [torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.lr, betas=(cfg.beta1, cfg.beta2),
                                     fused=True)]
     if matrices:
-        optimizers.append(Muon(matrices, lr=cfg.muon_lr, weight_decay=cfg.weight_decay))
+        optimizers.append(muon(matrices, lr=cfg.muon_lr, weight_decay=cfg.weight_decay))
     for group in (g for optimizer in optimizers for g in optimizer.param_groups):
         group["peak"] = group["lr"]
     return optimizers

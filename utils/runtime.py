@@ -1,5 +1,6 @@
 """Where and how a run computes: device, number format, compilation, seeds."""
 import contextlib
+import copy
 import hashlib
 import json
 import os
@@ -7,7 +8,7 @@ import signal
 
 import torch
 
-from config import UserError
+from config import UserError, reason
 
 
 def generator(*key):
@@ -60,24 +61,28 @@ def peak_memory(device):
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-COMPILE_PAYS = 600  # seconds of eager CPU training: compiling takes about a minute and gains a factor of 1.5
+COMPILE_PAYS = 300  # seconds of eager CPU training: compiling takes half a minute and gains a factor of 1.5
 
 
-def maybe_compile(model, cfg, device, seconds):
-    """torch.compile'd `model`, or `model` itself where that does not pay; `seconds` is how long the run would take.
+def maybe_compile(model, cfg, device, seconds, try_out):
+    """`model` with compiled blocks, sharing its weights, or `model` itself where compiling does not pay.
 
-    auto: on CUDA, and for a CPU run that earns the compilation back. Without a working compiler: eager, and a line.
+    seconds is how long the run would take without; try_out(model) runs a training pass, in which the compilation
+    happens. auto: on CUDA, and for a CPU run that earns the compilation back. Only the blocks are compiled: one compilation serves all of them, and the number of masked positions, which
+    changes every step, stays outside. Without a working compiler: eager, and a line.
     """
     wanted = cfg.compile == "on" or cfg.compile == "auto" and (
         device.type == "cuda" or device.type == "cpu" and seconds > COMPILE_PAYS)
     if not wanted:
         return model
-    compiled = torch.compile(model)
-    ids = torch.zeros(2, cfg.block_size, dtype=torch.long, device=device)
+    compiled = copy.copy(model)
+    compiled._modules = dict(model._modules)
+    compiled.blocks = torch.nn.ModuleList(torch.compile(block) for block in model.blocks)
     try:
-        compiled(ids, torch.ones(2, device=device), select=torch.arange(2, device=device))
+        try_out(compiled)
     except Exception as error:  # noqa: BLE001 - whatever the compiler lacks (Triton, g++, headers), eager works
-        print(f"torch.compile does not work here ({str(error).splitlines()[0][:100]}); going on without it")
+        model.zero_grad()  # of the pass that failed
+        print(f"torch.compile does not work here ({reason(error)}); going on without it")
         torch._dynamo.reset()
         return model
     return compiled
@@ -106,11 +111,35 @@ def open_log(path, step):
     """The JSONL log at `path`, open for appending, without entries after `step` (a resumed run writes them anew)."""
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
+        if not step:
+            return open(path, "x", encoding="utf-8")
         kept = []
-        if step and os.path.exists(path):
-            kept = [line for line in open(path, encoding="utf-8") if json.loads(line)["step"] <= step]
+        for line in open(path, encoding="utf-8") if os.path.exists(path) else ():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except ValueError:  # a line that a crash cut off
+                pass
         file = open(path, "w", encoding="utf-8")
         file.writelines(kept)
         return file
+    except FileExistsError:
+        raise UserError(f"{path} exists: another run of this name has just begun; start again, or give a --name") from None
     except OSError as error:
         raise UserError(f"cannot write {path}: {error}") from None
+
+
+def write_json(path, data):
+    """Write `data` as JSON; an unwritable path is a UserError."""
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(data, file, indent=1)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error}") from None
+
+
+def synchronise(device):
+    """Wait for what the device still computes, before reading the clock."""
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()

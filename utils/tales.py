@@ -55,8 +55,8 @@ OPENING = ["Once upon a time, a {trait} {kind} named {name} lived {place}.",
            "{name} was a {trait} young {kind} who had a happy home {place}.",
            "{Place}, long ago, there lived a {trait} {kind} named {name}."]
 
-# Sentences that may stand in the same place are equally long in words and punctuation marks. A network that sees a
-# few words of a story then knows which sentence they belong to, which halves what it takes to learn the corpus.
+# Sentences that may stand in the same place are equally long in words and punctuation marks, and so are all stories:
+# a network that sees a few words then knows which sentence they belong to, and minutes of training are enough.
 PLOTS = {
     "lost": [
         OPENING,
@@ -66,15 +66,15 @@ PLOTS = {
          "But one {weather} {time} {he} lost the {object}, and felt {feeling}."],
         ["A {manner} {helper} came along and soon found the {object} {spot}.",
          '"I saw your {object} {spot}!" said a {manner} {helper}.'],
-        ["{name} hugged the {helper} and was not {feeling} any more.",
-         "{name} thanked the {helper}, and they shared a {food}."],
+        ["So {name} hugged the good {helper} and was not {feeling} any more.",
+         "{name} thanked the {helper}, and the two friends shared a {food}."],
     ],
     "wish": [
         OPENING,
         ["{He} wished for a {colour} {object} of {his} own.",
          "More than anything else {he} wanted a {colour} {object}."],
-        ["But {name} had no money and felt {feeling}.",
-         "{name} looked for one everywhere and felt {feeling}."],
+        ["But {name} had no money, and felt {feeling}.",
+         "{name} looked for one everywhere, and felt {feeling}."],
         ["One {weather} {time} {he} helped a {manner} {helper} who was stuck {spot}.",
          "One {weather} {time} {he} sat down and shared {his} {food} with a {manner} {helper}."],
         ["The {helper} gave {him} a {colour} {object}, and nobody was {feeling} any more.",
@@ -86,8 +86,8 @@ PLOTS = {
          "{He} kept {his} {colour} {object} in a box."],
         ["One {weather} {time} a {manner} {helper} asked for the {object}, but {name} said no.",
          "One {weather} {time} a {manner} {helper} wanted to play too, but {name} ran away."],
-        ["The {helper} went home and felt {feeling}.",
-         "Soon {name} was alone and felt {feeling}."],
+        ["The {helper} went slowly home and felt {feeling}.",
+         "Soon {name} was all alone and felt {feeling}."],
         ["So {name} took the {object} to the {helper}, and they played {place}.",
          "In the end {he} gladly shared the {object}, and nobody was {feeling} any more."],
     ],
@@ -106,8 +106,8 @@ PLOTS = {
         OPENING,
         ["One {weather} {time} a {manner} {helper} had a party.",
          "And then came the birthday of a {manner} {helper}."],
-        ["But {name} had no gift to bring along and felt {feeling}.",
-         '"No gift!" said {name}, and {he} felt {feeling}.'],
+        ["But {name} had no gift to bring along, and felt {feeling}.",
+         '"No gift!" said {name}, and {he} felt very {feeling}.'],
         ["So {he} made a new {colour} {object} all by {him}self.",
          "So {he} found {his} old {object} and painted it {colour}."],
         ["The {helper} loved the {colour} {object}, and all day they danced {place}.",

@@ -38,11 +38,24 @@ class Text:
                     shown = " ".join(repr(c) for c in sorted(unknown)[:8])
                     raise UserError(f"{what} has characters that the vocabulary of this model lacks: {shown}; "
                                     f"it knows {''.join(sorted(self._characters))!r}")
-        return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        try:
+            return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        except (TypeError, UnicodeEncodeError):
+            raise UserError(f"{what} is not valid Unicode text") from None
 
     def decode(self, ids):
         """Real ids (list of int) -> str; `<|endoftext|>` reads as nothing."""
         return self.tokenizer.decode([i for i in ids if i != self.end], skip_special_tokens=False)
+
+    def num_bytes(self, ids):
+        """UTF-8 bytes that the ids stand for; exact also where a window cuts a character in two."""
+        return sum(len(raw) for raw in map(self._bytes, ids))
+
+    def _bytes(self, i):
+        if i in (self.mask, self.end):
+            return b""
+        token = self.tokenizer.id_to_token(i)
+        return token.encode() if self.is_char else bytes(_BYTE[c] for c in token)
 
     def pieces(self, ids):
         """One str per id, together the text: for pictures in which every token has its place.
@@ -50,10 +63,7 @@ class Text:
         A BPE token may end inside a character of several bytes: the character then belongs to its first token, and
         what never becomes a character (a MASK stands in between) is shown as \\x... . MASK and `<|endoftext|>` are "".
         """
-        if self.is_char:
-            return ["" if i in (self.mask, self.end) else self.tokenizer.id_to_token(i) for i in ids]
-        raw = [b"" if i in (self.mask, self.end) else bytes(_BYTE[c] for c in self.tokenizer.id_to_token(i))
-               for i in ids]
+        raw = list(map(self._bytes, ids))
         out, position = [""] * len(ids), 0
         while position < len(ids):
             text, end = raw[position], position + 1

@@ -5,6 +5,7 @@ are told apart by shape as well as by colour (Okabe-Ito's colours, which colour-
 a hidden token is a hollow box, a fresh one bold on a filled box, a re-masked one a crossed box, the given text is
 underlined, the rest is plain.
 """
+import contextlib
 import functools
 import math
 import os
@@ -83,26 +84,26 @@ def printable(piece):
 
 
 class Layout(NamedTuple):
-    places: list   # (page, line, column) of each token
+    places: list   # (line, column) of each token, over all pages
     cells: list    # characters that each token takes, over all frames
+    columns: int   # characters in a line
+    lines: int     # lines on a page
     pages: int
-    lines: int     # on a page
     size: int      # font size in pixels
 
 
-def _place(cells, breaks, columns):
-    """(line, column) of each token in lines of `columns` cells; a token stays whole where it fits on a line.
+def _place(cells, pieces, columns):
+    """(line, column) of each token; one that does not fit on the line goes to the next, whole unless longer than it.
 
-    Tokens that are longer than a line wrap inside: `_draw_token` continues on the next line.
+    The space that a wrapped word begins with hangs in the margin (column -1), so that lines start flush.
     """
     places, line, column = [], 0, 0
-    for width, line_ends in zip(cells, breaks):
-        if column and column + width > columns:
-            line, column = line + 1, 0
+    for width, piece in zip(cells, pieces):
+        if column > 0 and column + width > columns:
+            line, column = line + 1, -1 if piece.startswith(" ") else 0
         places.append((line, column))
-        column += width
-        line, column = line + column // columns * (column > columns), column % columns if column > columns else column
-        if line_ends:
+        line, column = line + (column + width - 1) // columns, (column + width - 1) % columns + 1
+        if piece.endswith("\n"):
             line, column = line + 1, 0
     return places
 
@@ -113,16 +114,14 @@ def layout(pieces_of_frames):
     A token's room is the widest that it is in any frame, at least one cell, so that nothing moves.
     """
     cells = [max(1, *(len(printable(piece)) for piece in column)) for column in zip(*pieces_of_frames)]
-    breaks = [piece.endswith("\n") for piece in pieces_of_frames[-1]]
     for size in (36, 32, 28, 24, 22, 20):
         columns = int((WIDTH - 2 * MARGIN) / font(size).getlength("m"))
         lines = int((TEXT_BOTTOM - TEXT_TOP) / (1.5 * size))
-        places = _place(cells, breaks, columns)
-        used = places[-1][0] + 1
+        places = _place(cells, pieces_of_frames[-1], columns)
+        used = places[-1][0] + 1 + (cells[-1] - 1) // columns
         if used <= lines:
             break
-    return Layout([(line // lines, line % lines, column) for line, column in places], cells,
-                  math.ceil(used / lines), lines, size)
+    return Layout(places, cells, columns, lines, math.ceil(used / lines), size)
 
 
 # --- drawing ----------------------------------------------------------------------------------------------------
@@ -137,20 +136,26 @@ def draw(frame, pieces, plan, page, given, counts, number, title):
     image = Image.new("RGB", (WIDTH, HEIGHT), PAPER)
     pen = ImageDraw.Draw(image)
     cell, line_height = font(plan.size).getlength("m"), 1.5 * plan.size
-    for i, (piece, (on_page, line, column)) in enumerate(zip(pieces, plan.places)):
-        if on_page == page:
-            x, y = MARGIN + column * cell, TEXT_TOP + line * line_height
-            box = (x + 1, y + 1, x + max(plan.cells[i] * cell - 2, 4), y + 1.25 * plan.size)
-            _draw_token(pen, piece, box, plan, given[i], frame.fresh[i], frame.remasked[i])
+    for i, (piece, (first, column)) in enumerate(zip(pieces, plan.places)):
+        text = None if piece is None else printable(piece).ljust(plan.cells[i])
+        for part in range(0, plan.cells[i], plan.columns):  # one, unless the token is longer than a line
+            line = first + part // plan.columns
+            if line // plan.lines == page:
+                x, y = MARGIN + column * cell, TEXT_TOP + line % plan.lines * line_height
+                width = min(plan.cells[i] - part, plan.columns) * cell
+                box = (x + 1, y + 1, x + max(width - 2, 4), y + 1.25 * plan.size)
+                shown = text and text[part:part + plan.columns].rstrip()
+                _draw_token(pen, shown, box, plan.size, given[i], frame.fresh[i], frame.remasked[i])
     _draw_header(pen, title, frame, counts, number, page, plan.pages)
     _draw_timeline(pen, counts, number)
     _draw_legend(pen, any(given))
     return image
 
 
-def _draw_token(pen, piece, box, plan, given, fresh, remasked):
+def _draw_token(pen, text, box, size, given, fresh, remasked):
+    """A token's text in its box (x0, y0, x1, y1), in the style of its state; None is a MASK."""
     x0, y0, x1, y1 = box
-    if piece is None:  # a MASK
+    if text is None:
         pen.rounded_rectangle((x0, y0 + 3, x1, y1 - 1), 4, outline=REMASKED if remasked else FAINT,
                               width=2 if remasked else 1)
         if remasked:
@@ -158,9 +163,8 @@ def _draw_token(pen, piece, box, plan, given, fresh, remasked):
         return
     if fresh:
         pen.rounded_rectangle(box, 4, fill=FRESH)
-    text = printable(piece)
-    mark = not text.strip("↵→")
-    pen.text((x0 - 1, y0), text, font=font(plan.size, "-Bold" if fresh else ""),
+    mark = not text.strip("↵→¶")  # a line break or an end of text, not something to read
+    pen.text((x0 - 1, y0), text, font=font(size, "-Bold" if fresh else ""),
              fill=INK if fresh else FAINT if mark else GIVEN if given else INK)
     if given and not mark:
         pen.line((x0, y1, x1, y1), fill=GIVEN, width=1)
@@ -191,9 +195,8 @@ def _draw_legend(pen, prompted):
     marks = [("hidden", None, False, False, False), ("fresh", "a", False, True, False),
              ("settled", "a", False, False, False), ("masked again", None, False, False, True)]
     marks += [("given", "a", True, False, False)] if prompted else []
-    plan = Layout([], [], 1, 1, size)
-    for name, piece, given, fresh, remasked in marks:
-        _draw_token(pen, piece, (x, y, x + 12, y + 20), plan, given, fresh, remasked)
+    for name, text, given, fresh, remasked in marks:
+        _draw_token(pen, text, (x, y, x + 12, y + 20), size, given, fresh, remasked)
         pen.text((x + 20, y), name, font=font(size), fill=INK)
         x += 20 + font(size).getlength(name) + 28
     pen.text((WIDTH - MARGIN, y), "masks over the evaluations", font=font(size), fill=INK, anchor="ra")
@@ -210,11 +213,11 @@ def pictures(frames, text, title):
                          for i, piece in zip(ids, text.pieces(ids))]
     pieces = [shown(frame.ids) for frame in frames]
     plan = layout([[piece or "" for piece in column] for column in pieces])
-    given = [i != mask for i in frames[0].ids]
+    given = [i not in (mask, text.end) for i in frames[0].ids]
     counts = [frame.ids.count(mask) for frame in frames]
     page = 0
     for number, frame in enumerate(frames):
-        on_pages = [place[0] for place, fresh in zip(plan.places, frame.fresh) if fresh]
+        on_pages = [line // plan.lines for (line, _), fresh in zip(plan.places, frame.fresh) if fresh]
         if on_pages and page not in on_pages:
             page = on_pages[0]
         last = number == len(frames) - 1
@@ -229,9 +232,8 @@ def pictures(frames, text, title):
 def write_mp4(path, images, frame_ms):
     """H.264, yuv420p: what browsers and QuickTime play. `images` as `pictures` yields them."""
     import av
-    _make_folder(path)
     try:
-        with av.open(path, "w", options={"movflags": "faststart"}) as container:
+        with _replacing(path) as file, av.open(file, "w", "mp4", options={"movflags": "faststart"}) as container:
             stream = container.add_stream("libx264", rate=Fraction(1000, frame_ms))
             stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
             stream.options = {"crf": "20", "preset": "veryfast"}
@@ -240,7 +242,7 @@ def write_mp4(path, images, frame_ms):
                 for _ in range(max(1, round((seconds or 0) * 1000 / frame_ms))):
                     container.mux(stream.encode(frame))
             container.mux(stream.encode())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, av.error.FFmpegError) as error:
         raise UserError(f"cannot write the video {path}: {error}") from None
 
 
@@ -250,15 +252,32 @@ def write_gif(path, images, frame_ms):
     for image, seconds in images:
         small.append(image.resize((WIDTH // 2, HEIGHT // 2), Image.LANCZOS).quantize(32))
         times.append(frame_ms if seconds is None else int(1000 * seconds))
-    _make_folder(path)
     try:
-        small[0].save(path, save_all=True, append_images=small[1:], duration=times, loop=0)
+        with _replacing(path) as file:
+            small[0].save(file, "GIF", save_all=True, append_images=small[1:], duration=times, loop=0)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot write the GIF {path}: {error}") from None
 
 
-def _make_folder(path):
+def check(path, ending):
+    """Complain now if a picture file cannot be written at `path`."""
+    if not path.endswith(ending):
+        raise UserError(f"cannot write {path}: its name must end in {ending}")
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error}") from None
+    if not os.access(os.path.dirname(path) or ".", os.W_OK) or os.path.isdir(path):
+        raise UserError(f"cannot write {path}: the folder is not writable, or this is a folder")
+
+
+@contextlib.contextmanager
+def _replacing(path):
+    """A name to write to, which takes the place of `path` once all is written: what was there stays if that fails."""
+    temporary = f"{path}.tmp"
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)

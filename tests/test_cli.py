@@ -1,0 +1,471 @@
+"""What users type, in process: train, resume, prompt, video, and every mistake that gets one line and exit code 2."""
+import dataclasses
+import json
+import os
+import signal
+import sys
+
+import pytest
+import torch
+
+import config
+import diffusion
+import inference
+import train
+from config import Config, SampleConfig, UserError
+from scripts import data as data_script
+from scripts import evaluate, train_tokenizer
+from utils import checkpoint, corpus, tales
+
+TINY = ("--n_layer 1 --n_head 2 --n_embd 16 --batch_size 4 --max_iters 6 --eval_interval 3 --eval_rows 4 "
+        "--final_rows 4 --final_masks 2 --compile off --device cpu").split()
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def run(main, words, monkeypatch, capsys):
+    """(exit code, stdout, stderr) of a script's main with a command line (str or list)."""
+    monkeypatch.setattr(sys, "argv", ["script", *(words.split() if isinstance(words, str) else words)])
+    code = 0
+    try:
+        config.run(main)
+    except SystemExit as end:
+        code = end.code
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.fixture(scope="module")
+def tales_run(tmp_path_factory):
+    """A finished tiny run on tales; tests only read it."""
+    folder = tmp_path_factory.mktemp("tales")
+    train.train(dataclasses.replace(config.load(["tales", *TINY, "--out_dir", str(folder)])[0]), quiet=True)
+    return folder
+
+
+# --- config -----------------------------------------------------------------------------------------------------
+
+
+def test_flags_and_presets():
+    cfg, _ = config.load("shakespeare --n-layer 3 --lr=1e-3 --tie_embeddings --max_minutes 2".split())
+    assert (cfg.n_layer, cfg.lr, cfg.tie_embeddings, cfg.tokenizer, cfg.name) == (3, 1e-3, True, "char", "shakespeare")
+    assert cfg.max_iters == 0 and cfg.max_minutes == 2, "a time replaces the preset's number of steps"
+    assert config.load("tales --max_minutes 2 --max_iters 7".split())[0].max_iters == 7
+    assert config.load(["tales", "--tie_embeddings", "false"])[0].tie_embeddings is False
+    for name in config.PRESETS:
+        assert config.load([name])[0].name == name
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        cfg.n_layer = 4
+
+
+def test_the_default_preset_is_stories_once_they_are_prepared():
+    cfg, why = config.load([])
+    assert cfg.name == "tales" and "no data/stories.txt" in why
+    os.makedirs("data")
+    open("data/stories.txt", "w").write("x")
+    cfg, why = config.load([])
+    assert cfg.name == "stories" and "has been prepared" in why
+
+
+def test_an_experiment_file_is_a_preset():
+    open("mine.py", "w").write('config = {"preset": "shakespeare", "n_layer": 2, "dropout": 0.2}')
+    cfg, _ = config.load(["mine.py", "--n_head", "4"])
+    assert (cfg.name, cfg.n_layer, cfg.dropout, cfg.n_head, cfg.tokenizer) == ("mine", 2, 0.2, 4, "char")
+    open("typo.py", "w").write('config = {"n_layers": 2}')
+    with pytest.raises(UserError, match="did you mean n_layer"):
+        config.load(["typo.py"])
+
+
+@pytest.mark.parametrize("words, message", (
+    ("tale", "did you mean tales"), ("tales shakespeare", "one preset at a time"), ("--n_layrs 3", "did you mean n_layer"),
+    ("--n_layer three", "expected a whole number"), ("--lr fast", "expected a number"), ("--n_layer", "needs a value"),
+    ("--tie_embeddings maybe", "expected true or false"), ("--init warm", "not one of zero, normal"), ("--n_head 5 --n_embd 384", "n_head=5"),
+    ("--diffusion_steps 100", "corruption=count"), ("--time_conditioning table", "diffusion_steps=0"),
+    ("--batch_size 0", "batch_size=0"), ("--dropout 1.5", "dropout=1.5"), ("--max_iters 0", "max_minutes=0"),
+    ("missing.py", "there is no file missing.py"), ("--schedule cosine", "there is no schedule cosine"), ("--data none.txt", "there is no file"),
+    ("--resume none.pt", "there is no checkpoint"), ("--resume auto", "there is no checkpoint"),
+    ("--init_from none.pt", "there is no checkpoint"), ("--device cuda", "device=cuda"),
+    ("--name a/b", "must not be a path"), ("--beta1 2", "beta1=2.0"), ("--seed 99999999999999999999", "seed="),
+    ("--max_minutes nan", "expected a number"), ("tales --rows stream", "data=tales with rows=stream"),
+    ("--rows document --tokenizer char", "corpus of several documents"), ("broken.py", "does not run"), ("number.py", "does not define"),
+    ("text.py", "must be of type int"), ("--tokenizer none.json", "there is no tokenizer"), ("--vocab_size 100", "too small")))
+def test_mistakes_in_training(words, message, monkeypatch, capsys):
+    if message == "device=cuda" and torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    open("some.txt", "w").write("to be or not to be " * 200)
+    open("broken.py", "w").write("config = {")
+    open("number.py", "w").write("config = 3")
+    open("text.py", "w").write('config = {"n_layer": "3"}')
+    base = [] if words.split()[0][0] != "-" or words.startswith("--resume") else ["--data", "some.txt"]
+    code, out, err = run(train.main, base + words.split(), monkeypatch, capsys)
+    assert code == 2 and message in err, (code, err)
+    assert len(err.strip().splitlines()) == 1 and "Traceback" not in err
+    assert not os.path.exists("artifacts/models")
+
+
+@pytest.mark.parametrize("words, message", (
+    ("--gen-len 0", "gen_len=0"), ("--gen_len -3", "gen_len=-3"), ("--gen_len 500", "67 tokens"), ("--sampler best", "there is no sampler"),
+    ("--sampler confidense", "did you mean confidence"), ("--temperature hot", "expected a number"), ("--top_p 0", "top_p=0"),
+    ("--checkpoint none.pt", "there is no checkpoint"), ("--checkpoint bad.pt", "no checkpoint"), ("--promt x", "did you mean prompt"),
+    ("--checkpoint romeo.pt", "no checkpoint"), ("--checkpoint half.pt", "no checkpoint"), ("--temperature nan", "expected a number"),
+    ("--seed -1", "seed=-1"), ("--viz-video x.webm", "must end in .mp4"), ("--viz-gif x.jpg", "must end in .gif"),
+    ("--schedule linaer", "did you mean linear"), ("hello", "--prompt"), ("--num_samples 0", "num_samples=0"), ("--steps 0", "steps=0"),
+    ("--gen_len 5 --viz-video blocked/x.mp4", "cannot write"), ("--gen_len 5 --viz-gif blocked/x.gif", "cannot write")))
+def test_mistakes_in_inference(words, message, tales_run, monkeypatch, capsys):
+    open("bad.pt", "w").write("this is no checkpoint")
+    open("romeo.pt", "w").write("Romeo, wherefore art thou?")
+    torch.save({"version": 1, "tokenizer": "x"}, "half.pt")
+    open("blocked", "w").write("a file, not a folder")
+    words = words.split()
+    if "--checkpoint" not in words:
+        words += ["--checkpoint", str(tales_run / "models" / "tales.best.pt")]
+    code, out, err = run(inference.main, words, monkeypatch, capsys)
+    last = err.strip().splitlines()[-1]
+    assert code == 2 and message in last and "Traceback" not in err, (code, err)
+
+
+def test_a_long_prompt_and_no_checkpoint_at_all(tales_run, monkeypatch, capsys):
+    code, _, err = run(inference.main, [], monkeypatch, capsys)
+    assert code == 2 and "python train.py" in err
+    code, _, err = run(inference.main, ["--prompt", "word " * 100, "--checkpoint",
+                                        str(tales_run / "models" / "tales.best.pt")], monkeypatch, capsys)
+    assert code == 2 and "shorten the prompt" in err
+
+
+def test_help_and_list(monkeypatch, capsys):
+    for main, kind in ((train.main, Config), (inference.main, SampleConfig)):
+        code, out, _ = run(main, "--help", monkeypatch, capsys)
+        assert code == 0 and all(f"--{f.name}" in out for f in dataclasses.fields(kind))
+        code, out, _ = run(main, "--list", monkeypatch, capsys)
+        assert all(name in out for name in [*config.PRESETS, *diffusion.SAMPLERS])
+    for main in (data_script.main, train_tokenizer.main, evaluate.main):
+        code, out, _ = run(main, "--help", monkeypatch, capsys)
+        assert code == 0 and "--" in out
+
+
+# --- training ---------------------------------------------------------------------------------------------------
+
+
+def weights(path):
+    return checkpoint.read(str(path))["model"]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def settings(**changes):
+    cfg, _ = config.load(["tales", *TINY])
+    return dataclasses.replace(cfg, **changes)
+
+
+def test_a_run_writes_what_it_says(tales_run):
+    assert sorted(os.listdir(tales_run / "models")) == ["tales.best.pt", "tales.pt"]
+    entries = [json.loads(line) for line in open(tales_run / "logs" / "tales.jsonl")]
+    assert [entry["step"] for entry in entries] == [3, 6]
+    report = json.load(open(tales_run / "logs" / "tales.json"))
+    assert report["steps"] == 6 and report["bound_nats_per_story"] > report["exact_nats_per_story"] > 25
+    assert (tales_run / "plots" / "tales.loss.png").stat().st_size > 10_000
+    best = checkpoint.read(str(tales_run / "models" / "tales.best.pt"))
+    assert "optimizers" not in best and best["nll"] == min(entry["bound"] for entry in entries)
+
+
+def test_evaluating_more_often_changes_nothing():
+    train.train(settings(eval_interval=6, name="a"), quiet=True)
+    train.train(settings(eval_interval=1, name="b", dropout=0.0), quiet=True)
+    assert same(weights("artifacts/models/a.pt"), weights("artifacts/models/b.pt"))
+
+
+@pytest.mark.parametrize("optimizer", ("muon", "adamw"))
+def test_a_resumed_run_is_the_same_run(optimizer):
+    whole = settings(name="whole", optimizer=optimizer, dropout=0.1, short_rows=0.5)
+    train.train(whole, quiet=True)
+    # the same run, ended by a crash after step 3: its last checkpoint is that of step 3
+    state = None
+
+    class Crash(Exception):
+        pass
+
+    def crash_after(path, data):
+        save(path, data)
+        if path.endswith("parts.pt") and data["step"] == 3:
+            raise Crash
+    save, checkpoint.save = checkpoint.save, crash_after
+    try:
+        with pytest.raises(Crash):
+            train.train(dataclasses.replace(whole, name="parts"), quiet=True)
+    finally:
+        checkpoint.save = save
+    state = checkpoint.read("artifacts/models/parts.pt")
+    assert state["step"] == 3
+    cfg, state = train.resumed_config(["--resume", "artifacts/models/parts.pt"])
+    train.train(cfg, state, quiet=True)
+    assert same(weights("artifacts/models/whole.pt"), weights("artifacts/models/parts.pt"))
+    logs = [[{k: v for k, v in json.loads(line).items() if k != "minutes"} for line in open(f"artifacts/logs/{n}.jsonl")]
+            for n in ("whole", "parts")]
+    assert logs[0] == logs[1]
+
+
+def test_resume_by_command_line(monkeypatch, capsys):
+    run(train.main, ["tales", *TINY], monkeypatch, capsys)
+    code, out, err = run(train.main, "--resume auto --max_iters 9 --lr 0.001", monkeypatch, capsys)
+    assert code == 0 and "resuming tales at step 6, with max_iters 6 -> 9, lr 0.004 -> 0.001" in out
+    assert checkpoint.read("artifacts/models/tales.pt")["step"] == 9
+    for words, message in (("--n_layer 2", "cannot change"), ("tales", "leave out tales"), ("--max_iters 9", "is finished")):
+        code, _, err = run(train.main, ["--resume", "auto", *words.split()], monkeypatch, capsys)
+        assert code == 2 and message in err
+    code, _, err = run(train.main, "--resume artifacts/models/tales.best.pt", monkeypatch, capsys)
+    assert code == 2 and "weights only" in err
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(monkeypatch, capsys):
+    batches = []
+
+    def batch_and_interrupt(load=corpus.load):
+        def loading(*args):
+            data = load(*args)
+
+            def batch(step):
+                batches.append(step)
+                if step == 2 and batches.count(2) == 1:
+                    os.kill(os.getpid(), signal.SIGINT)
+                return data.batch(step)
+            return data._replace(batch=batch)
+        return loading
+    monkeypatch.setattr(corpus, "load", batch_and_interrupt())
+    code, out, _ = run(train.main, ["tales", *TINY], monkeypatch, capsys)
+    assert code == 0 and "stopped at step 3; go on with: python train.py --resume artifacts/models/tales.pt" in out
+    assert checkpoint.read("artifacts/models/tales.pt")["step"] == 3
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_checkpoint_is_saved_only_while_the_loss_is_finite():
+    """Also where it is saved more often than evaluated."""
+    with pytest.raises(UserError, match="not finite at step 4"):
+        train.train(settings(lr=1e30, grad_clip=0.0, muon_lr=1e30, save_interval=2, eval_interval=6), quiet=True)
+    assert os.listdir("artifacts/models") == ["tales.pt"] and checkpoint.read("artifacts/models/tales.pt")["step"] == 2
+
+
+def test_resume_goes_on_where_the_checkpoint_lies(monkeypatch, capsys):
+    """A run of the same name elsewhere is left alone."""
+    train.train(settings(), quiet=True)
+    os.makedirs("friend/models")
+    os.rename("artifacts/models/tales.pt", "friend/models/renamed.pt")
+    best = open("artifacts/models/tales.best.pt", "rb").read()
+    code, out, err = run(train.main, "--resume friend/models/renamed.pt --max_iters 9", monkeypatch, capsys)
+    assert code == 0, err
+    assert sorted(os.listdir("friend/models")) == ["renamed.best.pt", "renamed.pt"]
+    assert os.listdir("artifacts/models") == ["tales.best.pt"]
+    assert open("artifacts/models/tales.best.pt", "rb").read() == best
+    os.rename("friend/models/renamed.pt", "lost.pt")
+    code, _, err = run(train.main, "--resume lost.pt --max_iters 12", monkeypatch, capsys)
+    assert code == 2 and "not in a folder models/" in err
+
+
+def test_a_run_that_has_begun_keeps_its_name():
+    os.makedirs("artifacts/logs")
+    open("artifacts/logs/tales.jsonl", "w").close()
+    train.train(settings(), quiet=True)
+    assert os.path.exists("artifacts/models/tales-2.pt") and os.path.getsize("artifacts/logs/tales.jsonl") == 0
+
+
+def test_the_checkpoint_says_what_auto_meant():
+    train.train(settings(device="auto", dtype="auto", compile="auto"), quiet=True)
+    stored = checkpoint.read("artifacts/models/tales.pt")["config"]
+    assert "auto" not in (stored["device"], stored["dtype"], stored["compile"])
+
+
+def test_compiling_that_fails_falls_back_to_eager(monkeypatch, capsys):
+    def broken(*_, **__):
+        def fail(*_, **__):
+            raise RuntimeError("no C++ compiler found")
+        module = torch.nn.Identity()
+        module.forward = fail
+        return module
+    monkeypatch.setattr(torch, "compile", broken)
+    train.train(settings(compile="on", name="a"), quiet=True)
+    assert "no C++ compiler found); going on without it" in capsys.readouterr().out
+    train.train(settings(compile="off", name="b"), quiet=True)
+    assert same(weights("artifacts/models/a.pt"), weights("artifacts/models/b.pt"))
+
+
+def test_own_text_in_one_command(monkeypatch, capsys):
+    open("my.txt", "w").write("To be, or not to be: that is the question.\n" * 100)
+    code, out, err = run(train.main, ["--data", "my.txt", "--tokenizer", "char", "--block_size", "32", *TINY], monkeypatch, capsys)
+    assert code == 0 and "your own data" in out, err
+    assert os.path.exists("artifacts/models/my.best.pt")
+    code, out, _ = run(inference.main, ["--prompt", "To be", "--gen-len", "10"], monkeypatch, capsys)
+    assert code == 0 and out.startswith("To be") and len(out.rstrip("\n")) <= 15
+
+
+def test_an_existing_run_is_never_overwritten():
+    train.train(settings(), quiet=True)
+    before = open("artifacts/models/tales.pt", "rb").read()
+    train.train(settings(seed=2), quiet=True)
+    assert open("artifacts/models/tales.pt", "rb").read() == before
+    assert {"tales-2.pt", "tales-2.best.pt"} <= set(os.listdir("artifacts/models"))
+    assert checkpoint.newest("artifacts/models").endswith("tales-2.best.pt")
+
+
+def test_init_from_starts_a_new_run_from_the_weights():
+    train.train(settings(), quiet=True)
+    train.train(settings(name="tuned", init_from="artifacts/models/tales.best.pt", max_iters=1, lr=0.0, muon_lr=0.0),
+                quiet=True)
+    assert same(weights("artifacts/models/tales.best.pt"), weights("artifacts/models/tuned.pt"))
+    with pytest.raises(UserError, match="another shape"):
+        train.train(settings(init_from="artifacts/models/tales.best.pt", n_embd=32), quiet=True)
+
+
+def test_a_loss_that_is_not_finite_is_never_saved():
+    with pytest.raises(UserError, match="not finite at step 3"):
+        train.train(settings(lr=1e30, grad_clip=0.0, muon_lr=1e30), quiet=True)
+    assert not os.path.exists("artifacts/models")
+
+
+def test_max_minutes_ends_a_run():
+    report = train.train(settings(max_iters=0, max_minutes=0.02, eval_interval=1000), quiet=True)
+    assert report["steps"] > 0 and 0.02 <= report["minutes"] < 1
+
+
+def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    path = str(tmp_path / "x.pt")
+    state = dict(version=config.VERSION, config={}, sample={}, step=1, model={})
+    checkpoint.save(path, {**state, "tokenizer": "old"})
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="No space left"):
+        checkpoint.save(path, {**state, "tokenizer": "new"})
+    assert checkpoint.read(path)["tokenizer"] == "old" and os.listdir(tmp_path).count("x.pt.tmp") == 0
+
+
+def test_a_checkpoint_runs_no_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.system, ("touch /tmp/evil",)
+    torch.save({"version": 1, "tokenizer": Evil()}, tmp_path / "evil.pt")
+    with pytest.raises(UserError, match="no checkpoint"):
+        checkpoint.read(str(tmp_path / "evil.pt"))
+    whole = open(tmp_path / "evil.pt", "rb").read()
+    for cut in (0, 10, len(whole) // 2, len(whole) - 1):
+        (tmp_path / "cut.pt").write_bytes(whole[:cut])
+        with pytest.raises(UserError):
+            checkpoint.read(str(tmp_path / "cut.pt"))
+
+
+@pytest.mark.parametrize("extra", ("", "--corruption bernoulli --schedule cos --diffusion_steps 10 --time_conditioning table "
+                                   "--loss_weighting full --init normal --optimizer adamw",
+                                   "--corruption bernoulli --schedule cos2 --loss_weighting pooled --time_conditioning adaln",
+                                   "--loss_weighting clip --schedule md4_cosine --time_conditioning sinusoidal --rows document",
+                                   "--loss_weighting flat --dropout 0.1 --tie_embeddings --dtype bfloat16"))
+def test_other_settings_train_and_sample(extra, monkeypatch, capsys):
+    corpus.write_documents("some.txt", iter(tales.generate(1, 200)))
+    code, out, err = run(train.main, ["--data", "some.txt", "--name", "x", "--tokenizer", "char", "--block_size", "32",
+                                      *TINY, *extra.split()], monkeypatch, capsys)
+    assert code == 0, err
+    code, out, err = run(inference.main, ["--gen-len", "8", "--prompt", "One day", "--dtype", "float32"], monkeypatch, capsys)
+    assert code == 0 and out.startswith("One day"), err
+
+
+# --- inference --------------------------------------------------------------------------------------------------
+
+
+def test_prompt_to_text_and_video(tales_run, monkeypatch, capsys):
+    import av
+    from PIL import Image
+    code, out, err = run(inference.main, [
+        "--checkpoint", str(tales_run / "models" / "tales.best.pt"), "--prompt", "Once upon a time", "--gen-len", "9",
+        "--temperature", "0.0", "--viz-video", "media/x.mp4", "--viz-gif", "media/x.gif", "--trace-every", "2",
+        "--gif-frame-ms", "100"], monkeypatch, capsys)
+    assert code == 0 and out.startswith("Once upon a time") and "9 network evaluations" in err
+    with av.open("media/x.mp4") as video:
+        stream = video.streams.video[0]
+        assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
+        assert (stream.width, stream.height, float(stream.average_rate)) == (1280, 720, 10.0)
+        pictures = [frame.to_image() for frame in video.decode(stream)]
+    # the blank canvas, evaluations 2, 4, 6, 8, and the last one held for 3 s
+    assert len(pictures) == 5 + 30
+    assert len({picture.tobytes() for picture in pictures}) >= 6 and not os.path.exists("media/x.mp4.tmp")
+    gif = Image.open("media/x.gif")
+    assert gif.n_frames == 6 and gif.size == (640, 360)
+
+
+def test_samples_are_reproducible_and_distinct(tales_run, monkeypatch, capsys):
+    path = ["--checkpoint", str(tales_run / "models" / "tales.best.pt")]
+    _, three, _ = run(inference.main, path + "--num-samples 3 --seed 5 --gen-len 12".split(), monkeypatch, capsys)
+    _, second, _ = run(inference.main, path + "--seed 6 --gen-len 12".split(), monkeypatch, capsys)
+    assert three.split("--- seed 6\n")[1].split("\n--- seed 7")[0] == second.rstrip("\n")
+    assert three.count("--- seed") == 3 and len(set(three.splitlines())) == 6
+
+
+def test_the_checkpoint_is_enough(tales_run, monkeypatch, capsys):
+    """No corpus, no tokenizer file, no training code; and how to sample comes from the checkpoint."""
+    state = checkpoint.read(str(tales_run / "models" / "tales.best.pt"))
+    state["sample"] |= {"sampler": "ancestral", "steps": 3}
+    os.makedirs("artifacts/models")
+    torch.save(state, "artifacts/models/x.pt")
+    code, _, err = run(inference.main, "--gen-len 12 --device cpu", monkeypatch, capsys)
+    assert code == 0 and "x on cpu | ancestral" in err and int(err.split(" network")[0].split()[-1]) <= 3
+    code, _, err = run(inference.main, "--gen-len 12 --device cpu --sampler confidence --steps 6", monkeypatch, capsys)
+    assert "confidence, temperature 1 | 6 network evaluations" in err
+
+
+# --- scripts ----------------------------------------------------------------------------------------------------
+
+
+def test_the_source_documents_commands(monkeypatch, capsys):
+    """As they stand, but for the hub (a local file in its place) and a gen-len that fits the window."""
+    rows = [{"text": story} for story in tales.generate(5, 300)]
+    open("local.jsonl", "w").write("\n".join(map(json.dumps, rows)))
+    code, out, err = run(data_script.main, "--dataset local.jsonl --split train --num-stories 250 --seed 1337 "
+                         "--output data/stories.txt", monkeypatch, capsys)
+    assert code == 0 and "250 documents" in out, err
+    assert set(corpus.read_documents("data/stories.txt")) <= {row["text"] for row in rows}
+    code, out, err = run(train_tokenizer.main, "--input data/stories.txt --output artifacts/tokenizer/tokenizer.json "
+                         "--vocab-size 600 --min-frequency 2", monkeypatch, capsys)
+    assert code == 0 and "599 tokens and MASK" in out, err
+    code, out, err = run(train.main, ["--block_size", "32", *TINY], monkeypatch, capsys)
+    assert code == 0 and "preset stories: data/stories.txt has been prepared" in out, err
+    assert "vocabulary 600" in out
+    code, out, err = run(train.main, "--resume artifacts/models/stories.pt --max_iters 8", monkeypatch, capsys)
+    assert code == 0, err
+    code, out, err = run(inference.main, [
+        "--checkpoint", "artifacts/models/stories.best.pt", "--prompt", "Once upon a time", "--gen-len", "20",
+        "--temperature", "0.0", "--viz-video", "artifacts/media/diffusion_trace.mp4", "--trace-every", "1",
+        "--gif-frame-ms", "180"], monkeypatch, capsys)
+    assert code == 0 and os.path.getsize("artifacts/media/diffusion_trace.mp4") > 5000, err
+
+
+@pytest.mark.parametrize("words, message", (
+    ("--dataset none.txt", "there is no file"), ("--dataset none.jsonl", "there is no file"), ("--num-stories 0", "num_stories=0"),
+    ("local.jsonl", "--dataset local.jsonl"), ("--dataset local.jsonl --text-column body", "no column body"),
+    ("--dataset tales --num-stories 5 --output blocked/x.txt", "cannot write"), ("--datset x", "did you mean dataset")))
+def test_mistakes_in_data(words, message, monkeypatch, capsys):
+    open("local.jsonl", "w").write('{"text": "hello"}')
+    open("blocked", "w").write("a file")
+    code, _, err = run(data_script.main, words, monkeypatch, capsys)
+    assert code == 2 and message in err.strip().splitlines()[-1] and "Traceback" not in err, err
+
+
+def test_data_options(monkeypatch, capsys):
+    open("local.txt", "w").write("It â€œis.â€\n<|endoftext|>\ntwo")
+    run(data_script.main, ["--dataset", "local.txt", "--output", "a.txt", "--separator", "\\n\\n"], monkeypatch, capsys)
+    assert open("a.txt").read() == "It “is.”\n\ntwo"
+    run(data_script.main, "--dataset local.txt --output b.txt --no-clean-mojibake", monkeypatch, capsys)
+    assert open("b.txt").read() == "It â€œis.â€\n<|endoftext|>\ntwo"
+    run(data_script.main, "--dataset tales --num-stories 4 --output c.txt", monkeypatch, capsys)
+    assert len(corpus.read_documents("c.txt")) == 4
+
+
+def test_evaluate(tales_run, monkeypatch, capsys):
+    code, out, err = run(evaluate.main, ["--checkpoint", str(tales_run / "models" / "tales.best.pt"), "--num_samples", "3",
+                                         "--rows", "4", "--json", "report.json", "--steps", "8", "--device", "cpu"], monkeypatch, capsys)
+    assert code == 0, err
+    report, final = json.load(open("report.json")), json.load(open(tales_run / "logs" / "tales.json"))
+    for key in ("bound_nats_per_token", "exact_nats_per_story", "bound_bits_per_character"):
+        assert report[key] == pytest.approx(final[key], rel=1e-6), "evaluate.py reproduces the final metrics"
+    assert report["samples"] == 3 and report["valid"] == 0 and report["evaluations_a_sample"] == 8

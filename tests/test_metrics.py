@@ -1,0 +1,127 @@
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from model import Transformer
+from utils import corpus, metrics, plots, runtime, tales, trace
+from utils.tokenizer import train_bpe, train_char
+
+
+def test_real_stories_are_judged_perfect():
+    stories = tales.generate(3, 200)
+    report = metrics.judge_tales(stories)
+    assert (report["valid"], report["grammatical"], report["agreeing"], report["distinct"]) == (1, 1, 1, 1)
+    assert report["log_prob"] == pytest.approx(-tales.entropy(), abs=0.5)
+    broken = stories[0].replace(".", "!", 1)
+    report = metrics.judge_tales([stories[0], stories[0], broken, broken])
+    assert report["valid"] == 0.5 and report["distinct"] == 0.5 and report["grammatical"] == pytest.approx(0.9)
+
+
+def test_longest_copies():
+    training = torch.randint(50, (200, 30), generator=runtime.generator(1))
+    rows = 100 + torch.arange(90).view(3, 30)
+    rows[0, 5:17] = training[7, 3:15]
+    rows[1] = training[9]
+    assert metrics.longest_copies(rows, training).tolist() == [12, 30, 0]
+
+
+def test_bits_of_a_network_that_knows_nothing():
+    """ln V nats a token, and from it log2 V bits a character for a character model."""
+    text = train_char(["abcdefgh"], documents=False)
+    cfg = SimpleNamespace(n_layer=1, n_head=1, n_embd=8, dropout=0.0, tie_embeddings=False, init="zero",
+                          time_conditioning="none", diffusion_steps=0, final_rows=4, final_masks=2, data="x",
+                          rows="stream", block_size=16)
+    rows = torch.randint(8, (6, 16))
+    data = corpus.Corpus(None, rows, text, 0, corpus.row_lengths(rows, text))
+    report = metrics.held_out(Transformer(cfg, text.vocab_size), cfg, data, torch.device("cpu"))
+    assert report["bound_nats_per_token"] == pytest.approx(math.log(8), abs=1e-5)
+    assert report["bound_bits_per_character"] == report["bound_bits_per_byte"] == pytest.approx(3, abs=1e-5)
+    assert report["held_out_rows"] == 4 and "exact_nats_per_story" not in report
+
+
+def test_bytes_and_characters_differ():
+    text = train_char(["é漢a"], documents=False)
+    rows = torch.tensor(text.encode(["é漢a"]))
+    assert corpus.row_lengths(rows, text).tolist() == [[3, 6]]
+
+
+def test_loss_curves(tmp_path):
+    log = tmp_path / "run.jsonl"
+    log.write_text("\n".join(json.dumps({"step": s, "loss": 1 / s, "bound": 2 / s, "bound_se_rows": 0.1}) for s in (1, 2, 3)))
+    plots.loss_curves([str(log)], str(tmp_path / "new" / "x.png"))
+    assert (tmp_path / "new" / "x.png").read_bytes()[:4] == b"\x89PNG"
+
+
+# --- traces -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    return train_bpe(tales.generate(1, 300), 600)
+
+
+def frame(ids, fresh=(), remasked=(), evaluations=1):
+    return trace.Frame(ids, [i in fresh for i in range(len(ids))], [i in remasked for i in range(len(ids))], evaluations)
+
+
+def colours(image):
+    return {colour for _, colour in image.getcolors(2**24)}
+
+
+def rgb(name):
+    return tuple(int(name[i:i + 2], 16) for i in (1, 3, 5))
+
+
+def test_states_look_different(bpe):
+    ids = bpe.encode(["a red kite"])[0]
+    blank = frame([bpe.mask] * len(ids), evaluations=0)
+    settled = frame(ids)
+    first = list(trace.pictures([blank, settled], bpe, "t"))[1][0]
+    fresh = list(trace.pictures([blank, frame(ids, fresh={1})], bpe, "t"))[1][0]
+    again = list(trace.pictures([blank, frame([bpe.mask, *ids[1:]], remasked={0})], bpe, "t"))[1][0]
+    text = lambda image: image.crop((0, trace.TEXT_TOP, trace.WIDTH, trace.TEXT_BOTTOM))
+    assert len({text(image).tobytes() for image in (first, fresh, again)}) == 3
+    assert rgb(trace.FRESH) in colours(text(fresh)) and rgb(trace.FRESH) not in colours(text(first))
+    assert rgb(trace.REMASKED) in colours(text(again)) and rgb(trace.REMASKED) not in colours(text(first))
+    given = list(trace.pictures([frame([ids[0]] + [bpe.mask] * (len(ids) - 1)), settled], bpe, "t"))[1][0]
+    assert rgb(trace.GIVEN) in colours(text(given)) and rgb(trace.GIVEN) not in colours(text(first))
+
+
+def test_tokens_stay_in_place_and_lines_are_not_overfull():
+    pieces = [["", "", "", ""], ["To be", "", " or", "\n"], ["To be", ",", " or", "\n"]]
+    plan = trace.layout([[p or "" for p in row] for row in pieces])
+    assert plan.places == [(0, 0), (0, 5), (0, 6), (0, 9)] and plan.cells == [5, 1, 3, 1]
+    long = [[f" word{i}" for i in range(400)] + ["\n"] * 3 + ["x" * 250, "end"]]
+    plan = trace.layout(long)
+    for (line, column), width in zip(plan.places, plan.cells):
+        assert column + min(width, plan.columns) <= plan.columns and column >= -1
+    spots = [(line, column + i) for (line, column), width in zip(plan.places, plan.cells) if width < plan.columns
+             for i in range(width)]
+    assert len(spots) == len(set(spots)), "no two tokens share a place"
+
+
+def test_long_text_pages_instead_of_being_cut(bpe):
+    ids = bpe.encode([" ".join(tales.generate(1, 20))])[0]
+    frames = [frame([bpe.mask] * len(ids), evaluations=0), frame(ids, fresh=set(range(len(ids))))]
+    images = list(trace.pictures(frames, bpe, "t"))
+    plan = trace.layout([[piece or "" for piece in bpe.pieces(f.ids)] for f in frames])
+    assert plan.pages > 1 and plan.size >= 20
+    assert [seconds for _, seconds in images] == [None] + [trace.PAGE_SECONDS] * plan.pages
+    assert len({image.tobytes() for image, _ in images}) == 1 + plan.pages
+
+
+def test_characters_that_the_font_lacks_are_escaped():
+    assert trace.printable("a\n") == "a↵" and trace.printable("é“ ”") == "é“ ”"
+    assert trace.printable("漢") == "\\u6f22" and trace.printable("\x07") == "\\x07" and trace.printable("😀").startswith("\\U")
+
+
+def test_recording_keeps_the_first_and_the_last_state():
+    steps = [SimpleNamespace(ids=torch.tensor([[n]]), fresh=torch.tensor([[True]]), remasked=torch.tensor([[False]]),
+                             evaluations=n) for n in range(1, 6)]
+    for every, kept in ((1, [0, 1, 2, 3, 4, 5]), (2, [0, 2, 4, 5]), (5, [0, 5]), (9, [0, 5])):
+        frames, stream = trace.record(iter(steps), torch.tensor([[99]]), every)
+        assert len(list(stream)) == 5
+        assert [f.evaluations for f in frames] == kept and frames[0].ids == [99]

@@ -1,0 +1,239 @@
+"""Tokenizers, corpora and canvases."""
+import json
+import os
+
+import pytest
+import torch
+
+from config import Config, UserError
+from utils import canvas, corpus, tales, tokenizer
+
+STRINGS = ["", " ", "Hello, world!\n", "tabs\tand\r\nbreaks", "ümlaut ßharp éàç", "漢字かな", "😀👩‍👩‍👧", "\x00\x07\x7f",
+           "a" * 300, "<|endoftext|>", "[MASK] _ ■", "#%&()_=<>", "â€œ “real” ”quotes”", "\u202e\ufeff"]
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    return tokenizer.train_bpe(tales.generate(1, 500), 600)
+
+
+def test_bpe_round_trips_every_string(bpe):
+    every_character = "".join(chr(c) for c in list(range(0x3000)) + [0x1F600, 0x10FFFF] if not 0xD800 <= c < 0xE000)
+    for text in STRINGS + [every_character]:
+        ids = bpe.encode([text])[0]
+        assert bpe.decode(ids) == text
+        assert "".join(bpe.pieces(ids)) == text
+        assert all(0 <= i < bpe.mask for i in ids) and bpe.end not in ids
+
+
+def test_char_round_trips_and_names_unknown_characters():
+    text = tokenizer.train_char(["to be,\nor not"], documents=True)
+    assert text.vocab_size == len(set("to be,\nor not")) + 2 and text.end == text.mask - 1
+    assert text.decode(text.encode(["not\nto, be"])[0]) == "not\nto, be"
+    assert text.pieces(text.encode(["no\n"])[0]) == ["n", "o", "\n"]
+    with pytest.raises(UserError, match="'z'"):
+        text.encode(["toz"])
+    with pytest.raises(UserError):  # spelled out it is text, and these characters are not all known
+        text.encode(["<|endoftext|>"])
+
+
+def test_special_tokens_in_a_text_are_text(bpe):
+    assert bpe.end is not None and bpe.end not in bpe.encode(["a<|endoftext|>b"])[0]
+    again = tokenizer.from_json(bpe.to_json())
+    assert again.encode(STRINGS) == bpe.encode(STRINGS) and again.vocab_size == bpe.vocab_size
+    assert bpe.decode([bpe.end, *bpe.encode(["x"])[0], bpe.end]) == "x"
+
+
+def test_pieces_of_a_character_cut_by_a_mask_are_escaped(bpe):
+    ids = bpe.encode(["a漢b"])[0]
+    assert len(ids) == 5
+    assert bpe.pieces(ids) == ["a", "漢", "", "", "b"]
+    ids[2] = bpe.mask
+    assert bpe.pieces(ids) == ["a", "\\xe6", "", "\\xa2", "b"]
+
+
+def test_invalid_unicode_is_one_line(bpe):
+    with pytest.raises(UserError, match="not valid Unicode"):
+        bpe.encode(["\udcff"])
+
+
+def test_bytes_are_counted_exactly_where_a_window_cuts_a_character(bpe):
+    ids = bpe.encode(["漢字"])[0]
+    assert sum(bpe.num_bytes([i]) for i in ids) == bpe.num_bytes(ids) == 6
+
+
+def test_documents_survive_the_file(tmp_path):
+    documents = ["One.\n\nTwo paragraphs.", "A “quoted” story", "last"]
+    path = tmp_path / "x.txt"
+    assert corpus.write_documents(str(path), iter(documents)) == 3
+    assert corpus.read_documents(str(path)) == documents
+    path.write_text("only one\n\ndocument", encoding="utf-8")
+    assert corpus.read_documents(str(path)) == ["only one\n\ndocument"]
+    path.write_text("<|endoftext|>\na <|endoftext|> b\n<|endoftext|>\nc\n<|endoftext|>", encoding="utf-8")
+    assert corpus.read_documents(str(path)) == ["a <|endoftext|> b", "c"], "only a line of its own separates"
+    path.write_text("a\n<|endoftext|>\n<|endoftext|>\n\nb\n", encoding="utf-8")
+    assert corpus.read_documents(str(path)) == ["a", "\nb\n"]
+
+
+@pytest.mark.parametrize("kind", ("jsonl", "parquet"))
+def test_local_datasets(tmp_path, kind):
+    path = str(tmp_path / f"x.{kind}")
+    rows = [{"text": f"story {i}", "body": f"body {i}"} for i in range(30)]
+    if kind == "jsonl":
+        open(path, "w").write("\n".join(map(json.dumps, rows)))
+    else:
+        import datasets
+        datasets.Dataset.from_list(rows).to_parquet(path)
+    assert corpus.read_documents(path) == [row["text"] for row in rows]
+    assert corpus.read_documents(path, "body")[3] == "body 3"
+    shuffled = list(corpus.stream_dataset(path, seed=1, shuffle_buffer=10))
+    assert shuffled != corpus.read_documents(path) and sorted(shuffled) == sorted(row["text"] for row in rows)
+    assert shuffled == list(corpus.stream_dataset(path, seed=1, shuffle_buffer=10))
+    with pytest.raises(UserError, match="no column title"):
+        corpus.read_documents(path, "title")
+    open(str(tmp_path / "odd.jsonl"), "w").write('{"text": null, "n": 1}\n{"text": "a", "n": 2}')
+    assert corpus.read_documents(str(tmp_path / "odd.jsonl")) == ["a"]
+    with pytest.raises(UserError, match="holds int, not text"):
+        corpus.read_documents(str(tmp_path / "odd.jsonl"), "n")
+
+
+def test_split_is_by_the_document_alone():
+    documents = [f"document number {i}" for i in range(2000)]
+    train, held_out = corpus.split(documents)
+    assert set(train) | set(held_out) == set(documents) and not set(train) & set(held_out)
+    assert 150 < len(held_out) < 250
+    assert set(corpus.split(documents[::-1] + documents[:50])[1]) == set(held_out)
+    assert corpus.split(["x" * 100]) == (["x" * 90], ["x" * 10])
+    for few in (["a", "b"], ["b", "c", "d"]):
+        assert all(corpus.split(few)), "both parts get something"
+
+
+def test_mojibake_is_repaired_and_real_quotes_stay():
+    repair = corpus.repair_mojibake
+    for good in ("“real” ‘quotes’ – and château, naïve, £", "â", "100 € “", "Ãdam", "plain"):
+        assert repair(good) == good
+    for good in ("“Hi,” she said – it’s café", "naïve…", "½"):
+        bad = good.encode().decode("cp1252", errors="replace") if "”" not in good else \
+            "".join(bytes([b]).decode("cp1252") if b not in (0x9D, 0x81, 0x8D, 0x8F, 0x90) else chr(b)
+                    for b in good.encode())
+        assert bad != good and repair(bad) == good, (bad, repair(bad))
+    assert repair("â€œHi.â€ she said") == "“Hi.” she said", "the last byte of ” has no letter in cp1252 and gets lost"
+
+
+def small(**changes):
+    return Config(**{"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "batch_size": 4, "vocab_size": 300} | changes)
+
+
+def test_stream_batches_are_windows_of_the_text(tmp_path):
+    path = tmp_path / "x.txt"
+    path.write_text("".join(chr(33 + i % 90) for i in range(2000)))
+    data = corpus.load(small(data=str(path), tokenizer="char"))
+    batch = data.batch(3)
+    assert batch.shape == (4, 16) and batch.dtype == torch.long
+    assert torch.equal(batch, data.batch(3)) and not torch.equal(batch, data.batch(4))
+    for row in batch.tolist():
+        assert data.text.decode(row) in path.read_text()[:1800]
+    assert data.held_out.shape == (200 // 16, 16) and data.tokens == 1800
+    assert data.lengths.tolist() == [[16, 16]] * 12 and data.text.end is None
+
+
+def test_documents_are_joined_by_the_end_token(tmp_path):
+    path = tmp_path / "x.txt"
+    corpus.write_documents(str(path), (f"Document {i} has some words in it." for i in range(80)))
+    data = corpus.load(small(data=str(path), tokenizer="bpe"))
+    rows = torch.cat([data.batch(i) for i in range(20)])
+    assert (rows == data.text.end).any() and (data.held_out == data.text.end).any()
+    for size in (8, 64):  # documents shorter and longer than the window
+        table = corpus.load(small(data=str(path), rows="document", block_size=size)).held_out
+        assert (table[:, 0] == data.text.end).all() and (table != data.text.end).any(1).all()
+        texts = "".join(data.text.decode(row) for row in table.tolist())
+        assert texts == "".join(corpus.split(corpus.read_documents(str(path)))[1])
+
+
+def test_tales_batches_are_whole_fresh_stories():
+    cfg = small(data="tales", rows="document", block_size=67, vocab_size=1024)
+    data = corpus.load(cfg)
+    texts = [canvas.finished(data.text, row) for step in range(5) for row in data.batch(step).tolist()]
+    assert len(set(texts)) == 20 and all(tales.log_prob(text) > -1e9 for text in texts)
+    held_out = {canvas.finished(data.text, row) for row in data.held_out.tolist()}
+    assert len(held_out) == corpus.TALES_HELD_OUT and not held_out & set(texts)
+    assert corpus.tales_held_out(cfg)[0] in held_out
+    stories = tales.generate(f"train {cfg.seed} 0", 4)
+    assert stories[1] not in corpus.tales_stories(cfg, 0, {stories[1]}), "a held-out story is never trained on"
+
+
+def test_tokenizer_never_sees_held_out_text(tmp_path):
+    documents = [f"common words {i}" for i in range(200)]
+    held_out = corpus.split(documents)[1]
+    secret = held_out[0] + " qqqqqqqq" * 50
+    documents = [secret if d == held_out[0] else d for d in documents]
+    if not corpus.is_held_out(secret):
+        secret += next(str(i) for i in range(1000) if corpus.is_held_out(secret + str(i)))
+        documents = [secret if d.startswith(held_out[0] + " q") else d for d in documents]
+    path = str(tmp_path / "x.txt")
+    corpus.write_documents(path, documents)
+    data = corpus.load(small(data=path, vocab_size=600))
+    assert len(data.text.encode(["qqqq"])[0]) == 4, "no merge of a pair that only the held-out part has"
+
+
+@pytest.mark.parametrize("content, message", ((b"", "is empty"), (b" \n ", "is empty"), (b"\xff\xfe\x00", "not UTF-8"),
+                                              (b"too short", "less than one window")))
+def test_bad_corpora(tmp_path, content, message):
+    path = tmp_path / "x.txt"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        corpus.load(small(data=str(path), tokenizer="char"))
+
+
+def test_missing_and_unreadable_corpora(tmp_path):
+    with pytest.raises(UserError, match="there is no file"):
+        corpus.load(small(data=str(tmp_path / "none.txt")))
+    with pytest.raises(UserError, match="is a folder"):
+        corpus.load(small(data=str(tmp_path)))
+    bad = tmp_path / "x.jsonl"
+    bad.write_text("{not json")
+    with pytest.raises(UserError, match="cannot be read"):
+        corpus.load(small(data=str(bad)))
+
+
+def test_no_network_is_one_line(monkeypatch):
+    import urllib.request
+
+    import datasets
+
+    def unreachable(*_, **__):
+        raise ConnectionError("Name or service not known")
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    monkeypatch.setattr(urllib.request, "urlopen", unreachable)
+    with pytest.raises(UserError, match="without a network give a local file"):
+        list(corpus.stream_dataset("roneneldan/TinyStories"))
+    with pytest.raises(UserError, match="python train.py tales"):
+        corpus.download_shakespeare()
+
+
+def test_failed_writing_leaves_the_old_file(tmp_path):
+    path = tmp_path / "x.txt"
+    path.write_text("old")
+
+    def broken():
+        yield "new"
+        raise UserError("the stream ended")
+    with pytest.raises(UserError):
+        corpus.write_documents(str(path), broken())
+    with pytest.raises(UserError, match="no documents"):
+        corpus.write_documents(str(path), iter([]))
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["x.txt"]
+
+
+def test_canvas(bpe):
+    rows = canvas.build(bpe, ["Once upon", "Once upon"], 5, 32)
+    given = [bpe.end] + bpe.encode(["Once upon"])[0]
+    assert rows.tolist() == [given + [bpe.mask] * 5] * 2
+    assert canvas.build(bpe, [""], None, 32).tolist() == [[bpe.end] + [bpe.mask] * 31]
+    with pytest.raises(UserError, match="32 tokens"):
+        canvas.build(bpe, ["Once upon"], 32, 32)
+    char = tokenizer.train_char(["abc"], documents=False)
+    assert canvas.build(char, ["ab"], 3, 8).tolist() == [[0, 1, 3, 3, 3]]
+    story = bpe.encode(["A story."])[0]
+    assert canvas.finished(bpe, [bpe.end, *story, bpe.end, *story]) == "A story."
+    assert canvas.finished(bpe, [bpe.end, *story]) == "A story."
