@@ -233,15 +233,20 @@ class Moment(NamedTuple):
 
 
 def ancestral(now):
-    """Each masked position is revealed with chance (m_k - m_{k+1}) / m_k, by itself (MDLM, eq. 6): the reverse of the
-    forward process on the grid. Exact as the grid gets finer, and at any number of steps true to its schedule."""
+    """Reveal each masked position by itself, as the reverse of the forward process does (MDLM, eq. 6).
+
+    With chance (m_k - m_{k+1}) / m_k. Exact as the grid gets finer, and true to its schedule at any number of steps.
+    """
     here, there = now.grid[now.k], now.grid[now.k + 1]
     return now.masked & (now.u < (here - there) / here)
 
 
 def best_first(now):
-    """The positions with the highest key, as many as the grid says, at least one (MaskGIT, arXiv:2202.04200, with the
-    distribution's confidence). Balanced: N masks in T <= N steps are N / T a step, rounded so that they sum to N."""
+    """Reveal the positions that the network is surest of, as many as the grid says, at least one (MaskGIT,
+    arXiv:2202.04200, with the distribution's confidence).
+
+    Balanced: N masks in T <= N steps are N / T a step, rounded so that they sum to N.
+    """
     revealed = now.total - now.masked.sum(1)
     due = (now.total * (1 - now.grid[now.k + 1]) + 1e-9).floor().long() - revealed
     rank = now.key.argsort(dim=1, descending=True, stable=True).argsort(1)
