@@ -177,12 +177,12 @@ def train(cfg, state=None, quiet=False):
 
     bar = tqdm(initial=step, total=total, disable=None if not quiet else True, unit="step", dynamic_ncols=True)
     held_out = data.held_out[: cfg.eval_rows].to(device)
-    written = step  # the step whose state is on disk
+    written = begun = step  # the step whose state is on disk, and where this session began
 
     while True:
         used = minutes + (time.perf_counter() - started) / 60
         progress = max(step / cfg.max_iters if cfg.max_iters else 0, used / cfg.max_minutes if cfg.max_minutes else 0)
-        done = progress >= 1 or bool(stop)
+        done = bool(stop) or progress >= 1 and step > begun  # at least one step, however short the time
 
         # -- once in a while, and at the end: held-out bound, log, sample, checkpoint; nothing here changes the run
         evaluate = step != written and (step % cfg.eval_interval == 0 or done)

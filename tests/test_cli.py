@@ -326,8 +326,10 @@ def test_a_loss_that_is_not_finite_is_never_saved():
 
 
 def test_max_minutes_ends_a_run():
-    report = train.train(settings(max_iters=0, max_minutes=0.02, eval_interval=1000), quiet=True)
-    assert report["steps"] > 0 and 0.02 <= report["minutes"] < 1
+    report = train.train(settings(max_iters=0, max_minutes=0.1, eval_interval=1000), quiet=True)
+    assert report["steps"] > 1 and 0.1 <= report["minutes"] < 1
+    report = train.train(settings(max_iters=0, max_minutes=1e-6, eval_interval=1000), quiet=True)
+    assert report["steps"] == 1, "time that is over before the first step is no reason to lose the run"
 
 
 def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
