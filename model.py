@@ -142,8 +142,8 @@ class Transformer(nn.Module):
                 nn.init.zeros_(block.mlp.proj.weight)
             if self.cfg.tie_embeddings:
                 # Large, so that what tells one word from another of its kind (Mia from Lily) is not drowned by what
-                # the words of a kind learn in common. Copying a name needs the former; with 0.02 it takes several
-                # times as many steps to be learned. The price: the first loss is above ln V.
+                # the words of a kind learn in common. Copying a name needs the former: on tales, 700 steps that were
+                # enough with 0.5 left it unlearned with 0.02. The price: the first loss is above ln V.
                 nn.init.normal_(self.embedding.weight, std=0.5)
             else:
                 nn.init.zeros_(self.head.weight)
