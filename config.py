@@ -39,7 +39,8 @@ class Config:
     device: str = field("auto", "auto: cuda, else mps, else cpu", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = field("auto", "of matrix products; auto: bfloat16 where the hardware has it",
                        choices=("auto", "float32", "bfloat16", "float16"))
-    compile: str = field("auto", "torch.compile; auto: on CUDA, and on a CPU for runs that are long enough", choices=("auto", "on", "off"))
+    compile: str = field("auto", "torch.compile; auto: on CUDA, and on a CPU for runs that are long enough",
+                         choices=("auto", "on", "off"))
 
     data: str = field("data/stories.txt", "tales (built in), or a .txt, .jsonl or .parquet file", "data")
     tokenizer: str = field("bpe", "char, bpe (trained on the corpus), or the path of a tokenizer.json")
@@ -103,7 +104,8 @@ class Config:
         if os.path.basename(self.name) != self.name:
             raise UserError(f"name={self.name} must not be a path; --out_dir says where to write")
         if self.data == "tales" and self.rows == "stream":
-            raise UserError("data=tales with rows=stream: tales are whole stories; use the preset tales, or --rows document")
+            raise UserError("data=tales with rows=stream: tales are whole stories; use the preset tales, "
+                            "or --rows document")
         if self.block_size < 2:
             raise UserError(f"block_size={self.block_size} must be at least 2")
         if self.n_embd % self.n_head or self.n_embd // self.n_head % 2:
@@ -157,8 +159,8 @@ class SampleConfig:
 
 PRESETS = {
     # The built-in stories. A 2-core CPU trains it in minutes.
-    "tales": dict(data="tales", rows="document", vocab_size=1024, block_size=67, n_layer=4, n_head=4, n_embd=128, batch_size=48,
-                  tie_embeddings=True, lr=4e-3, max_iters=2500),
+    "tales": dict(data="tales", rows="document", vocab_size=1024, block_size=67, n_layer=4, n_head=4, n_embd=128,
+                  batch_size=48, tie_embeddings=True, lr=4e-3, max_iters=2500),
     # The standard small benchmark: nanoGPT's size and text, with our recipe.
     "shakespeare": dict(data="data/shakespeare.txt", tokenizer="char", dropout=0.1, max_iters=5000),
     # TinyStories, or any text of one's own: python scripts/data.py, then this.

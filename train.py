@@ -13,7 +13,6 @@ import dataclasses
 import json
 import math
 import os
-import signal
 import time
 
 import torch
