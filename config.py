@@ -101,8 +101,8 @@ class Config:
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
         check_seed(self.seed)
-        if os.path.basename(self.name) != self.name:
-            raise UserError(f"name={self.name} must not be a path; --out_dir says where to write")
+        if os.path.basename(self.name) != self.name or self.name.endswith(".best"):
+            raise UserError(f"name={self.name} must not be a path (--out_dir says where to write) nor end in .best")
         if self.data == "tales" and self.rows == "stream":
             raise UserError("data=tales with rows=stream: tales are whole stories; use the preset tales, "
                             "or --rows document")
@@ -160,7 +160,7 @@ class SampleConfig:
 PRESETS = {
     # The built-in stories. A 2-core CPU trains it in minutes.
     "tales": dict(data="tales", rows="document", vocab_size=1024, block_size=67, n_layer=4, n_head=4, n_embd=128,
-                  batch_size=48, tie_embeddings=True, lr=4e-3, max_iters=2500),
+                  batch_size=48, tie_embeddings=True, lr=4e-3, max_iters=5000),
     # The standard small benchmark: nanoGPT's size and text, with our recipe.
     "shakespeare": dict(data="data/shakespeare.txt", tokenizer="char", dropout=0.1, max_iters=5000),
     # TinyStories, or any text of one's own: python scripts/data.py, then this.
@@ -242,13 +242,18 @@ def parse(argv, kind):
 def merge(kind, *layers):
     """A `kind` from dicts, later ones first in rank; a name that it does not have is an error."""
     values, types = {}, {f.name: f.type for f in dataclasses.fields(kind)}
+    defaults = {f.name: f.default for f in dataclasses.fields(kind)}
     for layer in layers:
         for key, value in layer.items():
             if key not in types:
                 raise UserError(f"there is no setting {key}{nearest(key, types)}")
             wanted = (int, float) if types[key] is float else types[key]
-            if value is not None and (not isinstance(value, wanted) or isinstance(value, bool) != (types[key] is bool)):
+            if value is None and defaults[key] is None:
+                continue
+            if not isinstance(value, wanted) or isinstance(value, bool) != (types[key] is bool):
                 raise UserError(f"{key}={value!r} must be of type {types[key].__name__}")
+            if types[key] is float and not math.isfinite(value):
+                raise UserError(f"{key}={value} must be a finite number")
         values |= layer
     return kind(**values)
 
@@ -266,8 +271,12 @@ def preset(name):
             raise UserError(f"{name} does not run: {reason(error)}") from None
         if not isinstance(settings, dict):
             raise UserError(f"{name} does not define config = {{...}}")
-        settings = dict(settings)
-        base = preset(settings.pop("preset")) if "preset" in settings else {}
+        settings, base = dict(settings), {}
+        if "preset" in settings:
+            base_name = settings.pop("preset")
+            if base_name not in PRESETS:
+                raise UserError(f"{name}: there is no preset {base_name}{nearest(base_name, PRESETS)}")
+            base = PRESETS[base_name]
         return base | {"name": os.path.splitext(os.path.basename(name))[0]} | settings
     raise UserError(f"there is no preset {name}{nearest(name, PRESETS)} (--list shows all; a .py file works too)")
 

@@ -27,18 +27,21 @@ def load(argv):
     positional, overrides = config.parse(argv, SampleConfig)
     if positional:
         raise UserError(f"what is {positional[0]}? Give text with --prompt \"...\" and a model with --checkpoint PATH")
-    for key, names in (("sampler", diffusion.SAMPLERS), ("schedule", diffusion.SCHEDULES)):
-        if key in overrides:
-            config.check_name(key, overrides[key], names)
-    config.merge(SampleConfig, overrides)  # complain before the checkpoint is read
+    check(config.merge(SampleConfig, overrides))  # complain before the checkpoint is read
     path = overrides.get("checkpoint") or checkpoint.newest(os.path.join(Config.out_dir, "models"))
     state = checkpoint.read(path)
     options = config.merge(SampleConfig, state["sample"], overrides)
+    check(options)
     for target, ending in ((options.viz_video, ".mp4"), (options.viz_gif, ".gif")):
         if target:  # rather now than after the work
             trace.check(target, ending)
     device = runtime.choose_device(options.device)
     return (options, *checkpoint.restore(state, device, path), device, path)
+
+
+def check(options):
+    config.check_name("sampler", options.sampler, diffusion.SAMPLERS)
+    config.check_name("schedule", options.schedule, diffusion.SCHEDULES)
 
 
 def generate(model, text, options, block_size, device, dtype):

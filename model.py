@@ -36,7 +36,7 @@ def rotate(x, cos, sin):
 class Attention(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        self.n_head, self.dropout = cfg.n_head, cfg.dropout
+        self.n_head = cfg.n_head
         # three matrices, not one fused: Muon orthogonalises each on its own
         self.q = nn.Linear(cfg.n_embd, cfg.n_embd, bias=False)
         self.k = nn.Linear(cfg.n_embd, cfg.n_embd, bias=False)
@@ -47,10 +47,13 @@ class Attention(nn.Module):
         B, L, C = x.shape
         q, k, v = (linear(x).view(B, L, self.n_head, -1).transpose(1, 2) for linear in (self.q, self.k, self.v))
         q, k = rotate(norm(q), cos, sin), rotate(norm(k), cos, sin)
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=attention if torch.is_tensor(attention) else None,  # True = may look
-            is_causal=attention == "causal" if isinstance(attention, str) else False,
-            dropout_p=self.dropout if self.training else 0.0)
+        if x.device.type == "cpu":  # its bfloat16 kernel is no faster, and 6 times slower backwards in rows of 67 tokens
+            q, k, v = (part.to(torch.promote_types(part.dtype, torch.float32)) for part in (q, k, v))
+        with torch.autocast("cpu", enabled=False):
+            # No dropout of attention weights: it rules out the fused kernels and made a training step twice as slow.
+            y = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=attention if torch.is_tensor(attention) else None,  # True = may look
+                is_causal=attention == "causal" if isinstance(attention, str) else False)
         return self.proj(y.transpose(1, 2).reshape(B, L, C))
 
 
@@ -84,8 +87,8 @@ class Block(nn.Module):
 class NoiseEmbedding(nn.Module):
     """Noise level (...,) in [0, 1] -> (..., C). The level is always the share of masked tokens, never a time.
 
-    table       the micro-dLLMs' learned Embedding(T + 1, C); row max(1, round(T m)), row 0 only for clean text, so
-                that every row that sampling reads has been trained
+    table       the micro-dLLMs' learned Embedding(T + 1, C); row max(1, round(T m)), row 0 only for clean text.
+                With more rows than the window has tokens, some rows are hardly trained
     sinusoidal  sines and cosines of 1000 m, then a two-layer MLP; "adaln" uses the same, and feeds it to each block
     """
 

@@ -29,6 +29,9 @@ MAY_CHANGE = {"max_iters", "max_minutes", "save_interval", "device", "dtype", "c
               "decay_share", "eval_interval", "final_rows", "final_masks", "resume", "out_dir"}  # out_dir: for "auto"
 
 
+SHAPE = ("n_layer", "n_head", "n_embd", "tie_embeddings", "time_conditioning")  # what --init_from must agree on
+
+
 def resumed_config(argv):
     """(Config, checkpoint dict) for --resume: the run's own settings, with the allowed changes of the command line.
 
@@ -70,11 +73,11 @@ def make_model(cfg, text, given):
     torch.manual_seed(cfg.seed)
     model = Transformer(cfg, text.vocab_size)
     if given:
-        try:
-            model.load_state_dict(given["model"])
-        except RuntimeError as error:
-            raise UserError(f"--init_from {cfg.init_from} has another shape: {str(error).splitlines()[1].strip()}; "
-                            "give the same --n_layer, --n_embd, ... as it was trained with") from None
+        for name in SHAPE:  # some of these leave the shapes of the weights alone, so loading would not notice
+            if getattr(cfg, name) != given["config"][name]:
+                raise UserError(f"--init_from {cfg.init_from} was trained with {name}={given['config'][name]}, not "
+                                f"{getattr(cfg, name)}; give --{name} {given['config'][name]}")
+        model.load_state_dict(given["model"])
     return model
 
 
@@ -123,6 +126,8 @@ def train(cfg, state=None, quiet=False):
     """Run the training loop for `cfg`, from the beginning or from the checkpoint dict `state`; returns the metrics."""
     started = time.perf_counter()
     config.check_name("schedule", cfg.schedule, diffusion.SCHEDULES)
+    if not cfg.name:
+        raise UserError("the run has no name; give it one with --name")
     say = (lambda *_: None) if quiet else lambda line: tqdm.write(line)
     device = runtime.choose_device(cfg.device)
     dtype = runtime.choose_dtype(cfg.dtype, device)
@@ -186,8 +191,8 @@ def train(cfg, state=None, quiet=False):
         # -- once in a while, and at the end: held-out bound, log, sample, checkpoint; nothing here changes the run
         evaluate = step != written and (step % cfg.eval_interval == 0 or done)
         save = step != written and (step % (cfg.save_interval or cfg.eval_interval) == 0 or done)
-        if (evaluate or save) and not running.isfinite():
-            raise UserError(f"the loss is not finite at step {step}; nothing was saved since the last checkpoint. "
+        if (evaluate or save) and not (running.isfinite() and all(p.isfinite().all() for p in model.parameters())):
+            raise UserError(f"the loss or a weight is not finite at step {step}; nothing was saved since the last checkpoint. "
                             f"Try a lower --lr ({cfg.lr:g}) and --muon_lr ({cfg.muon_lr:g}), or --dtype float32")
         if evaluate:
             model.eval()

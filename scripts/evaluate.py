@@ -36,6 +36,8 @@ class EvaluateConfig:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
         config.check_name("sampler", self.sampler, diffusion.SAMPLERS)
+        if self.temperature < 0:
+            raise UserError(f"temperature={self.temperature} must not be negative")
 
 
 def sample_rows(model, text, cfg, options, device):

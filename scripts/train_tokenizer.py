@@ -20,6 +20,10 @@ class TokenizerConfig:
     vocab_size: int = field(2048, "MASK included, as in a model's vocabulary: the file has one less")
     min_frequency: int = field(2, "pairs that are rarer are not merged")
 
+    def __post_init__(self):
+        if self.min_frequency < 0:
+            raise UserError(f"min_frequency={self.min_frequency} must not be negative")
+
 
 def main(argv):
     if "--help" in argv or "-h" in argv:

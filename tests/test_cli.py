@@ -1,7 +1,9 @@
 """What users type, in process: train, resume, prompt, video, and every mistake that gets one line and exit code 2."""
 import dataclasses
 import json
+import math
 import os
+import shutil
 import signal
 import sys
 
@@ -14,7 +16,7 @@ import inference
 import train
 from config import Config, SampleConfig, UserError
 from scripts import data as data_script
-from scripts import evaluate, train_tokenizer
+from scripts import bench, evaluate, train_tokenizer
 from utils import checkpoint, corpus, tales
 
 TINY = ("--n_layer 1 --n_head 2 --n_embd 16 --batch_size 4 --max_iters 6 --eval_interval 3 --eval_rows 4 "
@@ -91,7 +93,8 @@ def test_an_experiment_file_is_a_preset():
     ("--name a/b", "must not be a path"), ("--beta1 2", "beta1=2.0"), ("--seed 99999999999999999999", "seed="),
     ("--max_minutes nan", "expected a number"), ("tales --rows stream", "data=tales with rows=stream"),
     ("--rows document --tokenizer char", "corpus of several documents"), ("broken.py", "does not run"), ("number.py", "does not define"),
-    ("text.py", "must be of type int"), ("--tokenizer none.json", "there is no tokenizer"), ("--vocab_size 100", "too small")))
+    ("text.py", "must be of type int"), ("null.py", "must be of type int"), ("nan.py", "finite number"),
+    ("self.py", "there is no preset self.py"), ("--name x.best", "nor end in .best"), ("--name=", "no name"), ("--tokenizer none.json", "there is no tokenizer"), ("--vocab_size 100", "too small")))
 def test_mistakes_in_training(words, message, monkeypatch, capsys):
     if message == "device=cuda" and torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
@@ -99,6 +102,9 @@ def test_mistakes_in_training(words, message, monkeypatch, capsys):
     open("broken.py", "w").write("config = {")
     open("number.py", "w").write("config = 3")
     open("text.py", "w").write('config = {"n_layer": "3"}')
+    open("null.py", "w").write('config = {"n_layer": None}')
+    open("nan.py", "w").write('config = {"lr": float("nan")}')
+    open("self.py", "w").write('config = {"preset": "self.py"}')
     base = [] if words.split()[0][0] != "-" or words.startswith("--resume") else ["--data", "some.txt"]
     code, out, err = run(train.main, base + words.split(), monkeypatch, capsys)
     assert code == 2 and message in err, (code, err)
@@ -110,6 +116,7 @@ def test_mistakes_in_training(words, message, monkeypatch, capsys):
     ("--gen-len 0", "gen_len=0"), ("--gen_len -3", "gen_len=-3"), ("--gen_len 500", "67 tokens"), ("--sampler best", "there is no sampler"),
     ("--sampler confidense", "did you mean confidence"), ("--temperature hot", "expected a number"), ("--top_p 0", "top_p=0"),
     ("--checkpoint none.pt", "there is no checkpoint"), ("--checkpoint bad.pt", "no checkpoint"), ("--promt x", "did you mean prompt"),
+    ("--checkpoint letters.pt", "no tokenizer"), ("--checkpoint mine.pt", "there is no sampler mine"),
     ("--checkpoint romeo.pt", "no checkpoint"), ("--checkpoint half.pt", "no checkpoint"), ("--temperature nan", "expected a number"),
     ("--seed -1", "seed=-1"), ("--viz-video x.webm", "must end in .mp4"), ("--viz-gif x.jpg", "must end in .gif"),
     ("--schedule linaer", "did you mean linear"), ("hello", "--prompt"), ("--num_samples 0", "num_samples=0"), ("--steps 0", "steps=0"),
@@ -118,6 +125,9 @@ def test_mistakes_in_inference(words, message, tales_run, monkeypatch, capsys):
     open("bad.pt", "w").write("this is no checkpoint")
     open("romeo.pt", "w").write("Romeo, wherefore art thou?")
     torch.save({"version": 1, "tokenizer": "x"}, "half.pt")
+    state = checkpoint.read(str(tales_run / "models" / "tales.best.pt"))
+    torch.save({**state, "tokenizer": "{}"}, "letters.pt")
+    torch.save({**state, "sample": {"sampler": "mine"}}, "mine.pt")
     open("blocked", "w").write("a file, not a folder")
     words = words.split()
     if "--checkpoint" not in words:
@@ -242,11 +252,19 @@ def test_ctrl_c_saves_and_says_how_to_go_on(monkeypatch, capsys):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_checkpoint_is_saved_only_while_the_loss_is_finite():
-    """Also where it is saved more often than evaluated."""
+def test_a_checkpoint_is_saved_only_while_all_is_finite(monkeypatch):
+    """Also where it is saved more often than evaluated; and not when only the last update broke the weights."""
+    step = train.train_step
+    monkeypatch.setattr(train, "train_step", lambda model, cfg, batch, n, *rest: step(model, cfg, batch, n, *rest) * (
+        math.inf if n == 3 else 1))
     with pytest.raises(UserError, match="not finite at step 4"):
-        train.train(settings(lr=1e30, grad_clip=0.0, muon_lr=1e30, save_interval=2, eval_interval=6), quiet=True)
+        train.train(settings(grad_clip=0.0, save_interval=2, eval_interval=6), quiet=True)
     assert os.listdir("artifacts/models") == ["tales.pt"] and checkpoint.read("artifacts/models/tales.pt")["step"] == 2
+    monkeypatch.setattr(train, "train_step", step)
+    monkeypatch.setattr(train.optim, "lr_scale", lambda cfg, n, progress: math.inf if n == 1 else 1.0)
+    with pytest.raises(UserError, match="weight is not finite at step 2"):
+        train.train(settings(name="broken", grad_clip=0.0, save_interval=2, eval_interval=6), quiet=True)
+    assert os.listdir("artifacts/models") == ["tales.pt"]
 
 
 def test_resume_goes_on_where_the_checkpoint_lies(monkeypatch, capsys):
@@ -292,6 +310,18 @@ def test_compiling_that_fails_falls_back_to_eager(monkeypatch, capsys):
     assert same(weights("artifacts/models/a.pt"), weights("artifacts/models/b.pt"))
 
 
+def test_compiled_training_is_eager_training():
+    """The compiler, attention in float32 within bfloat16, and dropout with PyTorch's own random numbers."""
+    if not shutil.which("g++") and not shutil.which("clang++"):
+        pytest.skip("no C++ compiler is installed, which torch.compile needs on a CPU")
+    for name in ("on", "off"):
+        train.train(settings(compile=name, name=name, dtype="bfloat16", dropout=0.1, max_iters=3), quiet=True)
+    state = checkpoint.read("artifacts/models/on.pt")
+    assert state["config"]["compile"] == "on", "it did compile"
+    for key, value in weights("artifacts/models/off.pt").items():
+        assert (value - state["model"][key]).abs().max() < 0.02 * value.abs().max() + 0.02, key
+
+
 def test_own_text_in_one_command(monkeypatch, capsys):
     open("my.txt", "w").write("To be, or not to be: that is the question.\n" * 100)
     code, out, err = run(train.main, ["--data", "my.txt", "--tokenizer", "char", "--block_size", "32", *TINY], monkeypatch, capsys)
@@ -315,8 +345,9 @@ def test_init_from_starts_a_new_run_from_the_weights():
     train.train(settings(name="tuned", init_from="artifacts/models/tales.best.pt", max_iters=1, lr=0.0, muon_lr=0.0),
                 quiet=True)
     assert same(weights("artifacts/models/tales.best.pt"), weights("artifacts/models/tuned.pt"))
-    with pytest.raises(UserError, match="another shape"):
-        train.train(settings(init_from="artifacts/models/tales.best.pt", n_embd=32), quiet=True)
+    for change in ({"n_embd": 32}, {"n_head": 1}, {"tie_embeddings": False}):
+        with pytest.raises(UserError, match=f"was trained with {next(iter(change))}="):
+            train.train(settings(init_from="artifacts/models/tales.best.pt", **change), quiet=True)
 
 
 def test_a_loss_that_is_not_finite_is_never_saved():
@@ -471,3 +502,18 @@ def test_evaluate(tales_run, monkeypatch, capsys):
     for key in ("bound_nats_per_token", "exact_nats_per_story", "bound_bits_per_character"):
         assert report[key] == pytest.approx(final[key], rel=1e-6), "evaluate.py reproduces the final metrics"
     assert report["samples"] == 3 and report["valid"] == 0 and report["evaluations_a_sample"] == 8
+
+
+def test_bench(monkeypatch, capsys):
+    """Every variant of a training step runs and is reported; compiling is left out, it takes a minute."""
+    monkeypatch.setattr(bench.runtime, "maybe_compile", lambda model, *_: model)
+    open("tiny.py", "w").write("config = {'preset': 'tales', 'n_layer': 1, 'n_head': 1, 'n_embd': 8, 'batch_size': 2}")
+    code, out, err = run(bench.main, "train tiny.py --rounds 2 --device cpu --json b.json", monkeypatch, capsys)
+    assert code == 0, err
+    report = json.load(open("b.json"))[0]
+    assert report["batch_size"] == 2 and report["rounds"] == 2 and len(report["variants"]) >= 4
+    for name, figures in report["variants"].items():
+        assert name in out and figures["median_step_seconds"] > 0
+        assert figures["tokens_per_second"] == pytest.approx(2 * 67 / figures["median_step_seconds"])
+    code, _, err = run(bench.main, "walk", monkeypatch, capsys)
+    assert code == 2 and "bench.py train" in err

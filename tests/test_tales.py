@@ -12,7 +12,7 @@ SMALL = Grammar(
      "colour": ["red", "blue"], "object": ["kite", "ball"], "helper": ["owl"], "manner": ["wise"],
      "feeling": ["sad", "cross"], "weather": ["windy"], "time": ["day"], "spot": ["under a bush"],
      "food": ["pie", "bun"]},
-    TALES.forms, {name: TALES.plots[name] for name in ("lost", "wish")})
+    TALES.forms, TALES.plots)
 
 
 def every_story(grammar):
@@ -69,13 +69,12 @@ def test_what_is_no_story_has_probability_zero():
 
 def test_broken_agreement_is_found():
     good = ("Once upon a time, a shy bear named Mia lived by the sea. She had a red kite and took it everywhere. "
-            "One windy day the kite was gone, and Mia felt sad. "
-            "A wise owl came along and soon found the kite under a bush. "
-            "So Mia hugged the good owl and was not sad any more.")
+            "One windy day the kite was gone, and Mia felt sad. A wise owl came by and asked why she was sad. "
+            "The owl soon found the kite under a bush, and Mia was happy.")
     assert log_prob(good) > -math.inf and judge(good) == ["ok"] * 5
     for old, new, where in (("She", "He", 1), ("the kite was", "the ball was", 2), ("and Mia felt", "and Tom felt", 2),
-                            ("found the kite", "found the drum", 3), ("good owl", "good frog", 4),
-                            ("not sad", "not cross", 4)):
+                            ("she was sad", "he was sad", 3), ("was sad", "was cross", 3), ("The owl", "The frog", 4),
+                            ("found the kite", "found the drum", 4)):
         bad = good.replace(old, new)
         assert bad != good and log_prob(bad) == -math.inf
         assert judge(bad) == ["agreement" if i == where else "ok" for i in range(5)], (old, new, judge(bad))
@@ -84,12 +83,13 @@ def test_broken_agreement_is_found():
 
 
 def test_sentences_in_the_same_place_are_equally_long():
-    """So the position of a word tells which sentence it belongs to; see the comment at PLOTS."""
+    """In all plots, so the position of a word tells which sentence it belongs to; see the comment at PLOTS."""
     import re
-    for plot in TALES.plots.values():
-        for sentences in plot:
-            lengths = set()
-            for template in sentences:
-                text = re.sub(r"\{(place|Place|spot)\}", "x x x", template).replace("{him}self", "x")
-                lengths.add(len(re.findall(r"\w+|[^\w\s]+", re.sub(r"\{\w+\}", "x", text))))
-            assert len(lengths) == 1, sentences
+
+    def words(template):
+        text = re.sub(r"\{(place|Place|spot)\}", "x x x", template).replace("{him}self", "x")
+        return len(re.findall(r"\w+|[^\w\s]+", re.sub(r"\{\w+\}", "x", text)))
+
+    for place in zip(*TALES.plots.values()):
+        lengths = {words(template): template for sentences in place for template in sentences}
+        assert len(lengths) == 1, lengths

@@ -91,4 +91,6 @@ def restore(state, device, path="the checkpoint"):
         model.load_state_dict(state["model"])
     except (KeyError, RuntimeError, TypeError) as error:
         raise UserError(f"{path} does not fit this program: {reason(error)}") from None
+    except UserError as error:
+        raise UserError(f"{path} does not fit this program: {error}") from None
     return model.to(device).eval(), text, cfg

@@ -57,18 +57,37 @@ def longest_copies(rows, training):
         middle = (low + high + 1) // 2
         for n in middle[low < high].unique().tolist():
             here = ((low < high) & (middle == n)).nonzero()[:, 0]
-            known = _run_hashes(training, n).flatten().unique()
-            found = torch.isin(_run_hashes(rows[here], n), known).any(1)
+            found = _is_shared(_run_hashes(rows[here], n), training, n).any(1)
             low[here[found]], high[here[~found]] = n, n - 1
     return low
 
 
+def _is_shared(hashes, training, n):
+    """Which of `hashes` (of runs of n tokens) occur in the training rows (N, L): bool, of the same shape."""
+    wanted = hashes.flatten().unique()
+    shared = torch.zeros(len(wanted), dtype=torch.bool)
+    for part in training.split(8192):  # few rows are looked for and many looked through, so the few are sorted
+        known = _run_hashes(part, n).flatten()
+        place = torch.searchsorted(wanted, known).clamp(max=len(wanted) - 1)
+        shared[place[wanted[place] == known]] = True
+    return shared[torch.searchsorted(wanted, hashes)]
+
+
 def _run_hashes(rows, n):
-    """Hash of every run of n tokens of rows (R, L): (R, L - n + 1), 64-bit integers that wrap around."""
-    total = torch.zeros(rows.size(0), rows.size(1) - n + 1, dtype=torch.long)
-    for i in range(n):
-        total = total * 6364136223846793005 + rows[:, i:i + total.size(1)] + 1
-    return total
+    """Hash of every run of n tokens of rows (R, L): (R, L - n + 1), 64-bit integers that wrap around.
+
+    A run of a + b tokens has the hash hash_a * M^b + hash_b, so log2(n) steps are enough.
+    """
+    size, power, block, total, length = 1, 6364136223846793005, rows.long() + 1, None, 0  # power is M^size
+    while True:
+        if n & size:
+            total = block if total is None else total[:, : block.size(1) - length] * power + block[:, length:]
+            length += size
+        if length == n:
+            return total
+        block = block[:, :-size] * power + block[:, size:]
+        size, power = 2 * size, power * power % 2**64
+        power -= 2**64 * (power >= 2**63)
 
 
 def show(report):

@@ -52,11 +52,13 @@ FORMS = {  # placeholder -> (variable, what its choice looks like in the text)
 }
 
 OPENING = ["Once upon a time, a {trait} {kind} named {name} lived {place}.",
-           "{name} was a {trait} young {kind} who had a happy home {place}.",
+           "{name} was a {trait} {kind} who had a small cosy home {place}.",
            "{Place}, long ago, there lived a {trait} {kind} named {name}."]
 
-# Sentences that may stand in the same place are equally long in words and punctuation marks, and so are all stories:
-# a network that sees a few words then knows which sentence they belong to, and minutes of training are enough.
+# The first sentences of all plots are equally long in words and punctuation marks, and so are the second, and so on: a
+# network that sees a few words then knows which sentence they belong to, and minutes of training are enough. Name,
+# pronoun, helper and feeling recur in nearly every story, object and place in many, the rest never: a word that is
+# seldom repeated is the last that a network learns to repeat.
 PLOTS = {
     "lost": [
         OPENING,
@@ -64,43 +66,43 @@ PLOTS = {
          "Every day {he} played with {his} new {colour} {object}."],
         ["One {weather} {time} the {object} was gone, and {name} felt {feeling}.",
          "But one {weather} {time} {he} lost the {object}, and felt {feeling}."],
-        ["A {manner} {helper} came along and soon found the {object} {spot}.",
-         '"I saw your {object} {spot}!" said a {manner} {helper}.'],
-        ["So {name} hugged the good {helper} and was not {feeling} any more.",
-         "{name} thanked the {helper}, and the two friends shared a {food}."],
+        ["A {manner} {helper} came by and asked why {he} was {feeling}.",
+         '"You look {feeling}, friend!" said a {manner} {helper}.'],
+        ["The {helper} soon found the {object} {spot}, and {name} was happy.",
+         "So they found it {spot}, and {name} was {feeling} no more."],
     ],
     "wish": [
         OPENING,
         ["{He} wished for a {colour} {object} of {his} own.",
          "More than anything else {he} wanted a {colour} {object}."],
-        ["But {name} had no money, and felt {feeling}.",
-         "{name} looked for one everywhere, and felt {feeling}."],
-        ["One {weather} {time} {he} helped a {manner} {helper} who was stuck {spot}.",
-         "One {weather} {time} {he} sat down and shared {his} {food} with a {manner} {helper}."],
-        ["The {helper} gave {him} a {colour} {object}, and nobody was {feeling} any more.",
-         "So the {helper} made {him} the {object}, and they played {place}."],
+        ["But {name} had no money at all, and felt very {feeling}.",
+         "{He} looked for one high and low, and felt very {feeling}."],
+        ["A {manner} {helper} came by and asked why {he} was {feeling}.",
+         '"You look {feeling}, friend!" said a {manner} {helper}.'],
+        ["The {helper} gave {him} a new {object}, and they played {place}.",
+         "So the {helper} made {him} a {object}, and nobody was {feeling} any more."],
     ],
     "share": [
         OPENING,
-        ["{He} would not share {his} new {colour} {object}.",
-         "{He} kept {his} {colour} {object} in a box."],
-        ["One {weather} {time} a {manner} {helper} asked for the {object}, but {name} said no.",
-         "One {weather} {time} a {manner} {helper} wanted to play too, but {name} ran away."],
-        ["The {helper} went slowly home and felt {feeling}.",
-         "Soon {name} was all alone and felt {feeling}."],
-        ["So {name} took the {object} to the {helper}, and they played {place}.",
-         "In the end {he} gladly shared the {object}, and nobody was {feeling} any more."],
+        ["{He} would never share {his} lovely new {colour} {object}.",
+         "{He} kept {his} {colour} {object} in a big box."],
+        ["One {weather} {time} a {manner} {helper} begged {name} to please share it.",
+         "One {weather} {time} {name} would not lend it to a {manner} {helper}."],
+        ["The {helper} went slowly home all alone, and felt {feeling}.",
+         "Soon {name} had nobody to play with, and felt {feeling}."],
+        ["So {name} shared it with the {helper}, and they played {place}.",
+         "In the end {he} shared the {object}, and nobody was {feeling} any more."],
     ],
     "night": [
         OPENING,
-        ["One {weather} {time} {he} walked too far with {his} {colour} {object}.",
-         "One {weather} {time} {he} followed a {colour} bird and got lost."],
-        ["It grew dark, and {name} hid {spot} and felt {feeling}.",
-         "The night came, and {name} sat {spot} and felt {feeling}."],
-        ["A {manner} {helper} heard {him} and knew the way home.",
-         '"I know the way," said a {manner} {helper}.'],
-        ["Soon {name} and the {helper} shared a big {food} {place}.",
-         "Soon {he} was safe {place} and not {feeling} any more."],
+        ["One {weather} {time} {he} followed a {colour} bird away.",
+         "One {weather} {time} {he} took {his} {colour} {object} outside."],
+        ["Night came, and {name} sat {spot} and felt {feeling}.",
+         "Soon {name} got lost, hid {spot} and felt {feeling}."],
+        ["A {manner} {helper} came by and asked why {he} was {feeling}.",
+         '"You look {feeling}, friend!" said a {manner} {helper}.'],
+        ["Soon {name} and the {helper} were home {place} and shared a {food}.",
+         "Soon {he} and the {helper} were home {place}, {feeling} no more."],
     ],
     "party": [
         OPENING,
@@ -108,10 +110,10 @@ PLOTS = {
          "And then came the birthday of a {manner} {helper}."],
         ["But {name} had no gift to bring along, and felt {feeling}.",
          '"No gift!" said {name}, and {he} felt very {feeling}.'],
-        ["So {he} made a new {colour} {object} all by {him}self.",
-         "So {he} found {his} old {object} and painted it {colour}."],
-        ["The {helper} loved the {colour} {object}, and all day they danced {place}.",
-         '"What a {colour} {object}!" said the {helper}, and nobody was {feeling} now.'],
+        ["So {he} made a lovely new {colour} {object} all by {him}self.",
+         "So {he} found {his} old {object} and painted it bright {colour}."],
+        ["The {helper} loved the pretty {object}, and {name} was not {feeling} any more.",
+         '"What a lovely {object}!" said the {helper}, and nobody was {feeling}.'],
     ],
 }
 

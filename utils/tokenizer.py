@@ -121,7 +121,11 @@ def train_bpe(texts, vocab_size, min_frequency=2):
 
 
 def from_json(text):
-    return Text(Tokenizer.from_str(text))
+    """Text of what `Text.to_json` gave; anything else is a UserError."""
+    try:
+        return Text(Tokenizer.from_str(text))
+    except Exception as error:  # noqa: BLE001 - `tokenizers` raises plain Exception
+        raise UserError(f"this is no tokenizer: {error}") from None
 
 
 def load(path):
@@ -131,7 +135,7 @@ def load(path):
                         f"--input YOUR.txt --output {path}")
     try:
         return from_json(open(path, encoding="utf-8").read())
-    except Exception as error:  # noqa: BLE001 - `tokenizers` raises plain Exception
+    except (OSError, UnicodeDecodeError, UserError) as error:
         raise UserError(f"{path} is no tokenizer file: {error}") from None
 
 
