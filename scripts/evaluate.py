@@ -57,11 +57,11 @@ def judge_samples(model, text, cfg, data, options, steps, device):
     rows, evaluations = sample_rows(model, text, cfg, options, device)
     report = metrics.judge_tales([canvas.finished(text, row) for row in rows.tolist()])
     known = torch.cat([data.batch(step) for step in range(steps)]).int()
-    # real stories share runs with the training set too: what as many held-out ones share is chance
-    copies, chance = (metrics.longest_copies(r, known) for r in (rows, data.held_out[: len(rows)]))
+    # real stories share runs with the training set too: what the held-out ones share is chance
+    copies, chance = metrics.longest_copies(torch.cat((rows, data.held_out)), known).split([len(rows), len(data.held_out)])
     return report | {"evaluations_a_sample": evaluations, "longest_copy_mean": copies.float().mean().item(),
                      "longest_copy_max": copies.max().item(), "held_out_copy_mean": chance.float().mean().item(),
-                     "held_out_copy_max": chance.max().item()}
+                     "held_out_copy_max": chance.max().item(), "held_out_copies_of": len(chance)}
 
 
 def main(argv):
