@@ -17,7 +17,7 @@ import train
 from config import Config, SampleConfig, UserError
 from scripts import data as data_script
 from scripts import bench, evaluate, train_tokenizer
-from utils import checkpoint, corpus, tales
+from utils import checkpoint, corpus, tales, trace
 
 TINY = ("--n_layer 1 --n_head 2 --n_embd 16 --batch_size 4 --max_iters 6 --eval_interval 3 --eval_rows 4 "
         "--final_rows 4 --final_masks 2 --compile off --device cpu").split()
@@ -425,6 +425,9 @@ def test_prompt_to_text_and_video(tales_run, monkeypatch, capsys):
     assert len({picture.tobytes() for picture in pictures}) >= 6 and not os.path.exists("media/x.mp4.tmp")
     gif = Image.open("media/x.gif")
     assert gif.n_frames == 6 and gif.size == (640, 360)
+    gif.seek(3)
+    fresh = tuple(int(trace.FRESH[i:i + 2], 16) for i in (1, 3, 5))
+    assert fresh in {colour for _, colour in gif.convert("RGB").getcolors(2**20)}, "few colours, but the right ones"
 
 
 def test_samples_are_reproducible_and_distinct(tales_run, monkeypatch, capsys):

@@ -246,11 +246,25 @@ def write_mp4(path, images, frame_ms):
         raise UserError(f"cannot write the video {path}: {error}") from None
 
 
+def _palette():
+    """Image with the palette of a GIF: our colours, and their blends with what they stand on (the edges of letters).
+
+    Fixed, because a palette chosen by how much of the picture a colour fills loses the colours that matter.
+    """
+    split = lambda name: tuple(int(name[i:i + 2], 16) for i in (1, 3, 5))
+    pairs = [(colour, PAPER) for colour in (INK, FAINT, GIVEN, FRESH, REMASKED, CURVE)] + [(INK, FRESH), (INK, CURVE)]
+    colours = {tuple(round(a + (b - a) * share / 6) for a, b in zip(split(front), split(back)))
+               for front, back in pairs for share in range(7)}
+    image = Image.new("P", (1, 1))
+    image.putpalette([value for colour in sorted(colours) for value in colour])
+    return image
+
+
 def write_gif(path, images, frame_ms):
-    """The same pictures, at half the size and in 32 colours."""
-    small, times = [], []
+    """The same pictures, at half the size and in few colours."""
+    small, times, palette = [], [], _palette()
     for image, seconds in images:
-        small.append(image.resize((WIDTH // 2, HEIGHT // 2), Image.LANCZOS).quantize(32))
+        small.append(image.resize((WIDTH // 2, HEIGHT // 2), Image.LANCZOS).quantize(palette=palette, dither=Image.Dither.NONE))
         times.append(frame_ms if seconds is None else int(1000 * seconds))
     try:
         with _replacing(path) as file:
