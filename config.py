@@ -127,34 +127,64 @@ class Config:
 class SampleConfig:
     checkpoint: str = field("", "path (default: the newest run in artifacts/models, its best checkpoint)", "what")
     prompt: str = field("", "text that the result begins with")
-    gen_len: int = field(None, "tokens to write (default: to the end of the window)")
-    num_samples: int = field(1, "how many")
+    suffix: str = field("", "text that the result ends with")
+    infill: str = field("", "text with holes: 'Tom [8] a boat.' has one of 8 tokens, [___] one of 5, \\[ is a bracket")
+    prompt_file: str = field("", "a file with a prompt on each line; one result each")
+    gen_len: int = field(None, "tokens to write (default: to the end of the window); may go beyond the window")
+    no_stop: bool = field(False, "write all tokens asked for, beyond <|endoftext|> too")
+    num_samples: int = field(1, "how many of each")
     seed: int = field(1337, "of the first sample; the next has the next number")
 
-    sampler: str = field("confidence", "rule that picks which tokens to write next; --list shows all", "how")
+    sampler: str = field("confidence", "rule that picks which tokens to write next, NAME or NAME:NUMBER; --list shows "
+                         "all", "how")
     steps: int = field(None, "steps; more is better and slower (default: one token a step)")
     schedule: str = field("linear", "masked share over the steps")
+    min_tokens: int = field(1, "least number of tokens a step, for rules with a count")
     temperature: float = field(1.0, "of the token distribution; 0: always the likeliest token")
     top_k: int = field(0, "draw from the k likeliest tokens (0: all)")
     top_p: float = field(1.0, "draw from the likeliest tokens that sum to this (1: all)")
+    guidance: float = field(0.0, "classifier-free guidance by masking the prompt; twice the work (0: off)")
+    decode_block: int = field(0, "write left to right in blocks of so many tokens (0: all at once; beyond the window "
+                              "a quarter of it)")
+    cache: str = field("none", "keep keys and values around the block; faster, approximate",
+                       choices=("none", "prefix", "dual"))
+    cache_refresh: int = field(0, "steps after which a cache is computed anew (0: once a block)")
     device: str = field("auto", "auto: cuda, else mps, else cpu", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = field("auto", "of matrix products; auto: bfloat16 where the hardware has it",
                        choices=("auto", "float32", "bfloat16", "float16"))
 
     viz_video: str = field("", "write an MP4 of the text appearing", "trace")
     viz_gif: str = field("", "write the same as a GIF")
+    viz_html: str = field("", "write a page to step through, with the alternatives of each token")
     trace_every: int = field(1, "steps between frames")
     gif_frame_ms: int = field(180, "milliseconds a frame stays, in GIF and MP4")
+    live: bool = field(False, "show the text in the terminal while it appears")
+    frame_ms: int = field(0, "least milliseconds of a step with --live")
+    json: bool = field(False, "print one JSON object a sample instead of text")
 
     def __post_init__(self):
         check_choices(self)
         check_seed(self.seed)
-        for name in ("gen_len", "num_samples", "steps", "trace_every", "gif_frame_ms"):
+        for name in ("gen_len", "num_samples", "steps", "trace_every", "gif_frame_ms", "min_tokens"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise UserError(f"temperature={self.temperature} and top_k={self.top_k} must not be negative, "
-                            f"top_p={self.top_p} must be in (0, 1]")
+        for name in ("temperature", "top_k", "guidance", "decode_block", "cache_refresh", "frame_ms"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name}={getattr(self, name)} must not be negative")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p={self.top_p} must be in (0, 1]")
+        if self.infill and (self.prompt or self.suffix or self.prompt_file or self.gen_len):
+            raise UserError("infill says itself what is given and how much to write; leave out --prompt, --suffix, "
+                            "--prompt-file and --gen-len")
+        if self.prompt_file and self.prompt:
+            raise UserError(f"prompt_file={self.prompt_file} with prompt={self.prompt!r}: give one of them")
+        if self.cache != "none" and not self.decode_block:
+            raise UserError(f"cache={self.cache} with decode_block=0: a cache keeps what is around a block; "
+                            "set --decode-block, 32 say")
+        if self.cache != "none" and self.guidance:
+            raise UserError(f"cache={self.cache} with guidance={self.guidance}: one or the other")
+        if self.live and self.json:
+            raise UserError("live with json: one or the other")
 
 
 PRESETS = {
@@ -317,7 +347,9 @@ def show_list(samplers, schedules):
     for name, settings in PRESETS.items():
         print(f"preset {name}: {', '.join(f'{k}={v}' for k, v in settings.items())}")
     for name, sampler in samplers.items():
-        print(f"sampler {name}: {' '.join(sampler.pick.__doc__.split()).split(' (')[0]}")
+        number = "" if sampler.value is None else f":{sampler.value:g}"
+        key = f" Key: {sampler.key.__doc__[0].lower()}{sampler.key.__doc__[1:]}" if sampler.key else ""
+        print(f"sampler {name}{number}: {' '.join(sampler.pick.__doc__.split())}{key}")
     print(f"schedules: {', '.join(schedules)}")
 
 

@@ -10,10 +10,15 @@ exists only inside a schedule m(t) and on a sampler's grid.
   CE = -log p(x0_i | xt) at a masked position i, in nats     S = the masked positions of a row, l = |S|
 """
 import math
+from functools import partial
+from itertools import count
 from typing import Callable, NamedTuple
 
 import torch
 import torch.nn.functional as F
+
+from config import UserError, check_name
+from utils import blocks, rules
 
 # --- schedules --------------------------------------------------------------------------------------------------
 # A schedule is the masked share m(t), rising from 0 at t = 0 to 1 at t = 1, and its inverse t(m). The survival
@@ -212,56 +217,56 @@ def mean_and_errors(nll):
 
 
 # --- sampling ---------------------------------------------------------------------------------------------------
-# One loop. A sampler is a rule that picks which masked positions get their token now; the tokens themselves are
-# always drawn from p(x0 | xt), after temperature, top-k and top-p.
-
-
-def max_probability(p):
-    """Confidence of a position: p (N, V) -> (N,). Of the distribution, never of the token drawn: choosing positions
-    by the drawn token's probability prefers likely tokens and collapses the entropy of the text."""
-    return p.max(-1).values
-
-
-class Moment(NamedTuple):
-    """What a rule sees. b rows that still have masks, L positions."""
-    k: int                # index of the step, from 0
-    grid: torch.Tensor    # (steps + 1,) masked share after each step, from 1 to 0
-    masked: torch.Tensor  # (b, L) bool
-    total: torch.Tensor   # (b,) number of masks at the start
-    key: torch.Tensor     # (b, L) the sampler's preference, -inf where not masked; None for rules without
-    u: torch.Tensor       # (b, L) uniforms of this step
-
-
-def ancestral(now):
-    """Reveal each masked position by itself, as the reverse of the forward process does (MDLM, eq. 6).
-
-    With chance (m_k - m_{k+1}) / m_k. Exact as the grid gets finer, and true to its schedule at any number of steps.
-    """
-    here, there = now.grid[now.k], now.grid[now.k + 1]
-    return now.masked & (now.u < (here - there) / here)
-
-
-def best_first(now):
-    """Reveal the positions that the network is surest of, as many as the grid says, at least one (MaskGIT,
-    arXiv:2202.04200, with the distribution's confidence).
-
-    Balanced: N masks in T <= N steps are N / T a step, rounded so that they sum to N.
-    """
-    revealed = now.total - now.masked.sum(1)
-    due = (now.total * (1 - now.grid[now.k + 1]) + 1e-9).floor().long() - revealed
-    rank = now.key.argsort(dim=1, descending=True, stable=True).argsort(1)
-    return now.masked & (rank < due.clamp(min=1)[:, None])
+# One loop. A sampler is a rule (utils/rules.py) that picks which masked positions get their token now, and perhaps
+# which written ones are hidden again; the tokens themselves are always drawn from p(x0 | xt), after temperature, top-k
+# and top-p.
 
 
 class Sampler(NamedTuple):
-    pick: Callable        # Moment -> (b, L) bool: reveal these now
-    key: Callable = None  # p (N, V) -> (N,), higher goes first; None: positions are picked before the network is asked
+    """What it does is the first sentence of its rule's docstring; --list shows it."""
+    pick: Callable         # rules.Moment -> (b, L) bool: write these now
+    key: Callable = None   # p (N, V) -> (N,), higher goes first; None: positions are picked before the network is asked
+    value: float = None    # the rule's number; "threshold:0.8" on the command line gives another
+    hide: Callable = None  # rules.Moment -> (b, L) bool: hide these again
+    grid: Callable = None  # time 1 -> 0 to masked share, where the rule has its own instead of a schedule
 
 
 SAMPLERS = {
-    "ancestral": Sampler(ancestral),
-    "confidence": Sampler(best_first, max_probability),
+    "ancestral": Sampler(rules.ancestral),
+    "first_hitting": Sampler(rules.first_hitting),
+    "random": Sampler(rules.random),
+    "confidence": Sampler(rules.best_first, rules.max_probability),
+    "entropy": Sampler(rules.best_first, rules.negative_entropy),
+    "margin": Sampler(rules.best_first, rules.margin),
+    "notes": Sampler(rules.notes, rules.max_probability),
+    "threshold": Sampler(rules.threshold, rules.max_probability, 0.9),
+    "factor": Sampler(rules.factor, rules.max_probability, 1.0),
+    "entropy_bounded": Sampler(rules.entropy_bounded, rules.negative_entropy, 0.1),
+    "remask": Sampler(rules.remask, rules.max_probability, hide=rules.remask_hide),
+    "remdm_cap": Sampler(rules.remdm_cap, value=0.02, hide=rules.remdm_cap_hide),
+    "remdm_rescale": Sampler(rules.remdm_rescale, value=0.015, hide=rules.remdm_rescale_hide),
+    "remdm_conf": Sampler(rules.remdm_conf, value=1.0, hide=rules.remdm_conf_hide),
+    "remdm_loop": Sampler(rules.remdm_loop, value=0.02, hide=rules.remdm_loop_hide, grid=rules.loop_grid),
 }
+
+
+def find_sampler(name):
+    """(Sampler, its number) for "threshold" or "threshold:0.8"; a UserError says which there are."""
+    name, colon, number = name.partition(":")
+    check_name("sampler", name, SAMPLERS)
+    rule = SAMPLERS[name]
+    if not colon:
+        return rule, rule.value
+    if rule.value is None:
+        raise UserError(f"sampler {name} takes no number, got {name}:{number}")
+    try:
+        value = float(number)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise UserError(f"sampler {name}:{number}: expected a number of at least 0 after the colon, as in "
+                        f"{name}:{rule.value:g}")
+    return rule, value
 
 
 def warp(logits, temperature=1.0, top_k=0, top_p=1.0):
@@ -314,62 +319,155 @@ def row_uniforms(seeds, k, L, dtype=torch.float64):
 
 
 class Step(NamedTuple):
-    """The state after a network evaluation; tensors on the model's device, the sampler's own: copy what you keep."""
+    """The state after a step; tensors on the model's device, the sampler's own: copy what you keep."""
     ids: torch.Tensor         # (B, L) long, MASK where still hidden
     masked: torch.Tensor      # (B, L) bool, still hidden
     fresh: torch.Tensor       # (B, L) bool, written in this step
     remasked: torch.Tensor    # (B, L) bool, hidden again in this step
     confidence: torch.Tensor  # (B, L) float32, of the distribution: when last computed; 1 for given tokens
-    evaluations: int          # network evaluations so far
-    t: float                  # masked share that the grid has now, from 1 to 0
+    top: tuple                # (tokens (B, L, top) long, probabilities float32), when last computed; None if not asked
+    evaluations: int          # network evaluations so far; one is a call of the network, whatever its rows
+    t: torch.Tensor           # (B,) masked share of what is to be written, from 1 to 0
 
 
 @torch.no_grad()
 def sample(model, canvas, *, sampler="confidence", steps=None, schedule="linear", temperature=1.0, top_k=0, top_p=1.0,
+           min_tokens=1, guidance=0.0, decode_block=0, window=None, cache="none", refresh=0, given=0, stop=None, top=0,
            seeds=None):
-    """Fill the MASKs of canvas (B, L) long; yields a `Step` after every network evaluation.
+    """Fill the MASKs of canvas (B, L) long; yields a `Step` after every step.
 
-    sampler      a name in SAMPLERS
-    steps        steps of the grid (default L: one token at a time). The number of network evaluations is
-                 min(steps, MASKs) for "confidence", and at most steps for "ancestral", which does not ask the network
-                 when it reveals nothing
-    schedule     masked share over the grid, a name in SCHEDULES; independent of the one trained with
-    seeds        one integer a row (default 0, 1, ...): a row gets the same text whatever the rest of the batch
-    Given tokens are never changed, no MASK is left, and MASK is never drawn: the network has no logit for it.
-    A `model` needs `vocab_size` and `model(ids, noise_level, select=...)`.
+    sampler       a name in SAMPLERS, or NAME:VALUE with the rule's number
+    steps         steps of the grid (default: one a token). No rule but first_hitting, which writes one token a step,
+                  takes more evaluations than steps (rounded up in each block); those that look at the data may take fewer
+    schedule      masked share over the grid, a name in SCHEDULES; independent of the one trained with
+    min_tokens    least number of tokens that a rule with a count writes in a step
+    guidance      w of unsupervised classifier-free guidance (SMDM, arXiv:2410.18514): logits (1 + w) with the prompt
+                  - w with the prompt masked; twice the work. 0: off
+    decode_block  write left to right in blocks of so many tokens, the grid's steps shared among them (LLaDA); later
+                  blocks stay MASK and visible to the network. 0: all at once
+    window        most positions that the network can take; a longer canvas needs decode_block, and each block is
+                  written at the right end of the window, with what is before it as context (where given text comes
+                  after it, a quarter of the window looks ahead)
+    cache         none | prefix | dual: keep keys and values of what is before the block, or around it, from the block's
+                  first step on (Fast-dLLM, arXiv:2505.22618). Approximate: what was kept does not see what was written
+                  since. refresh > 0 computes everything anew every so many steps
+    given         tokens at the start of a row that are no prompt (`given_tokens`): always in sight
+    stop          token id: with decode_block, a row whose finished blocks hold it, after all given text, is filled up
+                  with it
+    top           how many of the likeliest tokens to keep for viewers, in Step.top
+    seeds         one integer a row (default 0, 1, ...): a row gets the same text whatever the rest of the batch
+    Given tokens are never changed, no MASK is left, and MASK is never drawn: the network has no logit for it. Rows that
+    are finished, or that write nothing in a step, cost nothing.
+    A `model` needs `vocab_size` and `model(ids, noise_level, select=...)`, for a cache also `positions` and `cache`.
     """
-    (B, L), device = canvas.shape, canvas.device
-    rule, ids, masked = SAMPLERS[sampler], canvas.clone(), canvas == model.vocab_size - 1
-    total = masked.sum(1)
-    steps = steps or L
+    (B, L), device, mask = canvas.shape, canvas.device, model.vocab_size - 1
+    rule, value = find_sampler(sampler)
+    W = min(L, window or L)
+    decode_block = min(decode_block or L, L)
+    if W < L and decode_block >= W:
+        raise UserError(f"a text of {L} tokens is longer than the window of {W}: decode_block={decode_block} must be "
+                        f"less than {W}, {W // 4} say")
     precision = torch.float32 if device.type == "mps" else torch.float64
-    grid = mask_rate(schedule, torch.linspace(1, 0, steps + 1, dtype=torch.float64)).to(device, precision)
+    grid = rule.grid or partial(mask_rate, schedule)
     seeds = torch.tensor(list(range(B) if seeds is None else seeds), device=device)
-    confidence, evaluations = torch.ones(B, L, device=device).masked_fill(masked, 0), 0
-    for k in range(steps):
-        rows = masked.any(1).nonzero()[:, 0]
+    ids, masked, editable = canvas.clone(), canvas == mask, canvas == mask
+    place = torch.arange(L, device=device)
+    begin = editable.int().argmax(1, keepdim=True)  # first MASK of each row
+    number = (place - begin).clamp(min=0) // decode_block  # (B, L) which block a position belongs to
+    total = editable.sum(1)
+    given_until = torch.where(editable, 0, place + 1).amax(1, keepdim=True)  # all given text ends before this position
+    block = torch.full((B,), -1, device=device)  # that each row is writing; L: the row is finished
+    over = torch.ones_like(block, dtype=torch.bool)  # whether that block is finished
+    k, wanted = torch.zeros_like(block), torch.ones_like(block)  # steps done and steps planned for that block
+    confidence, chosen = (torch.ones(B, L, device=device).masked_fill(masked, 0) for _ in range(2))
+    top = min(top, mask)
+    best = torch.zeros(B, L, top, dtype=torch.long, device=device), torch.zeros(B, L, top, device=device)
+    kept, evaluations = blocks.Cache(cache, B, refresh) if cache != "none" else None, 0
+    for tick in count():
+        block = torch.where(over, torch.where(masked, number, L).amin(1), block)
+        rows = (block < L).nonzero()[:, 0]
         if not len(rows):
             return
-        u = row_uniforms(seeds, k, L, precision)
-        now = Moment(k, grid, masked[rows], total[rows], None, u[0, rows])
-        if rule.key is None:  # picked without asking: who reveals nothing needs no evaluation, and only picks logits
+        inside = number == block[:, None]
+        k = torch.where(over, 0, k)
+        masks = (editable & inside).sum(1)
+        share = -(-steps * masks // total.clamp(min=1)) if steps else masks
+        wanted = torch.where(over, share.clamp(min=1), wanted)
+        left = (wanted - k).clamp(min=1)[rows, None]  # rules that write one token a step may take more than `steps`
+        time = lambda steps_left: steps_left.to(precision) / wanted[rows, None]
+        u = row_uniforms(seeds, tick, L, precision)
+        now = rules.Moment(
+            open=(masked & inside)[rows], written=(editable & ~masked & inside)[rows], here=grid(time(left)),
+            there=grid(time(left - 1)), left=left, u=u[0, rows], confidence=confidence[rows], chosen=chosen[rows],
+            key=None, value=value, least=min_tokens)
+        fresh, remasked = torch.zeros_like(masked), torch.zeros_like(masked)
+        asked = now.open
+        if rule.key is None:  # decided without asking: rows that write nothing need no evaluation
             asked = rule.pick(now)
+            if rule.hide is not None:
+                remasked[rows] = rule.hide(now)
             busy = asked.any(1)
             rows, asked = rows[busy], asked[busy]
-            if not len(rows):
-                continue
-        else:
-            asked = now.masked
-        index = asked.flatten().nonzero()[:, 0]
-        logits = at_least_float32(model(ids[rows], masked[rows].float().mean(1), select=index))
-        evaluations += 1
-        p, pick = logits.softmax(-1), asked
-        if rule.key is not None:
-            key = torch.full(asked.shape, -math.inf, dtype=p.dtype, device=device).masked_scatter(asked, rule.key(p))
-            pick = rule.pick(now._replace(key=key))
-        tokens = draw(warp(logits[pick.flatten()[index]], temperature, top_k, top_p), u[1, rows][pick])
-        ids[rows] = ids[rows].masked_scatter(pick, tokens)
-        masked[rows] &= ~pick
-        confidence[rows] = confidence[rows].masked_scatter(asked, max_probability(p).float())
-        fresh = torch.zeros_like(masked).index_put((rows,), pick)
-        yield Step(ids, masked, fresh, torch.zeros_like(masked), confidence, evaluations, grid[k + 1].item())
+        if len(rows):
+            x, at, prompt = ids[rows], asked, (~editable & (place >= given))[rows]
+            start = begin[rows] + block[rows, None] * decode_block  # of the block, in the canvas and then in the window
+            if W < L:
+                end = start + decode_block
+                ahead = torch.where(given_until[rows] > end, min(W // 4, W - decode_block), 0)  # to see what comes after
+                shift = (end + ahead).clamp(max=L) - W
+                columns = shift.clamp(min=0) + place[:W]
+                columns[:, :given] = place[:given]
+                x, at, prompt, start = (x.gather(1, columns), at.gather(1, columns), prompt.gather(1, columns),
+                                        start - shift.clamp(min=0))
+            if kept is None:
+                logits = _guided(model, x, at, prompt, guidance)
+            else:
+                logits = kept.logits(model, x, at, rows, start, decode_block, block[rows], k[rows])
+            logits, pick = at_least_float32(logits), asked
+            evaluations = kept.calls if kept else evaluations + (2 if guidance else 1)
+            p = logits.softmax(-1)
+            if rule.key is not None:
+                key = torch.full(asked.shape, -math.inf, dtype=p.dtype, device=device)
+                now = now._replace(key=key.masked_scatter(asked, rule.key(p)))
+                pick = rule.pick(now)
+                if rule.hide is not None:
+                    remasked[rows] = rule.hide(now)
+            picked = pick[asked]
+            tokens = draw(warp(logits[picked], temperature, top_k, top_p), u[1, rows][pick])
+            ids[rows] = ids[rows].masked_scatter(pick, tokens)
+            chosen[rows] = chosen[rows].masked_scatter(pick, p[picked].gather(1, tokens[:, None])[:, 0].float())
+            confidence[rows] = confidence[rows].masked_scatter(asked, rules.max_probability(p).float())
+            if top:
+                likeliest = p.topk(top)
+                for kept_best, value_now in zip(best, (likeliest.indices, likeliest.values.float())):
+                    kept_best[rows] = kept_best[rows].masked_scatter(asked[..., None], value_now)
+            fresh[rows] = pick
+        ids.masked_fill_(remasked, mask)
+        masked = masked & ~fresh | remasked
+        k = k + 1
+        over = ~(masked & inside).any(1)
+        if rule.hide is not None and rule.key is None:  # a full block may get holes again, until its steps are over
+            over &= k >= wanted
+        if stop is not None:
+            last = (ids == stop) & editable & ~masked & (number <= block[:, None]) & (place >= given_until)
+            ended = (over & last.any(1))[:, None] & masked
+            ids.masked_fill_(ended, stop)
+            confidence.masked_fill_(ended, 1)
+            masked, fresh = masked & ~ended, fresh | ended
+        if not len(rows) and not (fresh | remasked).any():  # nothing happened
+            continue
+        yield Step(ids, masked, fresh, remasked, confidence, best if top else None, evaluations,
+                   masked.sum(1) / total.clamp(min=1))
+
+
+def _guided(model, x, asked, prompt, w):
+    """Logits (N, V) at the asked (b, L) positions of x (b, L); with w > 0 sharpened by what the prompt changes."""
+    mask, index = model.vocab_size - 1, asked.flatten().nonzero()[:, 0]
+    level = (x == mask).float().mean(1)
+    if not w:
+        return model(x, level, select=index)
+    blind = x.masked_fill(prompt, mask)
+    both = model(torch.cat((x, blind)), torch.cat((level, (blind == mask).float().mean(1))),
+                 select=torch.cat((index, index + x.numel())))
+    seeing, without = at_least_float32(both).chunk(2)
+    return (1 + w) * seeing - w * without

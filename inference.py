@@ -1,22 +1,28 @@
 """Write text with a trained model, and watch it appear out of masks.
 
     python inference.py --prompt "Once upon a time"
-    python inference.py --prompt "Once upon a time" --viz-video artifacts/media/trace.mp4
-    python inference.py --num-samples 4 --sampler ancestral --steps 32 --temperature 0.8
-    python inference.py --checkpoint artifacts/models/tales.best.pt --gen-len 40 --viz-gif trace.gif
+    python inference.py --prompt "Once upon a time" --viz-video artifacts/media/trace.mp4 --viz-html trace.html
+    python inference.py --infill "Tom [8] a boat and [3] red."
+    python inference.py --num-samples 4 --sampler entropy_bounded:0.5 --temperature 0.8 --live
+    python inference.py --prompt-file prompts.txt --gen-len 40 --json
 
 Needs a checkpoint and nothing else: it holds the tokenizer and the settings.
 """
+import contextlib
+import json
 import os
 import sys
 import time
 
+import torch
 from tqdm import tqdm
 
 import config
 import diffusion
 from config import Config, SampleConfig, UserError
 from utils import canvas, checkpoint, runtime, trace
+
+ALTERNATIVES = 5  # likeliest tokens that the page of --viz-html shows
 
 
 def load(argv):
@@ -32,7 +38,7 @@ def load(argv):
     state = checkpoint.read(path)
     options = config.merge(SampleConfig, state["sample"], overrides)
     check(options)
-    for target, ending in ((options.viz_video, ".mp4"), (options.viz_gif, ".gif")):
+    for target, ending in ((options.viz_video, ".mp4"), (options.viz_gif, ".gif"), (options.viz_html, ".html")):
         if target:  # rather now than after the work
             trace.check(target, ending)
     device = runtime.choose_device(options.device)
@@ -40,24 +46,68 @@ def load(argv):
 
 
 def check(options):
-    config.check_name("sampler", options.sampler, diffusion.SAMPLERS)
+    diffusion.find_sampler(options.sampler)
     config.check_name("schedule", options.schedule, diffusion.SCHEDULES)
 
 
-def generate(model, text, options, block_size, device, dtype):
-    """Write options.num_samples rows; returns (finished texts, frames of row 0, network evaluations, seconds)."""
-    blank = canvas.build(text, [options.prompt] * options.num_samples, options.gen_len, block_size).to(device)
-    steps = diffusion.sample(
-        model, blank, sampler=options.sampler, steps=options.steps, schedule=options.schedule,
-        temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,
-        seeds=range(options.seed, options.seed + options.num_samples))
-    frames, steps = trace.record(steps, blank, options.trace_every)
-    masks, start = int((blank == text.mask).sum()), time.perf_counter()
-    with runtime.autocast(device, dtype), tqdm(total=masks, unit="token", disable=None, leave=False) as bar:
-        for step in steps:
-            bar.update(int(step.fresh.sum()))
-    rows = [canvas.finished(text, row) for row in step.ids.tolist()]
-    return rows, frames, step.evaluations, time.perf_counter() - start
+def canvases(options, text, window):
+    """Rows to fill: list of (canvas, a list of ids; seed). What is given differs, the rest is MASK."""
+    if options.infill:
+        templates = [canvas.parse_infill(options.infill)]
+    else:
+        prompts = [options.prompt]
+        if options.prompt_file:
+            try:
+                with open(options.prompt_file, encoding="utf-8") as file:
+                    prompts = [line for line in file.read().splitlines() if line.strip()]
+            except (OSError, UnicodeDecodeError) as error:
+                raise UserError(f"cannot read the prompts of {options.prompt_file}: {config.reason(error)}") from None
+            if not prompts:
+                raise UserError(f"{options.prompt_file} is empty; write a prompt on each line")
+        templates = [[p for p in (prompt, options.gen_len, options.suffix) if p != ""] for prompt in prompts]
+    rows = [canvas.build(text, template, window) for template in templates]
+    return [(row, options.seed + i) for row in rows for i in range(options.num_samples)]
+
+
+def generate(model, text, options, cfg, device, dtype):
+    """Write all rows of `options`; returns (results, frames of the first row, network evaluations, seconds).
+
+    A result is a dict: text, seed, sampler, evaluations, seconds, tokens_per_second (of the rows of its length,
+    which are written together), tokens, confidence and step (when each token settled; 0: given).
+    """
+    rows, results, frames, evaluations, total = canvases(options, text, cfg.block_size), {}, [], 0, 0.0
+    for length in dict.fromkeys(len(row) for row, _ in rows):  # rows of a length are one batch
+        members = [i for i, (row, _) in enumerate(rows) if len(row) == length]
+        blank = torch.tensor([rows[i][0] for i in members], device=device)
+        beyond = length > cfg.block_size and not options.decode_block
+        steps = diffusion.sample(
+            model, blank, sampler=options.sampler, steps=options.steps, schedule=options.schedule,
+            temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, min_tokens=options.min_tokens,
+            guidance=options.guidance, decode_block=cfg.block_size // 4 if beyond else options.decode_block,
+            window=cfg.block_size, cache=options.cache, refresh=options.cache_refresh,
+            given=diffusion.given_tokens(cfg), stop=None if options.no_stop else text.end,
+            top=ALTERNATIVES if options.viz_html and 0 in members else 0, seeds=[rows[i][1] for i in members])
+        if 0 in members:
+            if options.viz_video or options.viz_gif or options.viz_html:
+                frames, steps = trace.record(steps, blank, text.mask, options.trace_every)
+            if options.live:
+                steps = trace.live(steps, text, options.frame_ms)
+        settled, masks, start = torch.zeros_like(blank), int((blank == text.mask).sum()), time.perf_counter()
+        with contextlib.closing(steps), runtime.autocast(device, dtype), tqdm(
+                total=masks, unit="token", leave=False, disable=True if options.live else None) as bar:
+            for number, step in enumerate(steps, 1):
+                settled[step.fresh] = number
+                bar.update(int(step.fresh.sum()) - int(step.remasked.sum()))
+        seconds = time.perf_counter() - start
+        evaluations, total = evaluations + step.evaluations, total + seconds
+        for row, i in enumerate(members):
+            ids = step.ids[row].tolist()
+            results[i] = {
+                "text": canvas.finished(text, ids, rows[i][0], not options.no_stop), "seed": rows[i][1],
+                "sampler": options.sampler, "evaluations": step.evaluations, "seconds": seconds,
+                "tokens_per_second": masks / seconds, "tokens": text.pieces(ids),
+                "confidence": [round(c, 4) for c in step.confidence[row].tolist()], "step": settled[row].tolist()}
+    return [results[i] for i in range(len(rows))], frames, evaluations, total
 
 
 def main(argv):
@@ -68,18 +118,26 @@ def main(argv):
     options, model, text, cfg, device, path = load(argv)
     dtype = runtime.choose_dtype(options.dtype, device)
     name = os.path.basename(path).removesuffix(".pt")
-    rows, frames, evaluations, seconds = generate(model, text, options, cfg.block_size, device, dtype)
-    for number, row in enumerate(rows):
-        if len(rows) > 1:
-            print(f"--- seed {options.seed + number}")
-        print(row)
+    results, frames, evaluations, seconds = generate(model, text, options, cfg, device, dtype)
+    for result in results:
+        if options.json:
+            print(json.dumps(result, ensure_ascii=False))
+            continue
+        if len(results) > 1:
+            print(f"--- seed {result['seed']}")
+        print(result["text"])
     print(f"{name} on {device.type} | {options.sampler}, temperature {options.temperature:g} | "
           f"{evaluations} network evaluations, {seconds:.1f} s", file=sys.stderr)
-    title = f"{name} · {options.sampler} · temperature {options.temperature:g}"
-    for target, write in ((options.viz_video, trace.write_mp4), (options.viz_gif, trace.write_gif)):
-        if target:
-            write(target, trace.pictures(frames, text, title), options.gif_frame_ms)
-            print(f"wrote {target}", file=sys.stderr)
+    if frames:
+        title = (f"{name} · {options.sampler} · temperature {options.temperature:g} · "
+                 f"{frames[-1].evaluations} evaluations")
+        for target, write in ((options.viz_video, trace.write_mp4), (options.viz_gif, trace.write_gif)):
+            if target:
+                write(target, trace.pictures(frames, text, title), options.gif_frame_ms)
+                print(f"wrote {target}", file=sys.stderr)
+        if options.viz_html:
+            trace.write_html(options.viz_html, frames, text, title)
+            print(f"wrote {options.viz_html}", file=sys.stderr)
 
 
 if __name__ == "__main__":

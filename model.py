@@ -9,6 +9,7 @@ Notation, the same in every file: B rows, L positions, C = n_embd channels, H he
 MASK token is id V, and cfg's `vocab_size` = V + 1 counts it.
 """
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -43,10 +44,12 @@ class Attention(nn.Module):
         self.v = nn.Linear(cfg.n_embd, cfg.n_embd, bias=False)
         self.proj = nn.Linear(cfg.n_embd, cfg.n_embd, bias=False)
 
-    def forward(self, x, cos, sin, attention):
+    def forward(self, x, cos, sin, attention, cache):
         B, L, C = x.shape
         q, k, v = (linear(x).view(B, L, self.n_head, -1).transpose(1, 2) for linear in (self.q, self.k, self.v))
         q, k = rotate(norm(q), cos, sin), rotate(norm(k), cos, sin)
+        if cache is not None:
+            k, v = cache(k, v)
         if x.device.type == "cpu":  # its bfloat16 kernel is no faster, and 6 times slower backwards in rows of 67 tokens
             q, k, v = (part.to(torch.promote_types(part.dtype, torch.float32)) for part in (q, k, v))
         with torch.autocast("cpu", enabled=False):
@@ -75,12 +78,12 @@ class Block(nn.Module):
         # adaLN (arXiv:2212.09748): the noise level shifts and scales what each half of the block reads
         self.modulation = nn.Linear(cfg.n_embd, 4 * cfg.n_embd) if cfg.time_conditioning == "adaln" else None
 
-    def forward(self, x, cos, sin, attention, condition):
+    def forward(self, x, cos, sin, attention, condition, cache):
         read1 = read2 = norm
         if self.modulation is not None:
             shift1, scale1, shift2, scale2 = self.modulation(F.silu(condition)).chunk(4, dim=-1)
             read1, read2 = (lambda x: norm(x) * (1 + scale1) + shift1), (lambda x: norm(x) * (1 + scale2) + shift2)
-        x = x + self.dropout(self.attn(read1(x), cos, sin, attention))
+        x = x + self.dropout(self.attn(read1(x), cos, sin, attention, cache))
         return x + self.dropout(self.mlp(read2(x)))
 
 
@@ -154,7 +157,7 @@ class Transformer(nn.Module):
             if block.modulation is not None:
                 nn.init.zeros_(block.modulation.weight)
 
-    def forward(self, ids, noise_level=None, *, attention=None, positions=None, select=None):
+    def forward(self, ids, noise_level=None, *, attention=None, positions=None, cache=None, select=None):
         """Logits for every position, or for the selected ones.
 
         ids          (B, L) long, MASK = V where the token is hidden
@@ -162,6 +165,8 @@ class Transformer(nn.Module):
                      time_conditioning is not "none"
         attention    None (all see all), "causal", or a bool tensor (L, L) or (B, 1, L, L), True = row may look at column
         positions    (L,) or (B, 1, L) long for the rotary embedding; 0..L-1 by default
+        cache        function (layer, k, v) -> (k, v), each (B, H, l, D): stores what is new, returns what to look at
+                     (utils/blocks.py)
         select       flat indices (N,) into the B * L positions
         returns      (B, L, V), or (N, V) with `select`; MASK has no column, so it can never be predicted
         """
@@ -179,8 +184,8 @@ class Transformer(nn.Module):
             if self.cfg.time_conditioning != "adaln":
                 x = x + condition
         x = self.dropout(norm(x))
-        for block in self.blocks:
-            x = block(x, cos, sin, attention, condition)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, cos, sin, attention, condition, cache and partial(cache, layer))
         x = norm(x)
         if select is not None:
             x = x.flatten(0, 1)[select]

@@ -107,7 +107,7 @@ def probe(model, cfg, data, step, device, dtype):
 
 def show_sample(model, text, cfg, device):
     """An unconditional sample (str) in at most 64 network evaluations, always from the same random numbers."""
-    blank = canvas.build(text, [""], None, cfg.block_size).to(device)
+    blank = torch.tensor([canvas.build(text, [None], cfg.block_size)], device=device)
     steps = min(64, cfg.block_size)
     *_, last = diffusion.sample(model, blank, steps=steps, seeds=[0])
     return canvas.finished(text, last.ids[0].tolist())

@@ -2,8 +2,10 @@
 
     python scripts/bench.py train shakespeare               tokens/s of a preset, beside fp32 eager in the same run
     python scripts/bench.py train tales --rounds 9 --json train.json
+    python scripts/bench.py sample stories --batches 1,16       tokens/s of every sampler, beside the sources' procedure
 """
 import dataclasses
+import math
 import os
 import statistics
 import sys
@@ -18,19 +20,23 @@ import config
 import diffusion
 from config import Config, UserError, field
 from model import Transformer
-from utils import optim, runtime
+from utils import checkpoint, optim, runtime
 
 
 @dataclass(frozen=True)
 class BenchConfig:
     rounds: int = field(7, "timed rounds of each variant, after one to warm up")
+    batches: str = field("1,16,64", "rows that are sampled at once (sample)")
+    steps: int = field(64, "steps of the samplers that take as many as they are told (sample)")
     json: str = field("", "write the figures to this file too")
     device: str = field("auto", "auto: cuda, else mps, else cpu", choices=("auto", "cpu", "cuda", "mps"))
 
     def __post_init__(self):
         config.check_choices(self)
-        if self.rounds < 1:
-            raise UserError(f"rounds={self.rounds} must be at least 1")
+        if self.rounds < 1 or self.steps < 1:
+            raise UserError(f"rounds={self.rounds} and steps={self.steps} must be at least 1")
+        if not all(word.strip().isdigit() and int(word) for word in self.batches.split(",")):
+            raise UserError(f"batches={self.batches}: expected whole numbers with commas between, as in 1,16")
 
 
 def training_step(cfg, vocab_size, device, dtype, compiled, masked_only, muon=optim.Muon):
@@ -98,22 +104,111 @@ def bench_train(name, options):
             "block_size": cfg.block_size, "rounds": options.rounds, "variants": figures}
 
 
+@torch.no_grad()
+def source_procedure(model, canvas, steps=101, seed=0):
+    """The micro-dLLMs' sampler as published, the yardstick of `sample`: the ids (B, L) that it ends with.
+
+    Each step computes all positions, draws a token everywhere, keeps the surest by the probability of the token drawn
+    and hides the rest; a last pass takes the likeliest token at every position. (Their network can draw MASK; ours
+    has no logit for it, and is told the true share of masks.)
+    """
+    mask, free = model.vocab_size - 1, canvas == model.vocab_size - 1
+    ids, total = canvas.clone(), free.sum(1)
+    generator = torch.Generator(canvas.device).manual_seed(seed)
+    for t in range(steps - 1, 0, -1):
+        p = model(ids, (ids == mask).float().mean(1)).float().softmax(-1)
+        tokens = torch.multinomial(p.flatten(0, 1), 1, generator=generator).view_as(ids)
+        sure = p.gather(2, tokens[..., None])[..., 0].masked_fill(~free, 2)
+        share = 1 - math.cos(math.pi / 2 * (t - 1) / (steps - 1))  # their cosine schedule
+        hidden = sure.argsort(1).argsort(1) < (share * total).long()[:, None]
+        ids = torch.where(free, torch.where(hidden, mask, tokens), canvas)
+    return torch.where(free, model(ids, (ids == mask).float().mean(1)).argmax(-1), canvas)
+
+
+def bench_sample(name, options):
+    """Figures (dict) for every sampler on a network of the preset's shape with random weights, or a checkpoint (.pt).
+
+    Random weights tell nothing about rules that look at the data: with those, their number of evaluations is not that
+    of a trained network.
+    """
+    device = runtime.choose_device(options.device)
+    dtype = runtime.choose_dtype("auto", device)
+    if name.endswith(".pt"):
+        model, _, cfg = checkpoint.restore(checkpoint.read(name), device, name)
+    else:
+        cfg = config.merge(Config, config.preset(name))
+        model = Transformer(cfg, cfg.vocab_size if cfg.tokenizer != "char" else 66).to(device).eval()
+        torch.manual_seed(0)
+        torch.nn.init.normal_(model.head.weight, std=0.02)
+    rows = []
+    for batch in map(int, options.batches.split(",")):
+        blank = torch.full((batch, cfg.block_size), model.vocab_size - 1, device=device)
+        blank[:, 0] = 0
+        source = lambda: (source_procedure(model, blank), 101)
+
+        def ours(sampler, **more):
+            def run():
+                with runtime.autocast(device, dtype):
+                    *_, last = diffusion.sample(model, blank, sampler=sampler, steps=options.steps, **more)
+                return last.ids, last.evaluations
+            return run
+
+        block = cfg.block_size // 8
+        variants = {"source procedure, float32": source} | {s: ours(s) for s in diffusion.SAMPLERS} | {
+            f"confidence, blocks of {block}": ours("confidence", decode_block=block),
+            f"confidence, blocks of {block}, prefix cache": ours("confidence", decode_block=block, cache="prefix"),
+            f"confidence, blocks of {block}, dual cache": ours("confidence", decode_block=block, cache="dual")}
+        times, evaluations = {label: [] for label in variants}, {}
+        for number in range(options.rounds + 1):
+            for label, run in variants.items():
+                start = time.perf_counter()
+                evaluations[label] = run()[1]
+                runtime.synchronise(device)
+                if number or options.rounds == 1:
+                    times[label].append(time.perf_counter() - start)
+            if options.rounds == 1:
+                break
+        base = times["source procedure, float32"]
+        rows += [{"batch": batch, "sampler": label, "evaluations": evaluations[label],
+                  "median_seconds": statistics.median(seconds),
+                  "tokens_per_second": batch * (cfg.block_size - 1) / statistics.median(seconds),
+                  "speed_up": statistics.median(b / s for b, s in zip(base, seconds))}
+                 for label, seconds in times.items()]
+    return {"model": name, "device": device.type, "dtype": str(dtype).removeprefix("torch."), "torch": torch.__version__,
+            "threads": torch.get_num_threads(), "window": cfg.block_size, "parameters": model.num_parameters(),
+            "rounds": options.rounds, "peak_memory_gb": runtime.peak_memory(device) / 2**30, "rows": rows}
+
+
+def show_sample(report):
+    print(f"{report['model']} on {report['device']} {report['dtype']}, {report['threads']} threads, "
+          f"{report['parameters']:,} parameters, {report['window']} tokens, peak {report['peak_memory_gb']:.2f} GB")
+    for row in report["rows"]:
+        print(f"  batch {row['batch']:<3} {row['sampler']:<42} {row['evaluations']:4} evaluations "
+              f"{row['median_seconds']:8.2f} s {row['tokens_per_second']:10,.0f} tokens/s  x{row['speed_up']:.2f}")
+
+
+def show_train(report):
+    print(f"{report['preset']} on {report['device']}, {report['threads']} threads, bfloat16 in hardware: "
+          f"{report['bfloat16_in_hardware']}")
+    for label, f in report["variants"].items():
+        print(f"  {label:<32} {f['median_step_seconds'] * 1000:8.0f} ms a step  "
+              f"{f['tokens_per_second']:10,.0f} tokens/s  x{f['speed_up']:.2f}")
+
+
+BENCHES = {"train": (bench_train, show_train, "tales"), "sample": (bench_sample, show_sample, "stories")}
+
+
 def main(argv):
     if "--help" in argv or "-h" in argv:
         return config.show_help(BenchConfig, __doc__)
     positional, overrides = config.parse(argv, BenchConfig)
-    if not positional or positional[0] != "train":
-        raise UserError("say what to time: python scripts/bench.py train [preset ...]")
-    options = config.merge(BenchConfig, overrides)
-    reports = []
-    for name in positional[1:] or ["tales"]:
-        report = bench_train(name, options)
-        reports.append(report)
-        print(f"{name} on {report['device']}, {report['threads']} threads, bfloat16 in hardware: "
-              f"{report['bfloat16_in_hardware']}")
-        for label, f in report["variants"].items():
-            print(f"  {label:<32} {f['median_step_seconds'] * 1000:8.0f} ms a step  "
-                  f"{f['tokens_per_second']:10,.0f} tokens/s  x{f['speed_up']:.2f}")
+    if not positional or positional[0] not in BENCHES:
+        raise UserError("say what to time: python scripts/bench.py train [preset ...], or sample [preset ...]")
+    options, reports = config.merge(BenchConfig, overrides), []
+    bench, show, default = BENCHES[positional[0]]
+    for name in positional[1:] or [default]:
+        reports.append(bench(name, options))
+        show(reports[-1])
     if options.json:
         runtime.write_json(options.json, reports)
 

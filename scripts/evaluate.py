@@ -35,7 +35,7 @@ class EvaluateConfig:
         for name in ("num_samples", "rows", "steps"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
-        config.check_name("sampler", self.sampler, diffusion.SAMPLERS)
+        diffusion.find_sampler(self.sampler)
         if self.temperature < 0:
             raise UserError(f"temperature={self.temperature} must not be negative")
 
@@ -44,7 +44,7 @@ def sample_rows(model, text, cfg, options, device):
     """Unconditional samples (num_samples, block_size) with the seeds 0, 1, ..., 50 at a time."""
     rows, evaluations = [], 0
     for seeds in torch.arange(options.num_samples).split(50):
-        blank = canvas.build(text, [""] * len(seeds), None, cfg.block_size).to(device)
+        blank = torch.tensor([canvas.build(text, [None], cfg.block_size)] * len(seeds), device=device)
         *_, last = diffusion.sample(model, blank, sampler=options.sampler, steps=options.steps,
                                     temperature=options.temperature, seeds=seeds.tolist())
         rows.append(last.ids.cpu())

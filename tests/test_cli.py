@@ -16,7 +16,7 @@ import inference
 import train
 from config import Config, SampleConfig, UserError
 from scripts import data as data_script
-from scripts import bench, evaluate, train_tokenizer
+from scripts import ablate, bench, evaluate, train_tokenizer
 from utils import checkpoint, corpus, tales, trace
 
 TINY = ("--n_layer 1 --n_head 2 --n_embd 16 --batch_size 4 --max_iters 6 --eval_interval 3 --eval_rows 4 "
@@ -113,7 +113,7 @@ def test_mistakes_in_training(words, message, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("words, message", (
-    ("--gen-len 0", "gen_len=0"), ("--gen_len -3", "gen_len=-3"), ("--gen_len 500", "67 tokens"), ("--sampler best", "there is no sampler"),
+    ("--gen-len 0", "gen_len=0"), ("--gen_len -3", "gen_len=-3"), ("--sampler best", "there is no sampler"),
     ("--sampler confidense", "did you mean confidence"), ("--temperature hot", "expected a number"), ("--top_p 0", "top_p=0"),
     ("--checkpoint none.pt", "there is no checkpoint"), ("--checkpoint bad.pt", "no checkpoint"), ("--promt x", "did you mean prompt"),
     ("--checkpoint letters.pt", "no tokenizer"), ("--checkpoint mine.pt", "there is no sampler mine"),
@@ -142,7 +142,7 @@ def test_a_long_prompt_and_no_checkpoint_at_all(tales_run, monkeypatch, capsys):
     assert code == 2 and "python train.py" in err
     code, _, err = run(inference.main, ["--prompt", "word " * 100, "--checkpoint",
                                         str(tales_run / "models" / "tales.best.pt")], monkeypatch, capsys)
-    assert code == 2 and "shorten the prompt" in err
+    assert code == 2 and "leaves no room" in err
 
 
 def test_help_and_list(monkeypatch, capsys):
@@ -520,3 +520,103 @@ def test_bench(monkeypatch, capsys):
         assert figures["tokens_per_second"] == pytest.approx(2 * 67 / figures["median_step_seconds"])
     code, _, err = run(bench.main, "walk", monkeypatch, capsys)
     assert code == 2 and "bench.py train" in err
+
+
+def test_bench_samples(monkeypatch, capsys):
+    open("tiny.py", "w").write("config = {'preset': 'tales', 'n_layer': 1, 'n_head': 1, 'n_embd': 8, 'block_size': 16}")
+    code, out, err = run(bench.main, "sample tiny.py --rounds 1 --steps 4 --batches 1,2 --device cpu --json b.json",
+                         monkeypatch, capsys)
+    assert code == 0, err
+    rows = {(row["batch"], row["sampler"]): row for row in json.load(open("b.json"))[0]["rows"]}
+    assert rows[1, "source procedure, float32"]["evaluations"] == 101 and rows[2, "confidence"]["evaluations"] == 4
+    assert {sampler for batch, sampler in rows if batch == 2} >= set(diffusion.SAMPLERS)
+    code, _, err = run(bench.main, "sample --batches 1,x", monkeypatch, capsys)
+    assert code == 2 and "batches=1,x" in err
+
+
+def test_ablate_samplers(tales_run, monkeypatch, capsys):
+    """Every sampler gets a row, a second call does nothing again, and the figure is drawn."""
+    monkeypatch.setattr(ablate, "STEPS", (2,))
+    monkeypatch.setattr(ablate, "MORE_STEPS", (2,))
+    monkeypatch.setattr(ablate, "NUMBERS", {name: (0.5,) for name in ablate.NUMBERS})
+    command = ["samplers", "--checkpoint", str(tales_run / "models" / "tales.best.pt"), "--num_samples", "2",
+               "--out_dir", "x", "--device", "cpu"]
+    code, out, err = run(ablate.main, [*command, "--only", "conf"], monkeypatch, capsys)
+    assert code == 0 and out.count(": sampler") == 2, err
+    code, out, err = run(ablate.main, command, monkeypatch, capsys)
+    rows = ablate.read_table("x/samplers.csv")
+    assert code == 0 and {row["sampler"].split(":")[0] for row in rows} == {*diffusion.SAMPLERS, "source"}
+    assert {row["evaluations"] for row in rows if (row["sampler"], row["decode_block"]) == ("confidence", "0")} == {"2"}
+    assert open("x/samplers.md").read().count("\n") == len(rows) + 2 and os.path.getsize("x/samplers.png") > 10_000
+    code, out, _ = run(ablate.main, command, monkeypatch, capsys)
+    assert code == 0 and out.count(": sampler") == 0, "nothing is measured twice"
+    for words, message in (("", "known: samplers"), ("sampler", "did you mean samplers"), ("samplers --num_samples 1", "num_samples=1")):
+        code, _, err = run(ablate.main, words, monkeypatch, capsys)
+        assert code == 2 and message in err
+
+
+# --- canvases and viewers, as users ask for them ----------------------------------------------------------------
+
+
+@pytest.fixture
+def write(tales_run, monkeypatch, capsys):
+    """A function: command line of inference.py -> (list of JSON results, stderr)."""
+    def function(*words):
+        code, out, err = run(inference.main, ["--checkpoint", str(tales_run / "models" / "tales.best.pt"), "--json",
+                                              "--device", "cpu", *words], monkeypatch, capsys)
+        assert code == 0, err
+        return [json.loads(line) for line in out.splitlines()], err
+    return function
+
+
+def test_infill_and_suffix(write):
+    [result], _ = write("--infill", "Once upon a time, a [1] bear named [2] lived [3].", "--no-stop")
+    plain = result["text"]
+    assert plain.startswith("Once upon a time, a") and " bear named" in plain and plain.endswith(".")
+    assert result["evaluations"] == 6 and sum(step > 0 for step in result["step"]) == 6
+    assert len(result["tokens"]) == len(result["confidence"]) == len(result["step"])
+    [result], _ = write("--prompt", "Once upon", "--suffix", " not sad any more.", "--gen-len", "4", "--no-stop")
+    assert result["text"].startswith("Once upon") and result["text"].endswith(" not sad any more.")
+    [result], _ = write("--infill", r"a \[1] [2] b", "--no-stop")
+    assert result["text"].startswith("a [1]")
+
+
+def test_prompt_file_and_lengths(write):
+    open("prompts.txt", "w").write("Once upon a time\n\nNear the lake, long ago,\n")
+    results, err = write("--prompt-file", "prompts.txt", "--gen-len", "6", "--num-samples", "2", "--no-stop")
+    assert [r["seed"] for r in results] == [1337, 1338, 1337, 1338]
+    assert [r["text"][:9] for r in results] == ["Once upon", "Once upon", "Near the ", "Near the "]
+    [alone], _ = write("--prompt", "Near the lake, long ago,", "--gen-len", "6", "--seed", "1338", "--no-stop")
+    assert alone["text"] == results[3]["text"], "a row is the same whatever the batch"
+
+
+def test_beyond_the_window(write):
+    [result], _ = write("--prompt", "Once upon a time", "--gen-len", "150", "--steps", "150", "--no-stop")
+    assert len(result["tokens"]) == 150 + 5 and result["text"].startswith("Once upon a time")
+    assert max(result["step"]) == 150
+    [cached], _ = write("--gen-len", "40", "--decode-block", "8", "--cache", "dual", "--sampler", "threshold:0.2", "--no-stop")
+    assert len(cached["tokens"]) == 41
+    [guided], _ = write("--prompt", "Once upon a time", "--gen-len", "8", "--guidance", "1.5")
+    assert guided["evaluations"] == 16
+
+
+def test_all_viewers_of_one_stream(tales_run, monkeypatch, capsys):
+    code, out, err = run(inference.main, [
+        "--checkpoint", str(tales_run / "models" / "tales.best.pt"), "--prompt", "Once", "--gen-len", "9", "--live",
+        "--sampler", "remdm_cap:0.3", "--steps", "8", "--viz-html", "m/x.html", "--viz-gif", "m/x.gif"], monkeypatch, capsys)
+    assert code == 0 and out.startswith("Once") and "\x1b" not in out, err
+    page = open("m/x.html", encoding="utf-8").read()
+    data = json.loads(page.split("const data = ")[1].split(";\n")[0])
+    assert len(data["final"]) == 11 and "remdm_cap:0.3" in data["title"] and len(data["steps"][1]["top"][0][1]) == 5
+
+
+@pytest.mark.parametrize("words, message", (
+    ("--infill none", "no hole"), ("--infill [2] --prompt x", "leave out"), ("--sampler confidence:2", "takes no number"),
+    ("--sampler threshold:high", "expected a number"), ("--cache dual", "decode_block=0"), ("--prompt-file none", "cannot read"),
+    ("--cache dual --decode-block 8 --guidance 1", "one or the other"), ("--live --json", "one or the other"),
+    ("--gen-len 100 --decode-block 67", "longer than the window"), ("--min-tokens 0", "min_tokens=0"),
+    ("--viz-html x.txt", "must end in .html"), ("--prompt x --prompt-file y", "one of them")))
+def test_mistakes_in_canvases(words, message, tales_run, monkeypatch, capsys):
+    code, _, err = run(inference.main, ["--checkpoint", str(tales_run / "models" / "tales.best.pt"), *words.split()],
+                       monkeypatch, capsys)
+    assert code == 2 and message in err.strip().splitlines()[-1] and "Traceback" not in err, err

@@ -10,8 +10,11 @@ import pytest
 import torch
 
 import diffusion
+from config import UserError
 from diffusion import SAMPLERS, SCHEDULES, Corruption, mask_rate, mask_rate_slope, sample, time_of
-from toy import CANVASES, MASK, P, PI, SEQUENCES, A, L, Lookup, code, empirical, total_variation
+from model import Transformer
+from toy import CANVASES, MASK, P, PI, SEQUENCES, A, L, Lookup, V, code, conditionals, empirical, total_variation
+from utils import rules
 from utils.runtime import generator
 
 ENTROPY = 3.6957438948
@@ -125,6 +128,11 @@ def test_document_rows_keep_their_first_token():
 # --- item 2: the posterior of the forward process ---------------------------------------------------------------
 
 
+def moment(**values):
+    """A rules.Moment with the given values."""
+    return rules.Moment(**{name: None for name in rules.Moment._fields} | values)
+
+
 def test_posterior_of_masking_is_bayes():
     """q(x_s = x0 | x_t = MASK, x0) = (m_t - m_s) / m_t is the chance that `ancestral` reveals with, from Bayes."""
     for m_s, m_t in ((0.0, 0.4), (0.2, 0.7), (0.5, 1.0)):
@@ -133,10 +141,9 @@ def test_posterior_of_masking_is_bayes():
         assert joint.sum().item() == pytest.approx(1, abs=1e-12)
         assert joint[:, 1].sum().item() == pytest.approx(m_t, abs=1e-12)
         u = (torch.arange(100_000, dtype=torch.float64) + 0.5)[None] / 100_000
-        now = diffusion.Moment(0, torch.tensor([m_t, m_s], dtype=torch.float64), torch.ones(1, 100_000, dtype=torch.bool),
-                               None, None, u)
-        share = SAMPLERS["ancestral"].pick(now).double().mean().item()
-        assert share == pytest.approx((joint[0, 1] / joint[:, 1].sum()).item(), abs=1e-5)
+        now = moment(open=torch.ones(1, 100_000, dtype=torch.bool), here=torch.tensor([[m_t]]).double(),
+                     there=torch.tensor([[m_s]]).double(), u=u)
+        assert rules.ancestral(now).double().mean().item() == pytest.approx((m_t - m_s) / m_t, abs=1e-5)
 
 
 # --- items 3 and 4: the bound -----------------------------------------------------------------------------------
@@ -306,19 +313,140 @@ def test_ancestral_sampler_follows_its_law(T):
 # --- item 6: samplers against the data --------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("sampler", ("first_hitting", "random", "confidence", "entropy", "margin", "threshold:1.1",
+                                     "entropy_bounded:0", "factor:0", "notes"))
+def test_one_token_at_a_time_is_exact(sampler):
+    rows, evaluations = many(sampler, 60_000)
+    assert total_variation(empirical(rows), P) < 0.0175 and evaluations == L  # expected noise .0122
+
+
 def test_ancestral_with_many_steps_is_nearly_exact():
-    assert total_variation(empirical(many("ancestral", 200_000, steps=64)[0]), P) < 0.016
-
-
-def test_one_token_at_a_time_by_confidence_is_exact():
-    rows, evaluations = many("confidence", 200_000)
-    assert total_variation(empirical(rows), P) < 0.010 and evaluations == L
+    assert total_variation(empirical(many("ancestral", 60_000, steps=64)[0]), P) < 0.024
 
 
 @pytest.mark.parametrize("steps, expected", ((2, .332791), (1, .432258)))
 def test_several_tokens_at_a_time_err_by_the_documented_amount(steps, expected):
     rows, evaluations = many("confidence", 200_000, steps=steps)
     assert total_variation(empirical(rows), P) == pytest.approx(expected, abs=0.010) and evaluations == steps
+
+
+def exact_law(sampler, steps):
+    """Exact law (81,) of what `sampler` writes in so many steps with the perfect network, by dynamic programming.
+
+    Written anew from the papers, with plain Python numbers and not with the rules' code. A state is the canvas, the
+    confidence and the probability with which each token was written.
+    """
+    name, _, number = sampler.partition(":")
+    table = conditionals()
+    value = float(number or 0)
+
+    def surest(p, i):
+        row = sorted(p[i], reverse=True)
+        entropy = -sum(q * math.log(q) for q in row)
+        return {"entropy": -entropy, "entropy_bounded": -entropy, "margin": row[0] - row[1]}.get(name, row[0])
+
+    def choices(state, k):
+        """[(chance, positions to write, positions to hide)]"""
+        canvas, confidence, chosen = state
+        hidden = [i for i in range(L) if canvas[i] == MASK]
+        shown = [i for i in range(L) if canvas[i] != MASK]
+        p = table[code(torch.tensor(canvas), 4)].tolist()
+        key = {i: surest(p, i) for i in hidden}
+        order = sorted(hidden, key=lambda i: -key[i])  # stable: the leftmost of equal ones
+        here, there = 1 - k / steps, 1 - (k + 1) / steps
+        due = max(1, math.floor(L * (1 - there) + 1e-9) - len(shown))
+        if name in ("confidence", "entropy", "margin"):
+            return [(1.0, order[:due], [])]
+        if name in ("first_hitting", "random"):
+            subsets = list(itertools.combinations(hidden, min(len(hidden), 1 if name == "first_hitting" else due)))
+            return [(1 / len(subsets), list(s), []) for s in subsets]
+        if name == "notes":
+            return [(1.0, order[:max(1, len(hidden) // (steps - k))], [])]
+        if name == "threshold":
+            return [(1.0, [i for n, i in enumerate(order) if n < due or key[i] >= value], [])]
+        if name == "factor":
+            n = next((n for n, i in enumerate(order) if (n + 2) * (1 - key[i]) >= value), len(order))
+            return [(1.0, order[:max(n, due)], [])]
+        if name == "entropy_bounded":
+            sums = list(itertools.accumulate([0.0] + [-key[i] for i in order]))[:-1]
+            n = next((n for n, total in enumerate(sums) if total > value), len(order))
+            return [(1.0, order[:max(n, due)], [])]
+        if name == "remask":
+            certain = sorted(range(L), key=lambda i: -(key[i] if i in key else confidence[i]))[:len(shown) + due]
+            return [(1.0, [i for i in hidden if i in certain], [i for i in shown if i not in certain])]
+        # ReMDM: alpha is the visible share
+        s, t = 1 - there, 1 - here
+        if name == "remdm_loop":
+            grid = lambda time: time * 2 if time < .05 else .1 if time <= .55 else 1 - .9 * (1 - time) / .45
+            s, t = 1 - grid(there), 1 - grid(here)
+        largest = min(1.0, (1 - s) / t) if t > 0 else 1.0
+        if name == "remdm_conf":
+            weights = {i: math.exp(-chosen[i]) for i in shown}
+            sigma = {i: value * largest * w / sum(weights.values()) for i, w in weights.items()}
+        else:
+            one = {"remdm_cap": min(value, largest), "remdm_rescale": value * largest,
+                   "remdm_loop": min(value, largest) if s == t else 0.0}[name]
+            sigma = {i: one for i in range(L)}
+        options = []
+        for flips in itertools.product((False, True), repeat=L):
+            chance = 1.0
+            for i, flip in enumerate(flips):
+                q = sigma[i] if i in shown else (s - (1 - sigma.get(i, 0.0)) * t) / (1 - t)
+                chance *= q if flip else 1 - q
+            if chance > 1e-15:
+                options.append((chance, [i for i in hidden if flips[i]], [i for i in shown if flips[i]]))
+        return options
+
+    law, k = {((MASK,) * L, (0.0,) * L, (0.0,) * L): 1.0}, 0
+    while k < steps or any(MASK in canvas for canvas, _, _ in law):
+        after = {}
+        for state, mass in law.items():
+            if MASK not in state[0] and (k >= steps or not name.startswith("remdm")):
+                after[state] = after.get(state, 0.0) + mass
+                continue
+            p = table[code(torch.tensor(state[0]), 4)].tolist()
+            for chance, write, hide in choices(state, k):
+                for tokens in itertools.product(range(V), repeat=len(write)):
+                    canvas, confidence, chosen = map(list, state)
+                    weight = mass * chance
+                    for i, token in zip(write, tokens):
+                        weight *= p[i][token]
+                        canvas[i], confidence[i], chosen[i] = token, max(p[i]), p[i][token]
+                    for i in hide:
+                        canvas[i] = MASK
+                    if not name.endswith("conf"):  # states that differ in what the rule does not look at are one
+                        chosen = [0.0] * L
+                    if name != "remask":
+                        confidence = [0.0] * L
+                    key = tuple(canvas), tuple(confidence), tuple(chosen)
+                    after[key] = after.get(key, 0.0) + weight
+        law, k = after, k + 1
+    out = torch.zeros(81, dtype=torch.float64)
+    for (canvas, _, _), mass in law.items():
+        out[code(torch.tensor(canvas))] += mass
+    return out
+
+
+@pytest.mark.parametrize("sampler, steps, expected", (("remdm_cap:0.02", 4, .1125), ("remdm_cap:0.1", 4, .1130),
+                                                      ("remdm_cap:0.02", 16, .0286), ("remdm_cap:0.1", 16, .0353),
+                                                      ("confidence", 2, .332791), ("confidence", 1, .432258)))
+def test_documented_laws(sampler, steps, expected):
+    law = exact_law(sampler, steps)
+    assert law.sum().item() == pytest.approx(1, abs=1e-9)
+    assert total_variation(law, P) == pytest.approx(expected, abs=6e-5)
+
+
+@pytest.mark.parametrize("sampler, steps", [
+    ("confidence", 2), ("confidence", 3), ("entropy", 2), ("margin", 2), ("random", 2), ("first_hitting", 2),
+    ("notes", 3), ("threshold:0.5", 4), ("threshold:0.55", 4), ("factor:1.2", 4), ("entropy_bounded:0.9", 4),
+    ("remask", 2), ("remask", 3), ("remdm_cap:0.3", 3), ("remdm_rescale:0.5", 3), ("remdm_conf:1", 3),
+    ("remdm_loop:0.1", 4)])
+def test_samplers_follow_their_laws(sampler, steps):
+    """Total variation to the exact law is noise; the chosen cases are those where rules differ from each other."""
+    rows, _ = many(sampler, 40_000, steps=steps)
+    law = exact_law(sampler, steps)
+    assert law.sum().item() == pytest.approx(1, abs=1e-9)
+    assert total_variation(empirical(rows), law) < 0.0225  # expected noise .015 for the data's entropy
 
 
 def test_confidence_of_the_drawn_token_is_wrong():
@@ -351,16 +479,17 @@ def test_sampler_invariants(sampler, steps):
     for step in sample(model, CANVAS, sampler=sampler, steps=steps):
         assert (step.ids[CANVAS != MASK] == CANVAS[CANVAS != MASK]).all(), "given tokens never change"
         assert torch.equal(step.masked, step.ids == MASK)
-        assert not (step.fresh & (previous != MASK) & ~step.remasked).any(), "what is visible is carried over"
+        assert not (step.fresh & (previous != MASK)).any(), "what is visible is carried over"
+        assert not (step.remasked & ((previous == MASK) | (CANVAS != MASK))).any(), "only written tokens are hidden"
         assert ((step.ids == previous) | step.fresh | step.remasked).all()
         assert step.evaluations == model.evaluations, "the evaluations reported are those made"
-        seen += step.fresh
+        seen += step.fresh.long() - step.remasked.long()
         previous = step.ids.clone()
     assert not step.masked.any() and step.ids.max() < MASK, "no MASK is left and none was drawn"
     assert torch.equal(CANVAS, before), "the caller's canvas is untouched"
-    assert torch.equal(seen, (CANVAS == MASK).long()), "every hidden token is written once"
-    assert model.evaluations <= steps
-    if sampler == "confidence":
+    assert torch.equal(seen, (CANVAS == MASK).long()), "every hidden token is written once more than hidden"
+    assert model.evaluations <= steps or sampler == "first_hitting" and model.evaluations == L
+    if SAMPLERS[sampler].key is not None and SAMPLERS[sampler].value is None:
         assert model.evaluations == min(steps, 4)
 
 
@@ -486,3 +615,274 @@ def test_time_of_pi_is_used():
     rows, _ = many("confidence", 20_000)
     first = torch.bincount(rows[:, 0], minlength=3).double() / len(rows)
     assert (first - PI).abs().max() < 0.02 and A.sum(1).tolist() == pytest.approx([1, 1, 1])
+
+
+@pytest.mark.parametrize("sampler", ("remdm_cap:0.1", "remdm_cap:0.9", "remdm_rescale:0.7"))
+def test_remasking_keeps_the_marginals(sampler):
+    """(1 - sigma) alpha_t + (1 - alpha_t) u = alpha_s for every step of the grid, whatever sigma is (ReMDM)."""
+    rule, value = diffusion.find_sampler(sampler)
+    u = (torch.arange(100_000, dtype=torch.float64) + 0.5)[None] / 100_000
+    yes, no = torch.ones_like(u, dtype=torch.bool), torch.zeros_like(u, dtype=torch.bool)
+    for t, s in ((1.0, 0.8), (0.8, 0.5), (0.5, 0.45), (0.1, 0.0)):  # masked shares
+        shares = dict(here=torch.tensor([[t]]).double(), there=torch.tensor([[s]]).double(), u=u, value=value)
+        written = rule.pick(moment(open=yes, written=no, **shares)).double().mean().item()
+        hidden = rule.hide(moment(open=no, written=yes, **shares)).double().mean().item()
+        assert (1 - hidden) * (1 - t) + t * written == pytest.approx(1 - s, abs=2e-5)
+    assert hidden == 0 and written == 1, "the last step leaves nothing hidden"
+
+
+def test_loop_grid():
+    assert rules.loop_grid(torch.tensor([1.0, 0.775, 0.55, 0.3, 0.05, 0.025, 0.0])).tolist() == pytest.approx(
+        [1, 0.55, 0.1, 0.1, 0.1, 0.05, 0])
+
+
+def test_counts_of_the_notes():
+    """max(1, masks // steps left) has no final jump: of 128 tokens in 100 steps, one each, then two each."""
+    class Uniform:
+        vocab_size = 2
+
+        def __call__(self, ids, noise_level=None, select=None):
+            return torch.zeros(len(select), 1)
+
+    counts = [int(step.fresh.sum()) for step in sample(Uniform(), torch.ones(1, 128, dtype=torch.long),
+                                                       sampler="notes", steps=100)]
+    assert counts == [1] * 72 + [2] * 28
+
+
+# --- blocks, guidance, caches, long texts ------------------------------------------------------------------------
+
+
+def texts_of(model, canvas, **options):
+    """The ids that the sampler ends with, (B, L), and the evaluations."""
+    *_, last = sample(model, canvas, **options)
+    return last.ids.clone(), last.evaluations
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_one_block_is_no_block(sampler):
+    for size in (4, 9):
+        assert torch.equal(texts_of(Lookup(), CANVAS, sampler=sampler, decode_block=size)[0],
+                           texts_of(Lookup(), CANVAS, sampler=sampler)[0])
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("size", (1, 2, 3))
+def test_blocks_are_written_left_to_right(sampler, size):
+    """Each row counts its blocks from its own first MASK, and no block begins before the last one is complete."""
+    first = (CANVAS == MASK).int().argmax(1)
+    number = (torch.arange(L) - first[:, None]).clamp(min=0) // size
+    for step in sample(Lookup(blur=0.3), CANVAS, sampler=sampler, decode_block=size, steps=6):
+        begun = ((CANVAS == MASK) & ~step.masked) | step.remasked
+        for row in range(len(CANVAS)):
+            open_blocks, begun_blocks = number[row][step.masked[row]], number[row][begun[row]]
+            if len(open_blocks) and len(begun_blocks):
+                assert begun_blocks.max() <= open_blocks.min()
+    assert not step.masked.any()
+
+
+@pytest.mark.parametrize("size", (1, 2))
+def test_one_token_at_a_time_in_blocks_is_exact(size):
+    rows, evaluations = many("confidence", 60_000, decode_block=size)
+    assert total_variation(empirical(rows), P) < 0.0175 and evaluations == L
+
+
+def test_blocks_share_the_steps():
+    """4 steps for 8 tokens are one step a block of two."""
+    class Uniform:
+        vocab_size = 2
+
+        def __call__(self, ids, noise_level=None, select=None):
+            return torch.zeros(len(select), 1)
+
+    counts = [step.fresh[0].nonzero()[:, 0].tolist() for step in sample(
+        Uniform(), torch.ones(1, 8, dtype=torch.long), steps=4, decode_block=2)]
+    assert counts == [[0, 1], [2, 3], [4, 5], [6, 7]]
+
+
+def test_least_tokens_a_step():
+    _, evaluations = texts_of(Lookup(), CANVAS[2:3], sampler="threshold:1.1", min_tokens=3)
+    assert evaluations == 2
+
+
+def test_rules_that_look_at_the_data_keep_to_the_steps():
+    for sampler in ("threshold:1.1", "factor:0", "entropy_bounded:0"):
+        assert texts_of(Lookup(), CANVAS[2:3], sampler=sampler, steps=2)[1] == 2
+    for sampler in ("threshold:0", "factor:99", "entropy_bounded:99"):
+        assert texts_of(Lookup(), CANVAS[2:3], sampler=sampler)[1] == 1
+
+
+def test_guidance():
+    """(1 + w) times the logits with the prompt, minus w times those without; w = 0 is off; two evaluations a step."""
+    prompted = torch.tensor([[0, 2, MASK, MASK]])
+    plain, evaluations = texts_of(Lookup(), prompted, seeds=[5])
+    assert torch.equal(texts_of(Lookup(), prompted, seeds=[5], guidance=0.0)[0], plain) and evaluations == 2
+    w, seen = 0.7, []
+    for step in sample(Lookup(), prompted.expand(50_000, L), sampler="first_hitting", guidance=w):
+        seen.append(step)
+        break
+    ids = seen[0].ids
+    table = conditionals()
+    for position in (2, 3):
+        rows = ids[:, position] != MASK
+        both = [table[code(torch.tensor(c), 4)][position].log() for c in ([0, 2, MASK, MASK], [MASK] * 4)]
+        expected = ((1 + w) * both[0] - w * both[1]).softmax(-1)
+        share = torch.bincount(ids[rows, position], minlength=3).double() / rows.sum()
+        assert (share - expected).abs().max() < 0.012
+    assert seen[0].evaluations == 2
+    far = next(iter(sample(Lookup(), prompted, guidance=w, given=2, top=3, seeds=[1])))
+    near = next(iter(sample(Lookup(), prompted, top=3, seeds=[1])))
+    assert torch.allclose(far.top[1], near.top[1]), "what is no prompt stays in sight, so nothing changes"
+
+
+def test_alternatives_are_the_likeliest():
+    step = next(iter(sample(Lookup(), torch.tensor([[MASK, 1, MASK, 0]]), top=2)))
+    tokens, p = step.top
+    assert tokens[0, 0].tolist() == [1, 0] and p[0, 0].tolist() == pytest.approx([.545455, .303030], abs=1e-6)
+    assert tokens[0, 2].tolist() == [2, 0] and p[0, 2].tolist() == pytest.approx([.365854, .341463], abs=1e-6)
+    assert p[0, 1].sum() == 0, "not asked for"
+
+
+def network(block_size=24, vocab_size=11, **changes):
+    """A small real network whose predictions depend on the whole canvas."""
+    cfg = SimpleNamespace(**{"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": block_size, "dropout": 0.0,
+                             "tie_embeddings": False, "init": "normal", "time_conditioning": "none",
+                             "diffusion_steps": 0} | changes)
+    torch.manual_seed(3)
+    model = Transformer(cfg, vocab_size).eval()
+    for p in model.parameters():
+        p.data.mul_(12)
+    return model
+
+
+REAL = torch.tensor([[3, 4] + [10] * 20 + [5, 6], [3] + [10] * 23, [10] * 12 + [1] * 5 + [10] * 7])
+
+
+@pytest.mark.parametrize("cache", ("prefix", "dual"))
+@pytest.mark.parametrize("sampler", ("confidence", "threshold:0.5", "ancestral", "remdm_cap:0.2"))
+def test_a_cache_that_is_always_refreshed_changes_nothing(cache, sampler):
+    model = network()
+    options = dict(sampler=sampler, decode_block=6, steps=16, seeds=[1, 2, 3])
+    assert torch.equal(texts_of(model, REAL, cache=cache, refresh=1, **options)[0], texts_of(model, REAL, **options)[0])
+
+
+@pytest.mark.parametrize("cache", ("prefix", "dual"))
+@pytest.mark.parametrize("sampler", ("confidence", "threshold:0.5", "ancestral", "remdm_cap:0.2"))
+@pytest.mark.parametrize("refresh", (0, 2))
+def test_a_row_with_a_cache_does_not_depend_on_its_batch(cache, sampler, refresh):
+    """Also for rules whose first step in a block writes nothing, and rows whose blocks begin in different places."""
+    model = network()
+    options = dict(sampler=sampler, decode_block=6, steps=40, cache=cache, refresh=refresh)
+    together, _ = texts_of(model, REAL, seeds=[1, 2, 3], **options)
+    for row, seed in enumerate((1, 2, 3)):
+        assert torch.equal(texts_of(model, REAL[row:row + 1], seeds=[seed], **options)[0][0], together[row])
+
+
+@pytest.mark.parametrize("cache", ("prefix", "dual"))
+def test_a_cache_computes_less_and_is_exact_at_first(cache):
+    """The first step of a block is the uncached one, later ones see stale keys; fewer positions are computed."""
+    widths = []
+
+    class Watched:
+        vocab_size = 11
+
+        def __init__(self):
+            self.model = network()
+
+        def __call__(self, ids, *args, **kwargs):
+            widths.append(ids.size(1))
+            return self.model(ids, *args, **kwargs)
+
+    options = dict(decode_block=8, seeds=[1], top=3)
+    cached = [s.top[1].clone() for s in sample(Watched(), REAL[1:2], cache=cache, **options)]
+    plain = [s.top[1].clone() for s in sample(network(), REAL[1:2], **options)]
+    assert torch.allclose(cached[0], plain[0]) and not torch.allclose(cached[5], plain[5])
+    assert widths[0] == 24 and widths[1] == (23 if cache == "prefix" else 8)
+    assert sorted(set(widths)) == ([7, 15, 23, 24] if cache == "prefix" else [8, 24])
+    rows = texts_of(network(), REAL, cache=cache, decode_block=8)[0]
+    assert rows.max() < 10 and torch.equal(rows[REAL != 10], REAL[REAL != 10])
+
+
+def test_texts_longer_than_the_window():
+    """Each block is written with as much of the text before it as fits; the network never sees more than its window."""
+    seen = []
+
+    class Watched:
+        vocab_size = 11
+
+        def __init__(self):
+            self.model = network()
+
+        def __call__(self, ids, noise_level=None, select=None):
+            seen.append(ids.clone())
+            return self.model(ids, noise_level, select=select)
+
+    canvas = torch.full((1, 60), 10)
+    canvas[0, :3] = torch.tensor([1, 2, 3])
+    ids, _ = texts_of(Watched(), canvas, decode_block=8, window=24, given=1)
+    assert ids.max() < 10 and ids.size(1) == 60 and ids[0, :3].tolist() == [1, 2, 3]
+    assert all(x.size(1) == 24 for x in seen)
+    last = seen[-1][0]
+    assert last[0] == 1, "what every row begins with stays in sight"
+    assert torch.equal(last[1:-8], ids[0, 37:52]), "the text before the last block"
+    with pytest.raises(UserError, match="longer than the window"):
+        texts_of(network(), canvas, window=24)
+
+
+def test_a_row_that_has_ended_is_filled_up():
+    class Ends:
+        """Says token 0 at position 5 and token 1 elsewhere."""
+        vocab_size, rows = 4, 0
+
+        def __call__(self, ids, noise_level=None, select=None):
+            self.rows += 1
+            logits = torch.full((*ids.shape, 3), -1e4)
+            logits[..., 1] = 0
+            logits[:, 5] = torch.tensor([0.0, -1e4, -1e4])
+            return logits.flatten(0, 1)[select]
+
+    canvas = torch.full((1, 20), 3)
+    *_, last = steps = list(sample(Ends(), canvas, decode_block=4, stop=0))
+    assert last.ids[0].tolist() == [1] * 5 + [0] + [1, 1] + [0] * 12 and len(steps) == 8
+    assert texts_of(Ends(), canvas, decode_block=4)[0][0].tolist() == [1] * 5 + [0] + [1] * 14
+
+
+def test_ending_early_leaves_later_given_text_and_the_last_state_alone():
+    class Ends:
+        vocab_size = 4
+
+        def __call__(self, ids, noise_level=None, select=None):
+            return torch.tensor([[0.0, -1e4, -1e4]]).expand(len(select), 3)
+
+    canvas = torch.tensor([[1] + [3] * 4 + [2] + [3] * 4 + [2] + [3] * 6])
+    for sampler in ("confidence", "remdm_cap:0.5"):
+        *_, last = sample(Ends(), canvas, decode_block=4, stop=0, sampler=sampler, steps=30)
+        assert not last.masked.any() and torch.equal(last.ids[canvas != 3], canvas[canvas != 3])
+    steps = list(sample(Ends(), canvas, decode_block=4, stop=0))
+    assert len(steps) > 8, "an end before given text ends nothing"
+
+
+def test_long_texts_look_ahead_to_given_text():
+    seen = []
+
+    class Watched:
+        vocab_size = 11
+
+        def __init__(self):
+            self.model = network()
+
+        def __call__(self, ids, noise_level=None, select=None):
+            seen.append(ids.clone())
+            return self.model(ids, noise_level, select=select)
+
+    canvas = torch.cat((torch.full((1, 56), 10), torch.tensor([[7, 7, 8, 8]])), 1)
+    texts_of(Watched(), canvas, decode_block=8, window=24)
+    assert torch.equal(seen[-1][0, -4:], canvas[0, -4:]), "the last block sees the suffix"
+    assert (seen[0][0] == 10).all()
+
+
+def test_sampler_names():
+    assert diffusion.find_sampler("threshold:0.7")[1] == 0.7 and diffusion.find_sampler("threshold")[1] == 0.9
+    for wrong, message in (("tresh", "did you mean threshold"), ("threshold:x", "expected a number"),
+                           ("confidence:1", "takes no number"), ("factor:-1", "expected a number")):
+        with pytest.raises(UserError, match=message):
+            diffusion.find_sampler(wrong)

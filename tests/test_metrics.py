@@ -1,5 +1,9 @@
+import io
 import json
 import math
+import re
+import shutil
+import subprocess
 from types import SimpleNamespace
 
 import pytest
@@ -63,8 +67,9 @@ def bpe():
     return train_bpe(tales.generate(1, 300), 600)
 
 
-def frame(ids, fresh=(), remasked=(), evaluations=1):
-    return trace.Frame(ids, [i in fresh for i in range(len(ids))], [i in remasked for i in range(len(ids))], evaluations)
+def frame(ids, fresh=(), remasked=(), evaluations=1, confidence=1.0, top=None):
+    return trace.Frame(evaluations, ids, [i in fresh for i in range(len(ids))], [i in remasked for i in range(len(ids))], evaluations,
+                       [confidence] * len(ids), top)
 
 
 def colours(image):
@@ -118,10 +123,124 @@ def test_characters_that_the_font_lacks_are_escaped():
     assert trace.printable("漢") == "\\u6f22" and trace.printable("\x07") == "\\x07" and trace.printable("😀").startswith("\\U")
 
 
+def step_of(n, fresh=True, remasked=False, ids=None):
+    return SimpleNamespace(ids=torch.tensor([[n] if ids is None else ids]), fresh=torch.tensor([[fresh]]),
+                           remasked=torch.tensor([[remasked]]), evaluations=n, confidence=torch.tensor([[0.5]]),
+                           masked=torch.tensor([[remasked]]), top=None)
+
+
 def test_recording_keeps_the_first_and_the_last_state():
-    steps = [SimpleNamespace(ids=torch.tensor([[n]]), fresh=torch.tensor([[True]]), remasked=torch.tensor([[False]]),
-                             evaluations=n) for n in range(1, 6)]
+    steps = [step_of(n) for n in range(1, 6)]
     for every, kept in ((1, [0, 1, 2, 3, 4, 5]), (2, [0, 2, 4, 5]), (5, [0, 5]), (9, [0, 5])):
-        frames, stream = trace.record(iter(steps), torch.tensor([[99]]), every)
+        frames, stream = trace.record(iter(steps), torch.tensor([[99]]), 99, every)
         assert len(list(stream)) == 5
         assert [f.evaluations for f in frames] == kept and frames[0].ids == [99]
+
+
+def test_skipped_steps_leave_their_marks():
+    steps = [step_of(1), step_of(2, fresh=False), step_of(3, fresh=False, remasked=True), step_of(4, fresh=False)]
+    frames, stream = trace.record(iter(steps), torch.tensor([[99]]), 99, 2)
+    list(stream)
+    assert [(f.fresh, f.remasked) for f in frames[1:]] == [([True], [False]), ([False], [True])]
+
+
+def test_tint_tells_how_sure_the_model_was(bpe):
+    ids = bpe.encode(["a red kite"])[0]
+    blank = frame([bpe.mask] * len(ids), evaluations=0)
+    sure, unsure = (list(trace.pictures([blank, frame(ids, confidence=c)], bpe, "t"))[1][0] for c in (1.0, 0.2))
+    text = lambda image: colours(image.crop((0, trace.TEXT_TOP, trace.WIDTH, trace.TEXT_BOTTOM)))
+    assert trace.tint(0.2) in text(unsure) and trace.tint(0.2) not in text(sure)
+    assert trace.tint(1.0) == rgb(trace.PAPER)
+
+
+class Terminal(io.StringIO):
+    encoding = "utf-8"
+
+    def __init__(self, tty=True):
+        super().__init__()
+        self.isatty = lambda: tty
+
+
+def live(steps, text, **environment):
+    out = Terminal()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ({"TERM": "xterm", "COLUMNS": "30", "LINES": "12"} | environment).items():
+            patch.setenv(name, value)
+        if "NO_COLOR" not in environment:
+            patch.delenv("NO_COLOR", raising=False)
+        list(trace.live(iter(steps), text, out=out))
+    return out.getvalue()
+
+
+def canvas_steps(bpe):
+    ids = bpe.encode(["A red kite, a blue kite and a green kite"])[0]
+    half = [bpe.mask if i % 2 else token for i, token in enumerate(ids)]
+    make = lambda ids, n: SimpleNamespace(
+        ids=torch.tensor([ids]), masked=torch.tensor([ids]) == bpe.mask, fresh=torch.tensor([[i == 0 for i in range(len(ids))]]),
+        remasked=torch.zeros(1, len(ids), dtype=torch.bool), evaluations=n)
+    return [make(half, 1), make(ids, 2)]
+
+
+def test_live_terminal(bpe):
+    shown = live(canvas_steps(bpe), bpe)
+    assert shown.startswith("\x1b[?1049h\x1b[?25l") and shown.endswith("\x1b[?25h\x1b[?1049l")
+    assert "░" in shown and "\x1b[1;30;43m" in shown and "2 evaluations, 0 of" in shown
+    last = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.split("\x1b[2J")[-1])
+    assert max(map(len, last.splitlines())) <= 30 and "green kite" in last
+    without = live(canvas_steps(bpe), bpe, NO_COLOR="1")
+    assert "\x1b[1;30;43m" not in without and "\x1b[1m" in without
+    dumb = live(canvas_steps(bpe), bpe, TERM="dumb")
+    assert "\x1b" not in dumb and len(dumb.splitlines()) == 2
+    pipe = Terminal(tty=False)
+    assert len(list(trace.live(iter(canvas_steps(bpe)), bpe, out=pipe))) == 2 and pipe.getvalue() == ""
+
+
+def test_live_cleans_up_after_ctrl_c(bpe, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    out = Terminal()
+    stream = trace.live(iter(canvas_steps(bpe)), bpe, out=out)
+    next(stream)
+    with pytest.raises(KeyboardInterrupt):
+        stream.throw(KeyboardInterrupt)
+    assert out.getvalue().endswith("\x1b[?25h\x1b[?1049l")
+
+
+def test_html_holds_all_states(bpe, tmp_path):
+    ids = bpe.encode(["a red kite </script> <b>"])[0]
+    top = [[(ids[0], 0.75), (ids[1], 0.25)]] + [[(ids[1], 1.0)]] * (len(ids) - 1)
+    blank = frame([bpe.mask] * len(ids), evaluations=0, confidence=0.0)
+    half = frame([ids[0]] + [bpe.mask] * (len(ids) - 1), fresh={0}, confidence=0.5, top=top)
+    again = frame([bpe.mask] * len(ids), remasked={0}, confidence=0.5, top=top)
+    trace.write_html(str(tmp_path / "x.html"), [blank, half, again, frame(ids, fresh=set(range(len(ids))))], bpe, "t & <i>")
+    page = (tmp_path / "x.html").read_text(encoding="utf-8")
+    assert page.count("</script>") == 1 and "http" not in page, "nothing in the data ends the script; no network"
+    data = json.loads(page.split("const data = ")[1].split(";\n")[0])
+    states, shown = [], [None] * len(ids)
+    for entry in data["steps"]:  # as the page does it
+        for i, token in entry["ids"]:
+            shown[i] = token
+        states.append(list(shown))
+    assert states == [blank.ids, half.ids, again.ids, ids] and "".join(data["final"]) == "a red kite </script> <b>"
+    assert data["steps"][1]["fresh"] == [0] and data["steps"][2]["again"] == [0] and data["title"] == "t & <i>"
+    assert data["steps"][1]["top"][0] == [0, [[ids[0], 0.75], [ids[1], 0.25]]]
+    assert data["steps"][2]["top"] == [], "what did not change is not stored again"
+
+
+def test_the_page_in_a_browser(bpe, tmp_path):
+    """Steps, plays and explains in a headless browser, where one is installed."""
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+    if browser is None:
+        pytest.skip("no Chromium or Chrome is installed")
+    ids = bpe.encode(["a red kite"])[0]
+    trace.write_html(str(tmp_path / "x.html"), [frame([bpe.mask] * len(ids)), frame(ids, fresh={0})], bpe, "title")
+    done = subprocess.run([browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom",
+                           (tmp_path / "x.html").as_uri()], capture_output=True, text=True, timeout=60)
+    assert "step 1 of 1" in done.stdout and done.stdout.count('class="t') >= len(ids)
+
+
+def test_diversity():
+    same = metrics.diversity(["a b c d e", "a b c d e"])
+    other = metrics.diversity(["a b c d e", "f g h i j"])
+    assert same["distinct_2"] == 0.5 and same["self_overlap"] == 1
+    assert other["distinct_2"] == 1 and other["self_overlap"] == 0
+    assert other["unigram_entropy"] == pytest.approx(math.log(10)) and same["unigram_entropy"] == pytest.approx(math.log(5))

@@ -226,14 +226,36 @@ def test_failed_writing_leaves_the_old_file(tmp_path):
 
 
 def test_canvas(bpe):
-    rows = canvas.build(bpe, ["Once upon", "Once upon"], 5, 32)
-    given = [bpe.end] + bpe.encode(["Once upon"])[0]
-    assert rows.tolist() == [given + [bpe.mask] * 5] * 2
-    assert canvas.build(bpe, [""], None, 32).tolist() == [[bpe.end] + [bpe.mask] * 31]
-    with pytest.raises(UserError, match="32 tokens"):
-        canvas.build(bpe, ["Once upon"], 32, 32)
-    char = tokenizer.train_char(["abc"], documents=False)
-    assert canvas.build(char, ["ab"], 3, 8).tolist() == [[0, 1, 3, 3, 3]]
-    story = bpe.encode(["A story."])[0]
-    assert canvas.finished(bpe, [bpe.end, *story, bpe.end, *story]) == "A story."
-    assert canvas.finished(bpe, [bpe.end, *story]) == "A story."
+    encode = lambda s: bpe.encode([s])[0]
+    assert canvas.build(bpe, ["Once upon", 5], 32) == [bpe.end, *encode("Once upon"), *[bpe.mask] * 5]
+    assert canvas.build(bpe, [None], 32) == [bpe.end] + [bpe.mask] * 31
+    row = canvas.build(bpe, ["Once upon ", None, " The end."], 32)
+    assert row == [bpe.end, *encode("Once upon"), *[bpe.mask] * (31 - len(encode("Once upon") + encode(" The end."))),
+                   *encode(" The end.")] and len(row) == 32
+    with pytest.raises(UserError, match="leaves no room"):
+        canvas.build(bpe, [" ".join(["upon"] * 40), None], 32)
+    assert len(canvas.build(bpe, ["Once", 100], 32)) == 101 + len(encode("Once")), "beyond the window, if asked for"
+    char = tokenizer.train_char(["abc "], documents=False)
+    assert canvas.build(char, ["ab ", 3], 8) == [1, 2, 0, 4, 4, 4]
+
+
+def test_infill(bpe):
+    assert canvas.parse_infill("Tom [8] a [3] boat.") == ["Tom ", 8, " a ", 3, " boat."]
+    assert canvas.parse_infill("[___]") == [5] and canvas.parse_infill("a[_][2]") == ["a", 5, 2]
+    assert canvas.parse_infill(r"\[8] [1] \\x") == ["[8] ", 1, " \\x"]
+    for wrong, message in (("none", "no hole"), ("a [b] [2]", "is no hole"), ("a [2", "is no hole"), ("[0]", "no hole")):
+        with pytest.raises(UserError, match=message):
+            canvas.parse_infill(wrong)
+    row = canvas.build(bpe, canvas.parse_infill("Tom [2] a kite."), 32)
+    assert row == [bpe.end, *bpe.encode(["Tom"])[0], bpe.mask, bpe.mask, *bpe.encode([" a kite."])[0]]
+
+
+def test_finished(bpe):
+    story, end = bpe.encode(["A story."])[0], bpe.end
+    assert canvas.finished(bpe, [end, *story, end, *story]) == "A story."
+    assert canvas.finished(bpe, [end, *story]) == "A story."
+    assert canvas.finished(bpe, [end, *story, end, *story], stop=False) == "A story.\n<|endoftext|>\nA story."
+    blank = [end, bpe.mask, *story, bpe.mask]
+    assert canvas.finished(bpe, [end, end, *story, end], blank) == "\n<|endoftext|>\nA story.", "given text stays"
+    stream = [*story, end, *story]
+    assert canvas.finished(bpe, stream, [*story, bpe.mask, *[bpe.mask] * len(story)]) == "A story."

@@ -1,31 +1,72 @@
-"""Canvases: a row of ids, MASK where the model writes. Prompted and unconditional samples differ only in where the
-MASKs are."""
-import torch
+"""Canvases: rows of ids, MASK where the model writes. Prompted, infilled and unconditional samples differ only in where
+the MASKs are."""
+import re
 
 from config import UserError
+from utils import tokenizer
+
+HOLE = re.compile(r"\\([\[\\])|\[(?:(\d+)|_+)\]|(\[[^\]]*\]?)")  # an escape, a hole, or a bracket that is neither
+GUIDE_HOLE = 5  # tokens of [___], the hole of the "Let's build a diffusion LM" guide
 
 
-def build(text, prompts, gen_len, block_size):
-    """Canvas (B, L) long for B prompts (list of str of the same length in tokens, "" for none).
+def parse_infill(template):
+    """'Tom [8] a [3] boat.' -> ['Tom ', 8, ' a ', 3, ' boat.']. [___] is a hole of five, \\[ and \\\\ are plain."""
+    parts, plain, position = [], "", 0
+    for match in HOLE.finditer(template):
+        plain += template[position:match.start()]
+        position = match.end()
+        escaped, size, wrong = match.groups()
+        if wrong:
+            raise UserError(f"--infill: {wrong} is no hole; write [8] for a hole of 8 tokens, \\[ for a plain bracket")
+        if escaped:
+            plain += escaped
+            continue
+        parts += [plain, int(size) if size else GUIDE_HOLE]
+        plain = ""
+    parts.append(plain + template[position:])
+    if not any(isinstance(part, int) and part for part in parts):
+        raise UserError("--infill has no hole; write [8] where 8 tokens are to be filled in, as in 'Tom [8] a boat.'")
+    return [part for part in parts if part]
 
-    A model of documents starts with a given `<|endoftext|>`: a document begins here. gen_len MASKs follow the prompt
-    (None: to the end of the window). A canvas longer than the window is a UserError.
+
+def build(text, parts, window):
+    """One row (list of ids) from parts: str is given, int a number of MASKs, None MASKs to the end of the window.
+
+    A model of documents starts with a given `<|endoftext|>`: a document begins here. A token of BPE carries the space
+    in front of a word, so the space before a hole is left to the hole.
     """
-    rows = []
-    for ids in text.encode(prompts, "the prompt"):
-        given = ([] if text.end is None else [text.end]) + ids
-        room = block_size - len(given)
-        if room < (gen_len or 1):
-            raise UserError(f"the prompt takes {len(given)} of the window's {block_size} tokens, which leaves "
-                            f"{max(0, room)} of the {gen_len or 1} asked for: shorten the prompt or --gen-len")
-        rows.append(given + [text.mask] * (gen_len or room))
-    return torch.tensor(rows)
+    row = [] if text.end is None else [text.end]
+    ids = iter(text.encode([
+        part.rstrip(" ") if not text.is_char and i + 1 < len(parts) else part
+        for i, part in enumerate(parts) if isinstance(part, str)], "the prompt"))
+    pieces = [next(ids) if isinstance(part, str) else part for part in parts]
+    room = window - len(row) - sum(len(piece) if isinstance(piece, list) else piece or 0 for piece in pieces)
+    if None in pieces and room < 1:
+        raise UserError(f"the prompt takes {window - room} of the window's {window} tokens, which leaves no room to "
+                        "write: shorten it, or say with --gen-len how many tokens to write beyond the window")
+    for piece in pieces:
+        row += piece if isinstance(piece, list) else [text.mask] * (room if piece is None else piece)
+    return row
 
 
-def finished(text, ids):
-    """The text (str) of a sampled row: from after the `<|endoftext|>` that starts it to the next one."""
+def finished(text, ids, blank=None, stop=True):
+    """Text (str) of a sampled row: from after the `<|endoftext|>` that starts it to the first one that the model wrote
+    after all given text; with stop=False all of it, each `<|endoftext|>` as in a prepared file, on a line of its own.
+
+    blank is the canvas (list of ids) that the row began as; None is an unconditional one.
+    """
     ids = list(ids)
     if text.end is None:
         return text.decode(ids)
-    ids = ids[1:] if ids[:1] == [text.end] else ids
-    return text.decode(ids[: ids.index(text.end)] if text.end in ids else ids)
+    given = [i for i, token in enumerate(blank or ()) if token != text.mask]
+    after = given[-1] + 1 if given else 1
+    ids, after = (ids[1:], after - 1) if ids[:1] == [text.end] else (ids, after)
+    if stop and text.end in ids[after:]:
+        ids = ids[:ids.index(text.end, after)]
+    parts = [[]]
+    for token in ids:
+        if token == text.end:
+            parts.append([])
+        else:
+            parts[-1].append(token)
+    return f"\n{tokenizer.END}\n".join(map(text.decode, parts))

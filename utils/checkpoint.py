@@ -78,8 +78,9 @@ def snapshot(cfg, text, model, step, nll, **more):
 
 def sample_defaults():
     """How config.py says that this model should be sampled: the group "how", but for the machine's own."""
-    names = ("sampler", "steps", "schedule", "temperature", "top_k", "top_p")
-    return {name: getattr(SampleConfig(), name) for name in names}
+    names = [f.name for f in dataclasses.fields(SampleConfig)]
+    how = names[names.index("sampler"):names.index("device")]
+    return {name: getattr(SampleConfig(), name) for name in how}
 
 
 def restore(state, device, path="the checkpoint"):

@@ -1,5 +1,6 @@
 """The final metrics block: numbers about a trained model, each with its unit, and how they are shown."""
 import math
+from collections import Counter
 
 import torch
 
@@ -43,6 +44,25 @@ def judge_tales(texts):
             "agreeing": sum(v == "ok" for v in verdicts) / len(verdicts),
             "distinct": len(set(texts)) / len(texts),
             "log_prob": sum(log_probs) / len(log_probs) if log_probs else None}
+
+
+def diversity(texts):
+    """How varied sampled texts (list of str) are, in words.
+
+    distinct_2        different pairs of neighbouring words, a share of all pairs
+    self_overlap      share of a text's runs of four words that some other text has too, the mean over texts
+    unigram_entropy   of the words of all texts together, in nats
+    """
+    words = [text.split() for text in texts]
+    pairs = [pair for w in words for pair in zip(w, w[1:])]
+    fours = [set(zip(w, w[1:], w[2:], w[3:])) for w in words]
+    owners = Counter(four for own in fours for four in own)
+    overlap = [sum(owners[four] > 1 for four in own) / len(own) for own in fours if own]
+    counts = Counter(word for w in words for word in w)
+    total = max(1, sum(counts.values()))
+    return {"distinct_2": len(set(pairs)) / max(1, len(pairs)),
+            "self_overlap": sum(overlap) / max(1, len(overlap)),
+            "unigram_entropy": -sum(n / total * math.log(n / total) for n in counts.values())}
 
 
 def longest_copies(rows, training):

@@ -4,6 +4,8 @@ import os
 
 from config import UserError
 
+OKABE_ITO = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#1d1d1f")  # told apart by all eyes
+
 
 def loss_curves(logs, path):
     """Training loss and held-out bound over the steps of the runs whose JSONL `logs` are given, as a PNG at `path`."""
@@ -23,6 +25,43 @@ def loss_curves(logs, path):
     axis.set(xlabel="step", ylabel="nats a token")
     axis.grid(alpha=0.3)
     axis.legend()
+    save(figure, path)
+    plt.close(figure)
+
+
+def quality_against_cost(rows, title, path):
+    """Share of valid samples, and distance of their log-probability from -entropy, over network evaluations.
+
+    rows are those of scripts/ablate.py samplers (dicts of str); a PNG at `path`.
+    """
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    curves = {}
+    for row in rows:
+        name = row["sampler"].partition(":")[0] + (f", blocks of {row['decode_block']}" if row["decode_block"] != "0" else "")
+        curves.setdefault(name, []).append(row)
+    figure, axes = plt.subplots(1, 2, figsize=(13, 5.5), layout="constrained")
+    styles = [(colour, marker) for marker in "osD^" for colour in OKABE_ITO]
+    for (name, points), (colour, marker) in zip(curves.items(), styles):
+        points = sorted(points, key=lambda row: float(row["evaluations"]))
+        for axis, figure_of in zip(axes, (
+                lambda row: 100 * float(row["valid"]),
+                lambda row: float(row["log_prob"]) + float(row["entropy"]) if row["log_prob"] else None)):
+            shown = [(float(row["evaluations"]), figure_of(row)) for row in points if figure_of(row) is not None]
+            axis.plot(*zip(*shown) if shown else ([], []), marker=marker, ms=5, color=colour, label=name, lw=1.3)
+    axes[0].set(xlabel="network evaluations a sample", ylabel="% of samples that are valid stories", ylim=(-2, 102))
+    axes[1].set(xlabel="network evaluations a sample", ylabel="log-probability of valid samples + entropy, nats")
+    axes[1].axhline(0, color="#1d1d1f", lw=1)
+    axes[1].text(0.02, 0.97, "above 0: too likely (collapsed)", transform=axes[1].transAxes, va="top")
+    costs = [float(row["evaluations"]) for row in rows]
+    for axis in axes:
+        axis.set_xscale("log", base=2)
+        axis.set_xlim(0.8 * min(costs), 1.25 * max(costs))
+        axis.xaxis.set_major_formatter("{x:.0f}")
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8, ncols=2)
+    figure.suptitle(title)
     save(figure, path)
     plt.close(figure)
 

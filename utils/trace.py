@@ -1,14 +1,18 @@
-"""Pictures of text appearing out of masks: the states of a sampler -> frames -> MP4 and GIF.
+"""Text appearing out of masks: the states of a sampler -> frames -> MP4, GIF, a page of HTML, or the terminal.
 
 Every token keeps its place from the first frame to the last, because the layout is that of the finished text. States
 are told apart by shape as well as by colour (Okabe-Ito's colours, which colour-blind readers can tell apart):
 a hidden token is a hollow box, a fresh one bold on a filled box, a re-masked one a crossed box, the given text is
-underlined, the rest is plain.
+underlined. What the model has written stands on a tint: the paler, the surer it was.
 """
 import contextlib
 import functools
+import json
 import math
 import os
+import shutil
+import sys
+import time
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -19,37 +23,52 @@ from config import UserError
 WIDTH, HEIGHT, MARGIN = 1280, 720, 48
 TEXT_TOP, TEXT_BOTTOM = 112, 580  # the text's part of the picture
 PAPER, INK, FAINT, GIVEN = "#fbfaf7", "#1d1d1f", "#a9a59c", "#0072b2"
-FRESH, REMASKED, CURVE = "#e69f00", "#cc79a7", "#56b4e9"
+FRESH, REMASKED, CURVE, SURE = "#e69f00", "#cc79a7", "#56b4e9", "#d55e00"
+UNSURE = (140, 190, 235)  # tint of a token of confidence 0; at 1 there is none
 HOLD_SECONDS, PAGE_SECONDS = 3, 2
 
 
 class Frame(NamedTuple):
+    number: int       # of the step, from 1; 0 is the canvas
     ids: list         # L ids of one row
     fresh: list       # L bools
     remasked: list    # L bools
     evaluations: int  # network evaluations so far
+    confidence: list  # L floats, the largest probability of each position when it was last computed
+    top: list = None  # L lists of (token, probability), likeliest first, as last computed
 
 
-def record(steps, canvas, every=1):
+def record(steps, canvas, mask, every=1):
     """Wrap the stream of `diffusion.Step`s: returns (frames, iterator that yields the same steps).
 
-    frames fills as the iterator is consumed: row 0 of `canvas`, then of every `every`-th step, and of the last.
+    frames fills as the iterator is consumed: row 0 of `canvas`, then of every `every`-th step, and of the last. What
+    became fresh or was hidden in steps between is marked in the next frame.
     """
     blank = [False] * canvas.size(1)
-    frames = [Frame(canvas[0].tolist(), blank, blank, 0)]
+    frames = [Frame(0, canvas[0].tolist(), blank, blank, 0, (canvas[0] != mask).float().tolist())]
 
     def watch():
-        pending = None
+        fresh = remasked = None
         for number, step in enumerate(steps, 1):
-            pending = Frame(step.ids[0].tolist(), step.fresh[0].tolist(), step.remasked[0].tolist(), step.evaluations)
+            fresh = step.fresh[0] if fresh is None else fresh & ~step.remasked[0] | step.fresh[0]
+            remasked = step.remasked[0] if remasked is None else remasked & ~step.fresh[0] | step.remasked[0]
             if number % every == 0:
-                frames.append(pending)
-                pending = None
+                frames.append(_frame(number, step, fresh, remasked))
+                fresh = remasked = None
             yield step
-        if pending:
-            frames.append(pending)
+        if fresh is not None:
+            frames.append(_frame(number, step, fresh, remasked))
 
     return frames, watch()
+
+
+def _frame(number, step, fresh, remasked):
+    top = None
+    if step.top is not None:
+        tokens, p = (part[0].tolist() for part in step.top)
+        top = [list(zip(*pair)) if pair[1][0] > 0 else [] for pair in zip(tokens, p)]  # [] was never computed
+    return Frame(number, step.ids[0].tolist(), fresh.tolist(), remasked.tolist(), step.evaluations,
+                 step.confidence[0].tolist(), top)
 
 
 # --- fonts and characters ---------------------------------------------------------------------------------------
@@ -127,11 +146,12 @@ def layout(pieces_of_frames):
 # --- drawing ----------------------------------------------------------------------------------------------------
 
 
-def draw(frame, pieces, plan, page, given, counts, number, title):
+def draw(frame, pieces, plan, page, given, counts, sure, number, title):
     """One picture (PIL.Image): the text in its states, the title line, the number of masks and its timeline.
 
     pieces  text of each token in this frame, "" where it is a MASK    given  L bools: what the user gave
     counts  number of masks in each frame                              number  index of this frame
+    sure    mean confidence of what is written, in each frame (None: nothing yet)
     """
     image = Image.new("RGB", (WIDTH, HEIGHT), PAPER)
     pen = ImageDraw.Draw(image)
@@ -145,14 +165,21 @@ def draw(frame, pieces, plan, page, given, counts, number, title):
                 width = min(plan.cells[i] - part, plan.columns) * cell
                 box = (x + 1, y + 1, x + max(width - 2, 4), y + 1.25 * plan.size)
                 shown = text and text[part:part + plan.columns].rstrip()
-                _draw_token(pen, shown, box, plan.size, given[i], frame.fresh[i], frame.remasked[i])
+                _draw_token(pen, shown, box, plan.size, given[i], frame.fresh[i], frame.remasked[i],
+                            frame.confidence[i])
     _draw_header(pen, title, frame, counts, number, page, plan.pages)
-    _draw_timeline(pen, counts, number)
+    _draw_timeline(pen, counts, sure, number)
     _draw_legend(pen, any(given))
     return image
 
 
-def _draw_token(pen, text, box, size, given, fresh, remasked):
+def tint(confidence):
+    """Colour (r, g, b) of the paper behind a token: the surer the model was, the paler."""
+    paper = [int(PAPER[i:i + 2], 16) for i in (1, 3, 5)]
+    return tuple(round(c * confidence + u * (1 - confidence)) for c, u in zip(paper, UNSURE))
+
+
+def _draw_token(pen, text, box, size, given, fresh, remasked, confidence):
     """A token's text in its box (x0, y0, x1, y1), in the style of its state; None is a MASK."""
     x0, y0, x1, y1 = box
     if text is None:
@@ -163,6 +190,8 @@ def _draw_token(pen, text, box, size, given, fresh, remasked):
         return
     if fresh:
         pen.rounded_rectangle(box, 4, fill=FRESH)
+    elif not given:
+        pen.rounded_rectangle(box, 4, fill=tint(confidence))
     mark = not text.strip("↵→¶")  # a line break or an end of text, not something to read
     pen.text((x0 - 1, y0), text, font=font(size, "-Bold" if fresh else ""),
              fill=INK if fresh else FAINT if mark else GIVEN if given else INK)
@@ -177,29 +206,33 @@ def _draw_header(pen, title, frame, counts, number, page, pages):
     pen.text((MARGIN, 62), status + (f"   page {page + 1} of {pages}" if pages > 1 else ""), font=font(20), fill=INK)
 
 
-def _draw_timeline(pen, counts, number):
-    """The number of masks over the frames: a faint curve for what comes, filled up to now."""
+def _draw_timeline(pen, counts, sure, number):
+    """Masks over the frames, a faint curve for what comes, filled up to now; and mean confidence, a dotted curve."""
     left, right, top, bottom = MARGIN, WIDTH - MARGIN, 604, 662
     x = lambda i: left + (right - left) * i / max(1, len(counts) - 1)
-    y = lambda count: bottom - (bottom - top) * count / max(1, counts[0])
-    points = [(x(i), y(count)) for i, count in enumerate(counts)]
+    y = lambda share: bottom - (bottom - top) * share
+    points = [(x(i), y(count / max(1, counts[0]))) for i, count in enumerate(counts)]
     if number:
         pen.polygon([(left, bottom), *points[: number + 1], (x(number), bottom)], fill=CURVE)
     pen.line(points, fill=FAINT, width=2)
     pen.line((left, bottom, right, bottom), fill=FAINT, width=1)
+    dots = [(x(i), y(share)) for i, share in enumerate(sure[: number + 1]) if share is not None]
+    for px, py in dots[::max(1, len(dots) // 100)]:
+        pen.ellipse((px - 2, py - 2, px + 2, py + 2), fill=SURE)
     pen.line((x(number), top - 4, x(number), bottom + 4), fill=INK, width=2)
 
 
 def _draw_legend(pen, prompted):
     x, y, size = MARGIN, 680, 16
     marks = [("hidden", None, False, False, False), ("fresh", "a", False, True, False),
-             ("settled", "a", False, False, False), ("masked again", None, False, False, True)]
+             ("settled", "a", False, False, False), ("unsure", "a", False, False, False),
+             ("masked again", None, False, False, True)]
     marks += [("given", "a", True, False, False)] if prompted else []
     for name, text, given, fresh, remasked in marks:
-        _draw_token(pen, text, (x, y, x + 12, y + 20), size, given, fresh, remasked)
+        _draw_token(pen, text, (x, y, x + 12, y + 20), size, given, fresh, remasked, 0.3 if name == "unsure" else 1.0)
         pen.text((x + 20, y), name, font=font(size), fill=INK)
         x += 20 + font(size).getlength(name) + 28
-    pen.text((WIDTH - MARGIN, y), "masks over the evaluations", font=font(size), fill=INK, anchor="ra")
+    pen.text((WIDTH - MARGIN, y), "area: masks left   dots: mean confidence", font=font(size), fill=INK, anchor="ra")
 
 
 def pictures(frames, text, title):
@@ -215,6 +248,10 @@ def pictures(frames, text, title):
     plan = layout([[piece or "" for piece in column] for column in pieces])
     given = [i not in (mask, text.end) for i in frames[0].ids]
     counts = [frame.ids.count(mask) for frame in frames]
+    sure = []
+    for frame in frames:
+        written = [c for i, c, first in zip(frame.ids, frame.confidence, frames[0].ids) if i != mask and first == mask]
+        sure.append(sum(written) / len(written) if written else None)
     page = 0
     for number, frame in enumerate(frames):
         on_pages = [line // plan.lines for (line, _), fresh in zip(plan.places, frame.fresh) if fresh]
@@ -222,8 +259,106 @@ def pictures(frames, text, title):
             page = on_pages[0]
         last = number == len(frames) - 1
         for page in range(plan.pages) if last else (page,):
-            image = draw(frame, pieces[number], plan, page, given, counts, number, title)
+            image = draw(frame, pieces[number], plan, page, given, counts, sure, number, title)
             yield image, (HOLD_SECONDS if plan.pages == 1 else PAGE_SECONDS) if last else None
+
+
+# --- the terminal -----------------------------------------------------------------------------------------------
+
+
+def live(steps, text, frame_ms=0, out=None):
+    """Wrap the stream of `diffusion.Step`s: shows row 0 in the terminal `out` after each, and yields the same steps.
+
+    Not a terminal: shows nothing. A terminal that cannot move its cursor gets a line a step. Without colour
+    (NO_COLOR), states are told apart by weight and underline alone. The text is drawn on the alternate screen, which
+    leaves no trace, also after Ctrl-C.
+    """
+    out = out or sys.stdout
+    if not out.isatty():
+        yield from steps
+        return
+    plain = os.environ.get("TERM", "dumb") == "dumb"
+    colour = not plain and "NO_COLOR" not in os.environ
+    hidden = "░" if (getattr(out, "encoding", "") or "").lower().startswith("utf") else "_"
+    total = None
+    try:
+        if not plain:
+            out.write("\x1b[?1049h\x1b[?25l")
+        for number, step in enumerate(steps, 1):
+            started, ids, left = time.perf_counter(), step.ids[0].tolist(), int(step.masked[0].sum())
+            total = total or left + int(step.fresh[0].sum())
+            status = f"step {number}, {step.evaluations} evaluations, {left} of {total} masks left"
+            if plain:
+                out.write(status + "\n")
+            else:
+                columns, lines = shutil.get_terminal_size()
+                shown = _terminal_lines(ids, text, step.fresh[0].tolist(), step.remasked[0].tolist(), columns, hidden,
+                                        colour)
+                out.write("\x1b[H\x1b[2J" + status[:columns] + "\n\n" + "\n".join(shown[-max(1, lines - 3):]))
+            out.flush()
+            yield step
+            time.sleep(max(0.0, frame_ms / 1000 - (time.perf_counter() - started)))
+    finally:
+        if not plain:
+            out.write("\x1b[0m\x1b[?25h\x1b[?1049l")
+            out.flush()
+
+
+def _terminal_lines(ids, text, fresh, remasked, columns, hidden, colour):
+    """Lines of at most `columns` characters, each token styled by its state with ANSI codes."""
+    lines, line, width = [], "", 0
+    for i, (token, piece) in enumerate(zip(ids, text.pieces(ids))):
+        if token == text.end:
+            piece = "" if i == 0 else "¶" if hidden != "_" else "|"
+        broken = piece.endswith("\n")
+        shown = hidden * 3 if token == text.mask and not text.is_char else hidden if token == text.mask else "".join(
+            c if c.isprintable() else "" for c in piece)
+        if width and width + len(shown) > columns:
+            lines, line, width = [*lines, line], "", 0
+        shown = shown[:columns]
+        style = ("1;30;43" if colour else "1") if fresh[i] else ("35" if colour else "4") if remasked[i] else ""
+        line += f"\x1b[{style}m{shown}\x1b[0m" if style and shown else shown
+        width += len(shown)
+        if broken:
+            lines, line, width = [*lines, line], "", 0
+    return [*lines, line]
+
+
+# --- a page of HTML ---------------------------------------------------------------------------------------------
+
+
+def write_html(path, frames, text, title):
+    """One self-contained page (no network, no dependency): trace.html with the recorded frames in it.
+
+    Frames are stored as differences: what changed in a step, and the alternatives that were computed in it.
+    """
+    mask, steps, seen = text.mask, [], {}
+    for before, frame in zip([None, *frames], frames):
+        changed = [i for i in range(len(frame.ids)) if before is None or frame.ids[i] != before.ids[i]]
+        entry = {"step": frame.number, "n": frame.evaluations, "ids": [[i, frame.ids[i]] for i in changed],
+                 "fresh": [i for i, x in enumerate(frame.fresh) if x],
+                 "again": [i for i, x in enumerate(frame.remasked) if x],
+                 "sure": [[i, round(c, 3)] for i, c in enumerate(frame.confidence)
+                          if before is None or c != before.confidence[i]],
+                 "top": [[i, [[t, round(p, 4)] for t, p in top]] for i, top in enumerate(frame.top or ())
+                         if top and (before is None or not before.top or top != before.top[i])]}
+        steps.append(entry)
+    for entry in steps:
+        seen.update({token: None for _, token in entry["ids"]})
+        seen.update({token: None for _, top in entry["top"] for token, _ in top})
+    tokens = {token: "" if token in (mask, text.end) else text.pieces([token])[0] for token in seen}
+    data = {"title": title, "mask": mask, "end": text.end, "tokens": tokens, "steps": steps,
+            "final": text.pieces(frames[-1].ids)}
+    with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "trace.html"), encoding="utf-8") as file:
+        page = file.read()
+    # "<" is escaped, so that no token can end the script
+    script = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    page = page.replace("/*DATA*/null", script)
+    try:
+        with _replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+            file.write(page)
+    except OSError as error:
+        raise UserError(f"cannot write the page {path}: {error}") from None
 
 
 # --- files ------------------------------------------------------------------------------------------------------
