@@ -60,7 +60,7 @@ def quality_against_cost(rows, title, path):
         axis.set_xlim(0.8 * min(costs), 1.25 * max(costs))
         axis.xaxis.set_major_formatter("{x:.0f}")
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8, ncols=2)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=9)
     figure.suptitle(title)
     save(figure, path)
     plt.close(figure)

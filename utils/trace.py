@@ -386,8 +386,9 @@ def _palette():
 
     Fixed, because a palette chosen by how much of the picture a colour fills loses the colours that matter.
     """
-    split = lambda name: tuple(int(name[i:i + 2], 16) for i in (1, 3, 5))
-    pairs = [(colour, PAPER) for colour in (INK, FAINT, GIVEN, FRESH, REMASKED, CURVE)] + [(INK, FRESH), (INK, CURVE)]
+    split = lambda name: name if isinstance(name, tuple) else tuple(int(name[i:i + 2], 16) for i in (1, 3, 5))
+    pairs = [(colour, PAPER) for colour in (INK, FAINT, GIVEN, FRESH, REMASKED, CURVE, SURE, UNSURE)]
+    pairs += [(INK, FRESH), (INK, CURVE), (INK, UNSURE), (INK, tint(0.5))]
     colours = {tuple(round(a + (b - a) * share / 6) for a, b in zip(split(front), split(back)))
                for front, back in pairs for share in range(7)}
     image = Image.new("P", (1, 1))
