@@ -754,6 +754,18 @@ def network(block_size=24, vocab_size=11, **changes):
     return model
 
 
+class Watched:
+    """The small network, which puts the ids that it is given into the list `seen`."""
+    vocab_size = 11
+
+    def __init__(self, seen):
+        self.model, self.seen = network(), seen
+
+    def __call__(self, ids, *args, **kwargs):
+        self.seen.append(ids.clone())
+        return self.model(ids, *args, **kwargs)
+
+
 REAL = torch.tensor([[3, 4] + [10] * 20 + [5, 6], [3] + [10] * 23, [10] * 12 + [1] * 5 + [10] * 7])
 
 
@@ -780,22 +792,13 @@ def test_a_row_with_a_cache_does_not_depend_on_its_batch(cache, sampler, refresh
 @pytest.mark.parametrize("cache", ("prefix", "dual"))
 def test_a_cache_computes_less_and_is_exact_at_first(cache):
     """The first step of a block is the uncached one, later ones see stale keys; fewer positions are computed."""
-    widths = []
-
-    class Watched:
-        vocab_size = 11
-
-        def __init__(self):
-            self.model = network()
-
-        def __call__(self, ids, *args, **kwargs):
-            widths.append(ids.size(1))
-            return self.model(ids, *args, **kwargs)
+    seen = []
 
     options = dict(decode_block=8, seeds=[1], top=3)
-    cached = [s.top[1].clone() for s in sample(Watched(), REAL[1:2], cache=cache, **options)]
+    cached = [s.top[1].clone() for s in sample(Watched(seen), REAL[1:2], cache=cache, **options)]
     plain = [s.top[1].clone() for s in sample(network(), REAL[1:2], **options)]
     assert torch.allclose(cached[0], plain[0]) and not torch.allclose(cached[5], plain[5])
+    widths = [ids.size(1) for ids in seen]
     assert widths[0] == 24 and widths[1] == (23 if cache == "prefix" else 8)
     assert sorted(set(widths)) == ([7, 15, 23, 24] if cache == "prefix" else [8, 24])
     rows = texts_of(network(), REAL, cache=cache, decode_block=8)[0]
@@ -806,19 +809,9 @@ def test_texts_longer_than_the_window():
     """Each block is written with as much of the text before it as fits; the network never sees more than its window."""
     seen = []
 
-    class Watched:
-        vocab_size = 11
-
-        def __init__(self):
-            self.model = network()
-
-        def __call__(self, ids, noise_level=None, select=None):
-            seen.append(ids.clone())
-            return self.model(ids, noise_level, select=select)
-
     canvas = torch.full((1, 60), 10)
     canvas[0, :3] = torch.tensor([1, 2, 3])
-    ids, _ = texts_of(Watched(), canvas, decode_block=8, window=24, given=1)
+    ids, _ = texts_of(Watched(seen), canvas, decode_block=8, window=24, given=1)
     assert ids.max() < 10 and ids.size(1) == 60 and ids[0, :3].tolist() == [1, 2, 3]
     assert all(x.size(1) == 24 for x in seen)
     last = seen[-1][0]
@@ -864,18 +857,8 @@ def test_ending_early_leaves_later_given_text_and_the_last_state_alone():
 def test_long_texts_look_ahead_to_given_text():
     seen = []
 
-    class Watched:
-        vocab_size = 11
-
-        def __init__(self):
-            self.model = network()
-
-        def __call__(self, ids, noise_level=None, select=None):
-            seen.append(ids.clone())
-            return self.model(ids, noise_level, select=select)
-
     canvas = torch.cat((torch.full((1, 56), 10), torch.tensor([[7, 7, 8, 8]])), 1)
-    texts_of(Watched(), canvas, decode_block=8, window=24)
+    texts_of(Watched(seen), canvas, decode_block=8, window=24)
     assert torch.equal(seen[-1][0, -4:], canvas[0, -4:]), "the last block sees the suffix"
     assert (seen[0][0] == 10).all()
 
