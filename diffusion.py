@@ -224,10 +224,10 @@ def mean_and_errors(nll):
 
 class Sampler(NamedTuple):
     """What it does is the first sentence of its rule's docstring; --list shows it."""
-    pick: Callable         # rules.Moment -> (b, L) bool: write these now
+    pick: Callable         # rules.Moment -> (b, L) bool: write these now where masked, hide them where written
     key: Callable = None   # p (N, V) -> (N,), higher goes first; None: positions are picked before the network is asked
     value: float = None    # the rule's number; "threshold:0.8" on the command line gives another
-    hide: Callable = None  # rules.Moment -> (b, L) bool: hide these again
+    whole: bool = False    # goes to the grid's end, because a full block may get holes again
     grid: Callable = None  # time 1 -> 0 to masked share, where the rule has its own instead of a schedule
 
 
@@ -242,11 +242,11 @@ SAMPLERS = {
     "threshold": Sampler(rules.threshold, rules.max_probability, 0.9),
     "factor": Sampler(rules.factor, rules.max_probability, 1.0),
     "entropy_bounded": Sampler(rules.entropy_bounded, rules.negative_entropy, 0.1),
-    "remask": Sampler(rules.remask, rules.max_probability, hide=rules.remask_hide),
-    "remdm_cap": Sampler(rules.remdm_cap, value=0.02, hide=rules.remdm_cap_hide),
-    "remdm_rescale": Sampler(rules.remdm_rescale, value=0.015, hide=rules.remdm_rescale_hide),
-    "remdm_conf": Sampler(rules.remdm_conf, value=1.0, hide=rules.remdm_conf_hide),
-    "remdm_loop": Sampler(rules.remdm_loop, value=0.02, hide=rules.remdm_loop_hide, grid=rules.loop_grid),
+    "remask": Sampler(rules.remask, rules.max_probability),
+    "remdm_cap": Sampler(rules.remdm_cap, value=0.02, whole=True),
+    "remdm_rescale": Sampler(rules.remdm_rescale, value=0.015, whole=True),
+    "remdm_conf": Sampler(rules.remdm_conf, value=1.0, whole=True),
+    "remdm_loop": Sampler(rules.remdm_loop, value=0.02, whole=True, grid=rules.loop_grid),
 }
 
 
@@ -403,9 +403,8 @@ def sample(model, canvas, *, sampler="confidence", steps=None, schedule="linear"
         fresh, remasked = torch.zeros_like(masked), torch.zeros_like(masked)
         asked = now.open
         if rule.key is None:  # decided without asking: rows that write nothing need no evaluation
-            asked = rule.pick(now)
-            if rule.hide is not None:
-                remasked[rows] = rule.hide(now)
+            change = rule.pick(now)
+            asked, remasked[rows] = change & now.open, change & now.written
             busy = asked.any(1)
             rows, asked = rows[busy], asked[busy]
         if len(rows):
@@ -429,9 +428,8 @@ def sample(model, canvas, *, sampler="confidence", steps=None, schedule="linear"
             if rule.key is not None:
                 key = torch.full(asked.shape, -math.inf, dtype=p.dtype, device=device)
                 now = now._replace(key=key.masked_scatter(asked, rule.key(p)))
-                pick = rule.pick(now)
-                if rule.hide is not None:
-                    remasked[rows] = rule.hide(now)
+                change = rule.pick(now)
+                pick, remasked[rows] = change & now.open, change & now.written
             picked = pick[asked]
             tokens = draw(warp(logits[picked], temperature, top_k, top_p), u[1, rows][pick])
             ids[rows] = ids[rows].masked_scatter(pick, tokens)
@@ -446,7 +444,7 @@ def sample(model, canvas, *, sampler="confidence", steps=None, schedule="linear"
         masked = masked & ~fresh | remasked
         k = k + 1
         over = ~(masked & inside).any(1)
-        if rule.hide is not None and rule.key is None:  # a full block may get holes again, until its steps are over
+        if rule.whole:
             over &= k >= wanted
         if stop is not None:
             last = (ids == stop) & editable & ~masked & (number <= block[:, None]) & (place >= given_until)

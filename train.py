@@ -27,8 +27,6 @@ from utils import canvas, checkpoint, corpus, metrics, optim, plots, runtime
 # what a resumed run may change; everything else would make it another run
 MAY_CHANGE = {"max_iters", "max_minutes", "save_interval", "device", "dtype", "compile", "lr", "muon_lr", "lr_decay",
               "decay_share", "eval_interval", "final_rows", "final_masks", "resume", "out_dir"}  # out_dir: for "auto"
-
-
 SHAPE = ("n_layer", "n_head", "n_embd", "tie_embeddings", "time_conditioning")  # what --init_from must agree on
 
 

@@ -626,7 +626,7 @@ def test_remasking_keeps_the_marginals(sampler):
     for t, s in ((1.0, 0.8), (0.8, 0.5), (0.5, 0.45), (0.1, 0.0)):  # masked shares
         shares = dict(here=torch.tensor([[t]]).double(), there=torch.tensor([[s]]).double(), u=u, value=value)
         written = rule.pick(moment(open=yes, written=no, **shares)).double().mean().item()
-        hidden = rule.hide(moment(open=no, written=yes, **shares)).double().mean().item()
+        hidden = rule.pick(moment(open=no, written=yes, **shares)).double().mean().item()
         assert (1 - hidden) * (1 - t) + t * written == pytest.approx(1 - s, abs=2e-5)
     assert hidden == 0 and written == 1, "the last step leaves nothing hidden"
 

@@ -1,6 +1,7 @@
 """Rules of samplers: which positions get their token now, and which written ones are hidden again.
 
-Pure functions of a `Moment`; `SAMPLERS` in diffusion.py gives them their names. To add a sampler, write a rule here
+Pure functions of a `Moment`: they return the positions (b, L) to change, masked ones to write and written ones to hide
+again. `SAMPLERS` in diffusion.py gives them their names. To add a sampler, write a rule here
 and an entry there. Positions are chosen by the distribution p(x0 | xt) of a position, never by the probability of the
 token that was drawn: that prefers likely tokens and collapses the entropy of the text (on the toy distribution of the
 tests from 3.70 to 1.69 nats).
@@ -147,11 +148,15 @@ def _surest(now):
 def remask(now):
     """The micro-dLLMs' confidence re-masking, repaired: every masked position gets a token, then the least sure are
     hidden again, earlier ones too. Tokens carry over unless hidden, and none is rewritten while visible."""
-    return now.open & _surest(now)
+    surest = _surest(now)
+    return now.open & surest | now.written & ~surest
 
 
-def remask_hide(now):
-    return now.written & ~_surest(now)
+def _remdm(now, sigma):
+    """Hide each written position with chance sigma (b, 1 or L), and write each masked one with the chance that keeps the
+    marginals of the forward process: (alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t) (ReMDM, arXiv:2503.00307)."""
+    write = (now.here - now.there + sigma * (1 - now.here)) / now.here
+    return now.open & (now.u < write) | now.written & (now.u < sigma)
 
 
 def _sigma_max(now):
@@ -159,64 +164,26 @@ def _sigma_max(now):
     return (now.there / (1 - now.here).clamp(min=1e-12)).clamp(max=1)
 
 
-def _remdm(now, sigma):
-    """Each masked position with the chance that keeps the marginals of the forward process when each written one is
-    hidden with chance sigma (b, 1 or L): (alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t) (ReMDM, arXiv:2503.00307)."""
-    return now.open & (now.u < (now.here - now.there + sigma * (1 - now.here)) / now.here)
-
-
-def _cap(now):
-    return _sigma_max(now).clamp(max=now.value)
-
-
-def _rescale(now):
-    return now.value * _sigma_max(now)
-
-
-def _conf(now):
-    weight = torch.where(now.written, (-now.chosen).exp(), 0)
-    return now.value * _sigma_max(now) * weight / weight.sum(1, keepdim=True).clamp(min=1e-12)
-
-
-def _loop(now):
-    return torch.where(now.here == now.there, _cap(now), 0.0)
-
-
 def remdm_cap(now):
     """As ancestral, and each written token is hidden again with at most this chance (ReMDM-cap)."""
-    return _remdm(now, _cap(now))
-
-
-def remdm_cap_hide(now):
-    return now.written & (now.u < _cap(now))
+    return _remdm(now, _sigma_max(now).clamp(max=now.value))
 
 
 def remdm_rescale(now):
     """As ancestral, and each written token is hidden again with this share of the largest chance (ReMDM-rescale)."""
-    return _remdm(now, _rescale(now))
-
-
-def remdm_rescale_hide(now):
-    return now.written & (now.u < _rescale(now))
+    return _remdm(now, now.value * _sigma_max(now))
 
 
 def remdm_conf(now):
     """As ancestral, and tokens that were unlikely when they were written are hidden again more often (ReMDM-conf)."""
-    return _remdm(now, _conf(now))
-
-
-def remdm_conf_hide(now):
-    return now.written & (now.u < _conf(now))
+    weight = torch.where(now.written, (-now.chosen).exp(), 0)
+    return _remdm(now, now.value * _sigma_max(now) * weight / weight.sum(1, keepdim=True).clamp(min=1e-12))
 
 
 def remdm_loop(now):
     """As ancestral down to a tenth of the masks, then rewriting for half of the steps, each written token hidden with
     this chance, then to the end (ReMDM-loop). It has its own grid, --schedule does not matter."""
-    return _remdm(now, _loop(now))
-
-
-def remdm_loop_hide(now):
-    return now.written & (now.u < _loop(now))
+    return _remdm(now, torch.where(now.here == now.there, _sigma_max(now).clamp(max=now.value), 0.0))
 
 
 def loop_grid(t):
