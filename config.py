@@ -103,9 +103,6 @@ class Config:
         check_seed(self.seed)
         if os.path.basename(self.name) != self.name or self.name.endswith(".best"):
             raise UserError(f"name={self.name} must not be a path (--out_dir says where to write) nor end in .best")
-        if self.data == "tales" and self.rows == "stream":
-            raise UserError("data=tales with rows=stream: tales are whole stories; use the preset tales, "
-                            "or --rows document")
         if self.block_size < 2:
             raise UserError(f"block_size={self.block_size} must be at least 2")
         if self.n_embd % self.n_head or self.n_embd // self.n_head % 2:
@@ -181,8 +178,6 @@ class SampleConfig:
         if self.cache != "none" and not self.decode_block:
             raise UserError(f"cache={self.cache} with decode_block=0: a cache keeps what is around a block; "
                             "set --decode-block, 32 say")
-        if self.cache != "none" and self.guidance:
-            raise UserError(f"cache={self.cache} with guidance={self.guidance}: one or the other")
         if self.live and self.json:
             raise UserError("live with json: one or the other")
 

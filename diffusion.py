@@ -223,7 +223,7 @@ def mean_and_errors(nll):
 
 
 class Sampler(NamedTuple):
-    """What it does is the first sentence of its rule's docstring; --list shows it."""
+    """What it does stands in its rule's docstring, which --list shows."""
     pick: Callable         # rules.Moment -> (b, L) bool: write these now where masked, hide them where written
     key: Callable = None   # p (N, V) -> (N,), higher goes first; None: positions are picked before the network is asked
     value: float = None    # the rule's number; "threshold:0.8" on the command line gives another
@@ -251,7 +251,7 @@ SAMPLERS = {
 
 
 def find_sampler(name):
-    """(Sampler, its number) for "threshold" or "threshold:0.8"; a UserError says which there are."""
+    """(Sampler, its number) for "threshold" or "threshold:0.8"; a UserError says what is wrong."""
     name, colon, number = name.partition(":")
     check_name("sampler", name, SAMPLERS)
     rule = SAMPLERS[name]
@@ -266,6 +266,8 @@ def find_sampler(name):
     if not 0 <= value < math.inf:
         raise UserError(f"sampler {name}:{number}: expected a number of at least 0 after the colon, as in "
                         f"{name}:{rule.value:g}")
+    if rule.whole and value > 1:
+        raise UserError(f"sampler {name}:{number}: its number is a chance, at most 1")
     return rule, value
 
 
@@ -327,6 +329,7 @@ class Step(NamedTuple):
     confidence: torch.Tensor  # (B, L) float32, of the distribution: when last computed; 1 for given tokens
     top: tuple                # (tokens (B, L, top) long, probabilities float32), when last computed; None if not asked
     evaluations: int          # network evaluations so far; one is a call of the network, whatever its rows
+    row_evaluations: torch.Tensor  # (B,) long, in how many of them each row was; with guidance in two a step
     t: torch.Tensor           # (B,) masked share of what is to be written, from 1 to 0
 
 
@@ -346,8 +349,7 @@ def sample(model, canvas, *, sampler="confidence", steps=None, schedule="linear"
     decode_block  write left to right in blocks of so many tokens, the grid's steps shared among them (LLaDA); later
                   blocks stay MASK and visible to the network. 0: all at once
     window        most positions that the network can take; a longer canvas needs decode_block, and each block is
-                  written at the right end of the window, with what is before it as context (where given text comes
-                  after it, a quarter of the window looks ahead)
+                  written at the right end of the window, with what is before it as context (`window_columns`)
     cache         none | prefix | dual: keep keys and values of what is before the block, or around it, from the block's
                   first step on (Fast-dLLM, arXiv:2505.22618). Approximate: what was kept does not see what was written
                   since. refresh > 0 computes everything anew every so many steps
@@ -363,6 +365,8 @@ def sample(model, canvas, *, sampler="confidence", steps=None, schedule="linear"
     (B, L), device, mask = canvas.shape, canvas.device, model.vocab_size - 1
     rule, value = find_sampler(sampler)
     W = min(L, window or L)
+    if guidance and cache != "none":
+        raise UserError(f"cache={cache} with guidance={guidance}: one or the other")
     decode_block = min(decode_block or L, L)
     if W < L and decode_block >= W:
         raise UserError(f"a text of {L} tokens is longer than the window of {W}: decode_block={decode_block} must be "
@@ -383,6 +387,10 @@ def sample(model, canvas, *, sampler="confidence", steps=None, schedule="linear"
     top = min(top, mask)
     best = torch.zeros(B, L, top, dtype=torch.long, device=device), torch.zeros(B, L, top, device=device)
     kept, evaluations = blocks.Cache(cache, B, refresh) if cache != "none" else None, 0
+    row_evaluations = torch.zeros(B, dtype=torch.long, device=device)
+    prompt = ~editable & (place >= given)
+    if guidance and not prompt.any():  # nothing to guide
+        guidance = 0.0
     for tick in count():
         block = torch.where(over, torch.where(masked, number, L).amin(1), block)
         rows = (block < L).nonzero()[:, 0]
@@ -408,22 +416,19 @@ def sample(model, canvas, *, sampler="confidence", steps=None, schedule="linear"
             busy = asked.any(1)
             rows, asked = rows[busy], asked[busy]
         if len(rows):
-            x, at, prompt = ids[rows], asked, (~editable & (place >= given))[rows]
+            seen, seen_asked, seen_prompt = ids[rows], asked, prompt[rows]  # in the window
             start = begin[rows] + block[rows, None] * decode_block  # of the block, in the canvas and then in the window
             if W < L:
-                end = start + decode_block
-                ahead = torch.where(given_until[rows] > end, min(W // 4, W - decode_block), 0)  # to see what comes after
-                shift = (end + ahead).clamp(max=L) - W
-                columns = shift.clamp(min=0) + place[:W]
-                columns[:, :given] = place[:given]
-                x, at, prompt, start = (x.gather(1, columns), at.gather(1, columns), prompt.gather(1, columns),
-                                        start - shift.clamp(min=0))
+                columns, shift = window_columns(start, decode_block, given_until[rows], W, L, given)
+                seen, seen_asked, seen_prompt = (x.gather(1, columns) for x in (seen, seen_asked, seen_prompt))
+                start = start - shift
             if kept is None:
-                logits = _guided(model, x, at, prompt, guidance)
+                logits = _guided(model, seen, seen_asked, seen_prompt, guidance)
             else:
-                logits = kept.logits(model, x, at, rows, start, decode_block, block[rows], k[rows])
+                logits = kept.logits(model, seen, seen_asked, rows, start, decode_block, block[rows], k[rows])
             logits, pick = at_least_float32(logits), asked
             evaluations = kept.calls if kept else evaluations + (2 if guidance else 1)
+            row_evaluations[rows] += 2 if guidance else 1
             p = logits.softmax(-1)
             if rule.key is not None:
                 key = torch.full(asked.shape, -math.inf, dtype=p.dtype, device=device)
@@ -437,8 +442,8 @@ def sample(model, canvas, *, sampler="confidence", steps=None, schedule="linear"
             confidence[rows] = confidence[rows].masked_scatter(asked, rules.max_probability(p).float())
             if top:
                 likeliest = p.topk(top)
-                for kept_best, value_now in zip(best, (likeliest.indices, likeliest.values.float())):
-                    kept_best[rows] = kept_best[rows].masked_scatter(asked[..., None], value_now)
+                for old, new in zip(best, (likeliest.indices, likeliest.values.float())):
+                    old[rows] = old[rows].masked_scatter(asked[..., None], new)
             fresh[rows] = pick
         ids.masked_fill_(remasked, mask)
         masked = masked & ~fresh | remasked
@@ -454,8 +459,23 @@ def sample(model, canvas, *, sampler="confidence", steps=None, schedule="linear"
             masked, fresh = masked & ~ended, fresh | ended
         if not len(rows) and not (fresh | remasked).any():  # nothing happened
             continue
-        yield Step(ids, masked, fresh, remasked, confidence, best if top else None, evaluations,
+        yield Step(ids, masked, fresh, remasked, confidence, best if top else None, evaluations, row_evaluations,
                    masked.sum(1) / total.clamp(min=1))
+
+
+def window_columns(start, length, given_until, W, L, given):
+    """Which positions (b, W) of a canvas of L the network sees when it writes blocks of `length` that begin at start
+    (b, 1), and how far (b, 1) they are shifted: the block at the right end, and what is before it.
+
+    Where given text comes after the block, as given_until (b, 1) tells, up to a quarter of the window looks ahead. The
+    first `given` positions are always in sight.
+    """
+    end = start + length
+    ahead = torch.where(given_until > end, min(W // 4, (W - length - given) // 2), 0)
+    shift = ((end + ahead).clamp(max=L) - W).clamp(min=0)
+    columns = shift + torch.arange(W, device=start.device)
+    columns[:, :given] = torch.arange(given, device=start.device)
+    return columns, shift
 
 
 def _guided(model, x, asked, prompt, w):

@@ -72,40 +72,52 @@ def canvases(options, text, window):
 def generate(model, text, options, cfg, device, dtype):
     """Write all rows of `options`; returns (results, frames of the first row, network evaluations, seconds).
 
-    A result is a dict: text, seed, sampler, evaluations, seconds, tokens_per_second (of the rows of its length,
-    which are written together), tokens, confidence and step (when each token settled; 0: given).
+    A result is a dict: text, seed, sampler, evaluations, tokens, confidence and step (when each token settled; 0: given)
+    of its own row; seconds and tokens_per_second of the rows of its length, which are written together, counting the
+    tokens of the finished texts and not the time of viewers.
     """
     rows, results, frames, evaluations, total = canvases(options, text, cfg.block_size), {}, [], 0, 0.0
+
+    def timed(steps, spent):
+        start = time.perf_counter()
+        for step in steps:
+            runtime.synchronise(device)
+            spent.append(time.perf_counter() - start)
+            yield step
+            start = time.perf_counter()
+
     for length in dict.fromkeys(len(row) for row, _ in rows):  # rows of a length are one batch
         members = [i for i, (row, _) in enumerate(rows) if len(row) == length]
         blank = torch.tensor([rows[i][0] for i in members], device=device)
         beyond = length > cfg.block_size and not options.decode_block
-        steps = diffusion.sample(
+        spent = []
+        steps = timed(diffusion.sample(
             model, blank, sampler=options.sampler, steps=options.steps, schedule=options.schedule,
             temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, min_tokens=options.min_tokens,
             guidance=options.guidance, decode_block=cfg.block_size // 4 if beyond else options.decode_block,
             window=cfg.block_size, cache=options.cache, refresh=options.cache_refresh,
             given=diffusion.given_tokens(cfg), stop=None if options.no_stop else text.end,
-            top=ALTERNATIVES if options.viz_html and 0 in members else 0, seeds=[rows[i][1] for i in members])
+            top=ALTERNATIVES if options.viz_html and 0 in members else 0, seeds=[rows[i][1] for i in members]), spent)
         if 0 in members:
             if options.viz_video or options.viz_gif or options.viz_html:
                 frames, steps = trace.record(steps, blank, text.mask, options.trace_every)
             if options.live:
-                steps = trace.live(steps, text, options.frame_ms)
-        settled, masks, start = torch.zeros_like(blank), int((blank == text.mask).sum()), time.perf_counter()
+                steps = trace.live(steps, text, (blank[0] != text.mask).tolist(), options.frame_ms)
+        settled, masks = torch.zeros_like(blank), int((blank == text.mask).sum())
         with contextlib.closing(steps), runtime.autocast(device, dtype), tqdm(
                 total=masks, unit="token", leave=False, disable=True if options.live else None) as bar:
             for number, step in enumerate(steps, 1):
                 settled[step.fresh] = number
                 bar.update(int(step.fresh.sum()) - int(step.remasked.sum()))
-        seconds = time.perf_counter() - start
+        seconds, final = sum(spent), step.ids.tolist()
         evaluations, total = evaluations + step.evaluations, total + seconds
-        for row, i in enumerate(members):
-            ids = step.ids[row].tolist()
+        ends = [len(ids) if options.no_stop else canvas.end(text, ids, rows[i][0]) for ids, i in zip(final, members)]
+        written = sum(rows[i][0][:end].count(text.mask) for end, i in zip(ends, members))
+        for row, (i, ids) in enumerate(zip(members, final)):
             results[i] = {
                 "text": canvas.finished(text, ids, rows[i][0], not options.no_stop), "seed": rows[i][1],
-                "sampler": options.sampler, "evaluations": step.evaluations, "seconds": seconds,
-                "tokens_per_second": masks / seconds, "tokens": text.pieces(ids),
+                "sampler": options.sampler, "evaluations": int(step.row_evaluations[row]), "seconds": seconds,
+                "tokens_per_second": written / seconds, "tokens": text.pieces(ids),
                 "confidence": [round(c, 4) for c in step.confidence[row].tolist()], "step": settled[row].tolist()}
     return [results[i] for i in range(len(rows))], frames, evaluations, total
 

@@ -61,9 +61,9 @@ def sampler_settings(options):
         elif name == "first_hitting":
             rows.append({"sampler": name, "steps": "", "decode_block": 0})
         else:
-            several = MORE_STEPS if name == "ancestral" or name.startswith("remdm") else STEPS
+            several = MORE_STEPS if name == "ancestral" or name.startswith("remdm") else (*STEPS, "")  # "": one a token
             rows += [{"sampler": name, "steps": steps, "decode_block": 0} for steps in several]
-    rows += [{"sampler": "confidence", "steps": steps, "decode_block": 16} for steps in STEPS]
+    rows += [{"sampler": "confidence", "steps": steps, "decode_block": 16} for steps in (*STEPS, "")]
     return rows + [{"sampler": "source", "steps": steps, "decode_block": 0} for steps in (4, 8, 16, 32, 64, 101)]
 
 
@@ -89,17 +89,17 @@ def judge_samplers(options):
                     steps = diffusion.sample(model, blank, sampler=setting["sampler"], steps=setting["steps"] or None,
                                              decode_block=setting["decode_block"], given=diffusion.given_tokens(cfg),
                                              seeds=seeds.tolist())
-                    for step in steps:
-                        per_row += int(step.fresh.any(1).sum())  # a row is asked about when it writes something
-                    ids = step.ids
+                    *_, last = steps
+                    ids, per_row = last.ids, per_row + int(last.row_evaluations.sum())
             runtime.synchronise(device)
             seconds += time.perf_counter() - start
             rows += ids.tolist()
-        texts = [canvas.finished(text, row) for row in rows]
-        figures = metrics.judge_tales(texts) | metrics.diversity(texts)
+        stories = [story for row in rows for story in canvas.documents(text, row, cfg.rows)]
+        figures = metrics.judge_tales(stories) | metrics.diversity(stories)
         return {"evaluations": per_row / options.num_samples} | figures | {
             "entropy": tales.entropy(), "seconds_a_sample": seconds / options.num_samples}
-    return measure, {"num_samples": options.num_samples, "model": f"{cfg.name} {state['step']} {state['nll']:.4f}"}
+    return measure, {"num_samples": options.num_samples, "model": f"{cfg.name} {state['step']} {state['nll']:.4f}",
+                     "dtype": str(dtype).removeprefix("torch.")}
 
 
 COMPARISONS = {
@@ -124,14 +124,15 @@ def read_table(path):
 
 def write_tables(rows, stem):
     """The rows as CSV and as Markdown, each replaced as a whole."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
     try:
         os.makedirs(os.path.dirname(stem) or ".", exist_ok=True)
         with open(f"{stem}.csv.tmp", "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, rows[0].keys())
+            writer = csv.DictWriter(file, columns, restval="")
             writer.writeheader()
             writer.writerows(rows)
         with open(f"{stem}.md.tmp", "w", encoding="utf-8") as file:
-            for cells in ([*rows[0]], ["---"] * len(rows[0]), *([*row.values()] for row in rows)):
+            for cells in (columns, ["---"] * len(columns), *([row.get(name, "") for name in columns] for row in rows)):
                 file.write("| " + " | ".join(map(str, cells)) + " |\n")
         for ending in ("csv", "md"):
             os.replace(f"{stem}.{ending}.tmp", f"{stem}.{ending}")
@@ -154,8 +155,10 @@ def main(argv):
     comparison, stem = COMPARISONS[positional[0]], os.path.join(options.out_dir, positional[0])
     (measure, common), table = comparison.measure(options), read_table(f"{stem}.csv")
     common = {name: str(value) for name, value in common.items()}
-    table = [row for row in table if all(row.get(name) == value for name, value in common.items())]  # not of another model
+    mine = lambda row: all(row.get(name) == value for name, value in common.items())  # and not of another model
     settings = [s for s in comparison.settings(options) if str(next(iter(s.values()))).startswith(options.only)]
+    if not settings:
+        raise UserError(f"only={options.only}: no setting of {positional[0]} begins so")
     for number, setting in enumerate(settings, 1):
         key = {name: str(value) for name, value in setting.items()} | common
         if any(all(row.get(name) == value for name, value in key.items()) for row in table):
@@ -166,7 +169,7 @@ def main(argv):
         write_tables(table, stem)
         print(f"{number} of {len(settings)}: {label(setting)} | " + ", ".join(
             f"{name} {row[name]}" for name in list(figures)[:6]), flush=True)
-    comparison.plot(table, positional[0], f"{stem}.png")
+    comparison.plot([row for row in table if mine(row)], positional[0], f"{stem}.png")
     print(f"wrote {stem}.csv, {stem}.md and {stem}.png")
 
 

@@ -2,13 +2,16 @@
 
     python scripts/bench.py train shakespeare               tokens/s of a preset, beside fp32 eager in the same run
     python scripts/bench.py train tales --rounds 9 --json train.json
-    python scripts/bench.py sample stories --batches 1,16       tokens/s of every sampler, beside the sources' procedure
+    python scripts/bench.py sample stories --batches 1,16   tokens/s of every sampler, beside the sources' procedure
+    python scripts/bench.py sample artifacts/models/tales.best.pt --samplers confidence,entropy_bounded:0.03
+    python scripts/bench.py video                           seconds to encode 256 tokens x 100 steps as MP4
 """
 import dataclasses
 import math
 import os
 import statistics
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 
@@ -20,13 +23,14 @@ import config
 import diffusion
 from config import Config, UserError, field
 from model import Transformer
-from utils import checkpoint, optim, runtime
+from utils import checkpoint, optim, runtime, tales, tokenizer, trace
 
 
 @dataclass(frozen=True)
 class BenchConfig:
     rounds: int = field(7, "timed rounds of each variant, after one to warm up")
     batches: str = field("1,16,64", "rows that are sampled at once (sample)")
+    samplers: str = field("", "NAME or NAME:NUMBER, with commas between (sample; default: all)")
     steps: int = field(64, "steps of the samplers that take as many as they are told (sample)")
     json: str = field("", "write the figures to this file too")
     device: str = field("auto", "auto: cuda, else mps, else cpu", choices=("auto", "cpu", "cuda", "mps"))
@@ -137,8 +141,8 @@ def bench_sample(name, options):
         model, _, cfg = checkpoint.restore(checkpoint.read(name), device, name)
     else:
         cfg = config.merge(Config, config.preset(name))
-        model = Transformer(cfg, cfg.vocab_size if cfg.tokenizer != "char" else 66).to(device).eval()
         torch.manual_seed(0)
+        model = Transformer(cfg, cfg.vocab_size if cfg.tokenizer != "char" else 66).to(device).eval()
         torch.nn.init.normal_(model.head.weight, std=0.02)
     rows = []
     for batch in map(int, options.batches.split(",")):
@@ -158,33 +162,58 @@ def bench_sample(name, options):
             f"confidence, blocks of {block}": ours("confidence", decode_block=block),
             f"confidence, blocks of {block}, prefix cache": ours("confidence", decode_block=block, cache="prefix"),
             f"confidence, blocks of {block}, dual cache": ours("confidence", decode_block=block, cache="dual")}
-        times, evaluations = {label: [] for label in variants}, {}
+        times, evaluations, peak = {label: [] for label in variants}, {}, {}
         for number in range(options.rounds + 1):
             for label, run in variants.items():
+                runtime.reset_peak_memory(device)
                 start = time.perf_counter()
                 evaluations[label] = run()[1]
                 runtime.synchronise(device)
-                if number or options.rounds == 1:
+                if number:
                     times[label].append(time.perf_counter() - start)
-            if options.rounds == 1:
-                break
+                peak[label] = runtime.peak_memory(device)
         base = times["source procedure, float32"]
         rows += [{"batch": batch, "sampler": label, "evaluations": evaluations[label],
                   "median_seconds": statistics.median(seconds),
                   "tokens_per_second": batch * (cfg.block_size - 1) / statistics.median(seconds),
-                  "speed_up": statistics.median(b / s for b, s in zip(base, seconds))}
+                  "speed_up": statistics.median(b / s for b, s in zip(base, seconds)),
+                  "peak_memory_gb": peak[label] / 2**30}  # on a CPU: of the process so far
                  for label, seconds in times.items()]
     return {"model": name, "device": device.type, "dtype": str(dtype).removeprefix("torch."), "torch": torch.__version__,
             "threads": torch.get_num_threads(), "window": cfg.block_size, "parameters": model.num_parameters(),
-            "rounds": options.rounds, "peak_memory_gb": runtime.peak_memory(device) / 2**30, "rows": rows}
+            "rounds": options.rounds, "rows": rows}
 
 
 def show_sample(report):
     print(f"{report['model']} on {report['device']} {report['dtype']}, {report['threads']} threads, "
-          f"{report['parameters']:,} parameters, {report['window']} tokens, peak {report['peak_memory_gb']:.2f} GB")
+          f"{report['parameters']:,} parameters, {report['window']} tokens")
     for row in report["rows"]:
         print(f"  batch {row['batch']:<3} {row['sampler']:<42} {row['evaluations']:4} evaluations "
-              f"{row['median_seconds']:8.2f} s {row['tokens_per_second']:10,.0f} tokens/s  x{row['speed_up']:.2f}")
+              f"{row['median_seconds']:8.2f} s {row['tokens_per_second']:10,.0f} tokens/s  x{row['speed_up']:.2f}  "
+              f"{row['peak_memory_gb']:.2f} GB")
+
+
+def bench_video(name, options):
+    """Seconds to encode a trace of 256 tokens and 100 steps, written by a network of the preset's shape."""
+    cfg = dataclasses.replace(config.merge(Config, config.preset(name)), block_size=256)
+    text = tokenizer.train_bpe(tales.generate("video", 500), 512)
+    torch.manual_seed(0)
+    model = Transformer(cfg, text.vocab_size).eval()
+    blank = torch.full((1, 256), text.mask)
+    frames, steps = trace.record(diffusion.sample(model, blank, steps=100, sampler="confidence"), blank, text.mask)
+    list(steps)
+    with tempfile.TemporaryDirectory() as folder:
+        seconds = []
+        for _ in range(options.rounds + 1):
+            start = time.perf_counter()
+            trace.write_mp4(os.path.join(folder, "trace.mp4"), trace.pictures(frames, text, "title"), 100)
+            seconds.append(time.perf_counter() - start)
+    return {"frames": len(frames), "tokens": 256, "rounds": options.rounds, "threads": torch.get_num_threads(),
+            "median_seconds": statistics.median(seconds[1:])}
+
+
+def show_video(report):
+    print(f"{report['tokens']} tokens x {report['frames']} frames as MP4: {report['median_seconds']:.1f} s")
 
 
 def show_train(report):
@@ -195,7 +224,8 @@ def show_train(report):
               f"{f['tokens_per_second']:10,.0f} tokens/s  x{f['speed_up']:.2f}")
 
 
-BENCHES = {"train": (bench_train, show_train, "tales"), "sample": (bench_sample, show_sample, "stories")}
+BENCHES = {"train": (bench_train, show_train, "tales"), "sample": (bench_sample, show_sample, "stories"),
+           "video": (bench_video, show_video, "tales")}
 
 
 def main(argv):
@@ -203,7 +233,7 @@ def main(argv):
         return config.show_help(BenchConfig, __doc__)
     positional, overrides = config.parse(argv, BenchConfig)
     if not positional or positional[0] not in BENCHES:
-        raise UserError("say what to time: python scripts/bench.py train [preset ...], or sample [preset ...]")
+        raise UserError("say what to time: python scripts/bench.py train [preset ...], sample [preset ...] or video")
     options, reports = config.merge(BenchConfig, overrides), []
     bench, show, default = BENCHES[positional[0]]
     for name in positional[1:] or [default]:

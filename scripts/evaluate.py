@@ -41,21 +41,22 @@ class EvaluateConfig:
 
 
 def sample_rows(model, text, cfg, options, device):
-    """Unconditional samples (num_samples, block_size) with the seeds 0, 1, ..., 50 at a time."""
-    rows, evaluations = [], 0
+    """Unconditional samples (num_samples, block_size) with the seeds 0, 1, ..., 50 at a time, and the mean number of
+    network evaluations of each."""
+    rows, evaluations = [], []
     for seeds in torch.arange(options.num_samples).split(50):
         blank = torch.tensor([canvas.build(text, [None], cfg.block_size)] * len(seeds), device=device)
         *_, last = diffusion.sample(model, blank, sampler=options.sampler, steps=options.steps,
                                     temperature=options.temperature, seeds=seeds.tolist())
         rows.append(last.ids.cpu())
-        evaluations = max(evaluations, last.evaluations)
-    return torch.cat(rows), evaluations
+        evaluations += last.row_evaluations.tolist()
+    return torch.cat(rows), sum(evaluations) / len(evaluations)
 
 
 def judge_samples(model, text, cfg, data, options, steps, device):
     """Validity of samples under the grammar, and copies from the stories that the run was trained on."""
     rows, evaluations = sample_rows(model, text, cfg, options, device)
-    report = metrics.judge_tales([canvas.finished(text, row) for row in rows.tolist()])
+    report = metrics.judge_tales([story for row in rows.tolist() for story in canvas.documents(text, row, cfg.rows)])
     known = torch.cat([data.batch(step) for step in range(steps)]).int()
     # real stories share runs with the training set too: what the held-out ones share is chance
     copies, chance = metrics.longest_copies(torch.cat((rows, data.held_out)), known).split([len(rows), len(data.held_out)])

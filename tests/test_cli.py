@@ -91,7 +91,7 @@ def test_an_experiment_file_is_a_preset():
     ("--resume none.pt", "there is no checkpoint"), ("--resume auto", "there is no checkpoint"),
     ("--init_from none.pt", "there is no checkpoint"), ("--device cuda", "device=cuda"),
     ("--name a/b", "must not be a path"), ("--beta1 2", "beta1=2.0"), ("--seed 99999999999999999999", "seed="),
-    ("--max_minutes nan", "expected a number"), ("tales --rows stream", "data=tales with rows=stream"),
+    ("--max_minutes nan", "expected a number"),
     ("--rows document --tokenizer char", "corpus of several documents"), ("broken.py", "does not run"), ("number.py", "does not define"),
     ("text.py", "must be of type int"), ("null.py", "must be of type int"), ("nan.py", "finite number"),
     ("self.py", "there is no preset self.py"), ("--name x.best", "nor end in .best"), ("--name=", "no name"), ("--tokenizer none.json", "there is no tokenizer"), ("--vocab_size 100", "too small")))
@@ -454,7 +454,7 @@ def test_the_checkpoint_is_enough(tales_run, monkeypatch, capsys):
 
 
 def test_the_source_documents_commands(monkeypatch, capsys):
-    """As they stand, but for the hub (a local file in its place) and a gen-len that fits the window."""
+    """As they stand, but for the hub (a local file in its place) and the size of the network."""
     rows = [{"text": story} for story in tales.generate(5, 300)]
     open("local.jsonl", "w").write("\n".join(map(json.dumps, rows)))
     code, out, err = run(data_script.main, "--dataset local.jsonl --split train --num-stories 250 --seed 1337 "
@@ -470,7 +470,7 @@ def test_the_source_documents_commands(monkeypatch, capsys):
     code, out, err = run(train.main, "--resume artifacts/models/stories.pt --max_iters 8", monkeypatch, capsys)
     assert code == 0, err
     code, out, err = run(inference.main, [
-        "--checkpoint", "artifacts/models/stories.best.pt", "--prompt", "Once upon a time", "--gen-len", "20",
+        "--checkpoint", "artifacts/models/stories.best.pt", "--prompt", "Once upon a time", "--gen-len", "256",
         "--temperature", "0.0", "--viz-video", "artifacts/media/diffusion_trace.mp4", "--trace-every", "1",
         "--gif-frame-ms", "180"], monkeypatch, capsys)
     assert code == 0 and os.path.getsize("artifacts/media/diffusion_trace.mp4") > 5000, err
@@ -598,6 +598,15 @@ def test_beyond_the_window(write):
     assert len(cached["tokens"]) == 41
     [guided], _ = write("--prompt", "Once upon a time", "--gen-len", "8", "--guidance", "1.5")
     assert guided["evaluations"] == 16
+
+
+def test_figures_are_of_the_row(write):
+    words = "--gen-len", "30", "--sampler", "entropy_bounded:20", "--no-stop"
+    several, _ = write(*words, "--num-samples", "4", "--seed", "5")
+    for result in several:
+        [alone], _ = write(*words, "--seed", str(result["seed"]))
+        assert all(alone[key] == result[key] for key in ("text", "evaluations", "confidence", "step"))
+    assert len({result["evaluations"] for result in several}) > 1
 
 
 def test_all_viewers_of_one_stream(tales_run, monkeypatch, capsys):

@@ -1,3 +1,4 @@
+import html
 import io
 import json
 import math
@@ -168,7 +169,7 @@ def live(steps, text, **environment):
             patch.setenv(name, value)
         if "NO_COLOR" not in environment:
             patch.delenv("NO_COLOR", raising=False)
-        list(trace.live(iter(steps), text, out=out))
+        list(trace.live(iter(steps), text, [False, False, True] + [False] * steps[0].ids.size(1), out=out))
     return out.getvalue()
 
 
@@ -177,7 +178,7 @@ def canvas_steps(bpe):
     half = [bpe.mask if i % 2 else token for i, token in enumerate(ids)]
     make = lambda ids, n: SimpleNamespace(
         ids=torch.tensor([ids]), masked=torch.tensor([ids]) == bpe.mask, fresh=torch.tensor([[i == 0 for i in range(len(ids))]]),
-        remasked=torch.zeros(1, len(ids), dtype=torch.bool), evaluations=n)
+        remasked=torch.zeros(1, len(ids), dtype=torch.bool), confidence=torch.full((1, len(ids)), n / 4), evaluations=n)
     return [make(half, 1), make(ids, 2)]
 
 
@@ -185,20 +186,24 @@ def test_live_terminal(bpe):
     shown = live(canvas_steps(bpe), bpe)
     assert shown.startswith("\x1b[?1049h\x1b[?25l") and shown.endswith("\x1b[?25h\x1b[?1049l")
     assert "░" in shown and "\x1b[1;30;43m" in shown and "2 evaluations, 0 of" in shown
+    assert f"\x1b[4;34m{bpe.pieces(canvas_steps(bpe)[0].ids[0].tolist())[2]}\x1b[0m" in shown, "given"
     last = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.split("\x1b[2J")[-1])
     assert max(map(len, last.splitlines())) <= 30 and "green kite" in last
     without = live(canvas_steps(bpe), bpe, NO_COLOR="1")
-    assert "\x1b[1;30;43m" not in without and "\x1b[1m" in without
+    assert "\x1b[1;30;43m" not in without and "\x1b[1m" in without and "\x1b[4m" in without
+    wide = live(canvas_steps(bpe), bpe, COLUMNS="80").split("\x1b[2J")
+    assert all("\x1b[35mhidden again\x1b[0m" in part for part in wide[1:]), "the legend, where it fits"
+    assert wide[1].count("\x1b[36m") > wide[2].count("\x1b[36m") == 1, "unsure of tokens below one half"
     dumb = live(canvas_steps(bpe), bpe, TERM="dumb")
     assert "\x1b" not in dumb and len(dumb.splitlines()) == 2
     pipe = Terminal(tty=False)
-    assert len(list(trace.live(iter(canvas_steps(bpe)), bpe, out=pipe))) == 2 and pipe.getvalue() == ""
+    assert len(list(trace.live(iter(canvas_steps(bpe)), bpe, [], out=pipe))) == 2 and pipe.getvalue() == ""
 
 
 def test_live_cleans_up_after_ctrl_c(bpe, monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     out = Terminal()
-    stream = trace.live(iter(canvas_steps(bpe)), bpe, out=out)
+    stream = trace.live(iter(canvas_steps(bpe)), bpe, [False] * 99, out=out)
     next(stream)
     with pytest.raises(KeyboardInterrupt):
         stream.throw(KeyboardInterrupt)
@@ -226,16 +231,42 @@ def test_html_holds_all_states(bpe, tmp_path):
     assert data["steps"][2]["top"] == [], "what did not change is not stored again"
 
 
+PRESS_KEYS = """<script>
+const seen = [], press = key => dispatchEvent(new KeyboardEvent("keydown", {key}));
+const look = () => ({status: $("status").textContent, text: $("text").textContent.replaceAll("\\u00a0", "")});
+const hover = i => { spans[i].dispatchEvent(new MouseEvent("mousemove", {bubbles: true})); return $("tip").textContent; };
+press("Home"); seen.push(look());
+press("ArrowRight"); seen.push({...look(), tip: hover(0), colour: spans[0].style.background});
+press("c"); seen.push({mode: $("mode").value, colour: spans[0].style.background});
+press("End"); seen.push({...look(), tip: hover(0)});
+press("d"); const theme = document.documentElement.className; press("d");
+seen.push([theme, document.documentElement.className].sort());
+$("slider").value = 1; $("slider").oninput(); seen.push(look());
+$("play").click();
+setTimeout(() => { seen.push(look()); document.title = JSON.stringify(seen); }, 3000);
+</script>"""
+
+
 def test_the_page_in_a_browser(bpe, tmp_path):
-    """Steps, plays and explains in a headless browser, where one is installed."""
+    """Keys, slider, play, colours and alternatives in a headless browser, where one is installed."""
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
     if browser is None:
         pytest.skip("no Chromium or Chrome is installed")
-    ids = bpe.encode(["a red kite"])[0]
-    trace.write_html(str(tmp_path / "x.html"), [frame([bpe.mask] * len(ids)), frame(ids, fresh={0})], bpe, "title")
-    done = subprocess.run([browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom",
-                           (tmp_path / "x.html").as_uri()], capture_output=True, text=True, timeout=60)
-    assert "step 1 of 1" in done.stdout and done.stdout.count('class="t') >= len(ids)
+    ids, page = bpe.encode(["a red kite"])[0], tmp_path / "x.html"
+    top = [[(ids[0], 0.75), (ids[1], 0.25)]] + [[(ids[1], 1.0)]] * (len(ids) - 1)
+    trace.write_html(str(page), [frame([bpe.mask] * len(ids), evaluations=0, confidence=0.0),
+                                 frame([ids[0]] + [bpe.mask] * (len(ids) - 1), fresh={0}, confidence=0.5, top=top),
+                                 frame(ids, fresh=set(range(1, len(ids))), evaluations=2, top=top)], bpe, "title")
+    page.write_text(page.read_text(encoding="utf-8") + PRESS_KEYS, encoding="utf-8")
+    done = subprocess.run([browser, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=8000",
+                           "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=60)
+    seen = json.loads(html.unescape(re.search("<title>(.*?)</title>", done.stdout)[1]))
+    blank, half, order, end, themes, slid, played = seen
+    assert blank["text"] == "" and f"{len(ids)} of {len(ids)} masks left" in blank["status"]
+    assert half["text"] == bpe.pieces(ids)[0] and "75.0%" in half["tip"] and "settled in step" in half["tip"]
+    assert order["mode"] == "order" and order["colour"] != half["colour"]
+    assert end["text"] == played["text"] == "a red kite" and "2 network evaluations" in end["status"]
+    assert themes == ["", "dark"] and slid == {key: half[key] for key in slid}
 
 
 def test_diversity():

@@ -10,8 +10,7 @@ from utils.tales import TALES, Grammar, entropy, generate, judge, log_prob
 SMALL = Grammar(
     {"hero": [("Mia", "bear"), ("Tom", "bear")], "trait": ["shy"], "place": ["by the sea", "on the hill"],
      "colour": ["red", "blue"], "object": ["kite", "ball"], "helper": ["owl"], "manner": ["wise"],
-     "feeling": ["sad", "cross"], "weather": ["windy"], "time": ["day"], "spot": ["under a bush"],
-     "food": ["pie", "bun"]},
+     "feeling": ["sad", "cross"], "weather": ["windy"], "time": ["day"], "spot": ["under a bush"]},
     TALES.forms, TALES.plots)
 
 
@@ -70,11 +69,11 @@ def test_what_is_no_story_has_probability_zero():
 def test_broken_agreement_is_found():
     good = ("Once upon a time, a shy bear named Mia lived by the sea. She had a red kite and took it everywhere. "
             "One windy day the kite was gone, and Mia felt sad. A wise owl came by and asked why she was sad. "
-            "The owl soon found the kite under a bush, and Mia was happy.")
+            "The owl found it under a bush, and they played by the sea.")
     assert log_prob(good) > -math.inf and judge(good) == ["ok"] * 5
     for old, new, where in (("She", "He", 1), ("the kite was", "the ball was", 2), ("and Mia felt", "and Tom felt", 2),
                             ("she was sad", "he was sad", 3), ("was sad", "was cross", 3), ("The owl", "The frog", 4),
-                            ("found the kite", "found the drum", 4)):
+                            ("played by the sea", "played on the hill", 4)):
         bad = good.replace(old, new)
         assert bad != good and log_prob(bad) == -math.inf
         assert judge(bad) == ["agreement" if i == where else "ok" for i in range(5)], (old, new, judge(bad))

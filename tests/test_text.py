@@ -159,7 +159,21 @@ def test_tales_batches_are_whole_fresh_stories():
     assert len(held_out) == corpus.TALES_HELD_OUT and not held_out & set(texts)
     assert corpus.tales_held_out(cfg)[0] in held_out
     stories = tales.generate(f"train {cfg.seed} 0", 4)
-    assert stories[1] not in corpus.tales_stories(cfg, 0, {stories[1]}), "a held-out story is never trained on"
+    for rows, size in (("document", 67), ("stream", 200)):
+        batch = corpus.tales_batch(data.text, small(data="tales", rows=rows, block_size=size), {stories[1]}, 0)
+        assert batch.shape == (4, size)
+        known = "".join(map(data.text.decode, batch.tolist()))
+        assert stories[2][20:] in known and stories[1][20:] not in known, "a held-out story is never trained on"
+
+
+def test_tales_as_a_stream():
+    cfg = small(data="tales", rows="stream", block_size=256, vocab_size=1024)
+    data = corpus.load(cfg)
+    assert torch.equal(data.batch(3), data.batch(3)) and not torch.equal(data.batch(3), data.batch(4))
+    rows = [*data.batch(0).tolist(), *data.held_out[:4].tolist()]
+    stories = [story for row in rows for story in canvas.documents(data.text, row, "stream")]
+    assert len(stories) >= 2 * len(rows) and all(tales.log_prob(story) > -1e9 for story in stories)
+    assert len({row[0] for row in data.batch(0).tolist()}) > 1, "windows start anywhere"
 
 
 def test_tokenizer_never_sees_held_out_text(tmp_path):

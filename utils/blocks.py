@@ -59,8 +59,9 @@ class Cache:
     def __call__(self, layer, k, v):
         """Store the new keys and values (b, H, l, D) of `layer`; returns those to look at, (b, H, W, D)."""
         if self.columns is None:
-            stored = self.layers.setdefault(layer, tuple(x.new_zeros(self.num_rows, *x.shape[1:]) for x in (k, v)))
-            for old, new in zip(stored, (k, v)):
+            if layer not in self.layers:
+                self.layers[layer] = tuple(x.new_zeros(self.num_rows, *x.shape[1:]) for x in (k, v))
+            for old, new in zip(self.layers[layer], (k, v)):
                 old[self.rows] = new
             return k, v
         place, own = (self.rows[:, None], slice(None), self.columns), (self.columns >= self.start)[..., None, None]

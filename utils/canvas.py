@@ -49,24 +49,34 @@ def build(text, parts, window):
     return row
 
 
-def finished(text, ids, blank=None, stop=True):
-    """Text (str) of a sampled row: from after the `<|endoftext|>` that starts it to the first one that the model wrote
-    after all given text; with stop=False all of it, each `<|endoftext|>` as in a prepared file, on a line of its own.
-
-    blank is the canvas (list of ids) that the row began as; None is an unconditional one.
-    """
-    ids = list(ids)
-    if text.end is None:
-        return text.decode(ids)
+def end(text, ids, blank=None):
+    """Where the text of a sampled row (list of ids) ends: at the first `<|endoftext|>` that the model wrote after all
+    given text. blank is the canvas (list of ids) that the row began as; None is an unconditional one."""
     given = [i for i, token in enumerate(blank or ()) if token != text.mask]
     after = given[-1] + 1 if given else 1
-    ids, after = (ids[1:], after - 1) if ids[:1] == [text.end] else (ids, after)
-    if stop and text.end in ids[after:]:
-        ids = ids[:ids.index(text.end, after)]
+    return ids.index(text.end, after) if text.end in ids[after:] else len(ids)
+
+
+def finished(text, ids, blank=None, stop=True):
+    """Text (str) of a sampled row (list of ids): from after the `<|endoftext|>` that starts it to its `end`; with
+    stop=False all of it, each `<|endoftext|>` as in a prepared file, on a line of its own."""
+    if text.end is None:
+        return text.decode(ids)
+    if stop:
+        ids = ids[:end(text, ids, blank)]
     parts = [[]]
-    for token in ids:
+    for token in ids[1:] if ids[:1] == [text.end] else ids:
         if token == text.end:
             parts.append([])
         else:
             parts[-1].append(token)
     return f"\n{tokenizer.END}\n".join(map(text.decode, parts))
+
+
+def documents(text, ids, rows):
+    """Texts (list of str) of an unconditional sample: one where rows (of the config) is "document", and where it is
+    "stream" all that stand whole between two `<|endoftext|>`."""
+    if rows == "document":
+        return [finished(text, ids)]
+    ends = [i for i, token in enumerate(ids) if token == text.end]
+    return [text.decode(ids[start + 1:end]) for start, end in zip(ends, ends[1:])]

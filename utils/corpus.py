@@ -21,6 +21,7 @@ from utils.runtime import generator
 
 HELD_OUT = 0.1  # share of the documents, or of the text of a single one
 TALES_HELD_OUT = 2048  # stories
+SHORTEST_TALE = 60  # tokens, or less, with any tokenizer
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 STORIES = "roneneldan/TinyStories"
 
@@ -241,11 +242,19 @@ def tales_held_out(cfg):
     return tales.generate(f"held out {cfg.seed}", TALES_HELD_OUT)
 
 
-def tales_stories(cfg, step, held_out):
-    """The fresh stories of a training step (list of str), none of them in the set `held_out`."""
-    stories = tales.generate(f"train {cfg.seed} {step}", cfg.batch_size)
+def tales_batch(text, cfg, held_out, step):
+    """A batch of stories that nobody has seen, none of them in the set `held_out`: one a row, or (rows=stream) windows
+    of stories that follow each other."""
+    size = cfg.batch_size * cfg.block_size
+    n = cfg.batch_size if cfg.rows == "document" else size // SHORTEST_TALE + 2
+    stories = tales.generate(f"train {cfg.seed} {step}", n)
     fresh = [story for story in stories if story not in held_out]
-    return (fresh * len(stories))[: len(stories)]
+    stories = (fresh * n)[:n]
+    if cfg.rows == "document":
+        return document_rows(stories, text, cfg.block_size)
+    ids = torch.tensor([i for document in document_ids(stories, text) for i in document])
+    start = torch.randint(len(ids) - size + 1, (), generator=generator(cfg.seed, "rows", step))
+    return ids[start:start + size].view(cfg.batch_size, cfg.block_size)
 
 
 def load(cfg, text=None):
@@ -255,12 +264,11 @@ def load(cfg, text=None):
         seen = set(held_out)
         if text is None:
             text = make_tokenizer(cfg, tales.generate(f"tokenizer {cfg.seed}", 4000), documents=True)
-        rows = document_rows(held_out, text, cfg.block_size)
-        if len(rows) != len(held_out):
+        rows = held_out_rows(held_out, text, cfg)
+        if cfg.rows == "document" and len(rows) != len(held_out):
             raise UserError(f"block_size={cfg.block_size} is shorter than a tale with tokenizer={cfg.tokenizer}; "
                             "use at least 67 with bpe, 320 with char")
-        batch = lambda step: document_rows(tales_stories(cfg, step, seen), text, cfg.block_size)
-        return Corpus(batch, rows, text, 0, row_lengths(rows, text))
+        return Corpus(partial(tales_batch, text, cfg, seen), rows, text, 0, row_lengths(rows, text))
     if not os.path.exists(cfg.data):
         prepare(cfg.data)
     documents = read_documents(cfg.data)

@@ -22,7 +22,7 @@ def held_out(model, cfg, data, device):
               "bound_bits_per_character": nats / math.log(2) / lengths[:, 0].sum().item(),
               "bound_bits_per_byte": nats / math.log(2) / lengths[:, 1].sum().item(),
               "held_out_rows": len(rows), "masks_a_row": cfg.final_masks}
-    if cfg.data == "tales":
+    if cfg.data == "tales" and cfg.rows == "document":
         exact = -sum(map(tales.log_prob, corpus.tales_held_out(cfg)[: len(rows)])) / len(rows)
         report |= {"bound_nats_per_story": mean * cfg.block_size, "exact_nats_per_story": exact,
                    "excess_over_exact": mean * cfg.block_size / exact - 1, "entropy_nats_per_story": tales.entropy()}
@@ -39,10 +39,11 @@ def judge_tales(texts):
     """
     log_probs = [p for text in texts if (p := tales.log_prob(text)) > -math.inf]
     verdicts = [verdict for text in texts for verdict in tales.judge(text)]
-    return {"samples": len(texts), "valid": len(log_probs) / len(texts),
-            "grammatical": sum(v != "ungrammatical" for v in verdicts) / len(verdicts),
-            "agreeing": sum(v == "ok" for v in verdicts) / len(verdicts),
-            "distinct": len(set(texts)) / len(texts),
+    count, sentences = max(1, len(texts)), max(1, len(verdicts))
+    return {"samples": len(texts), "valid": len(log_probs) / count,
+            "grammatical": sum(v != "ungrammatical" for v in verdicts) / sentences,
+            "agreeing": sum(v == "ok" for v in verdicts) / sentences,
+            "distinct": len(set(texts)) / count,
             "log_prob": sum(log_probs) / len(log_probs) if log_probs else None}
 
 

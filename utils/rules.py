@@ -154,7 +154,10 @@ def remask(now):
 
 def _remdm(now, sigma):
     """Hide each written position with chance sigma (b, 1 or L), and write each masked one with the chance that keeps the
-    marginals of the forward process: (alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t) (ReMDM, arXiv:2503.00307)."""
+    marginals of the forward process: (alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t) (ReMDM, arXiv:2503.00307).
+
+    That is for one sigma for all. remdm_conf has one for each written position and 0 at masks: what it hides is not made
+    up for, so it lags behind its schedule and writes the rest in the last step."""
     write = (now.here - now.there + sigma * (1 - now.here)) / now.here
     return now.open & (now.u < write) | now.written & (now.u < sigma)
 

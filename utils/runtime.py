@@ -61,6 +61,12 @@ def peak_memory(device):
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def reset_peak_memory(device):
+    """Let `peak_memory` of a GPU count from now on; that of a process cannot."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 COMPILE_PAYS = 300  # seconds of eager CPU training: compiling takes up to a minute, and a step is then 1.5 times faster
 
 

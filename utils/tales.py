@@ -34,7 +34,6 @@ VARIABLES = {
     "weather": "sunny windy rainy snowy foggy warm".split(),
     "time": "morning day evening".split(),
     "spot": ["under a bush", "behind a rock", "up a tree", "inside a log", "beside a well", "below a bridge"],
-    "food": "cake pie pear melon plum bun".split(),
 }
 
 
@@ -56,9 +55,9 @@ OPENING = ["Once upon a time, a {trait} {kind} named {name} lived {place}.",
            "{Place}, long ago, there lived a {trait} {kind} named {name}."]
 
 # The first sentences of all plots are equally long in words and punctuation marks, and so are the second, and so on: a
-# network that sees a few words then knows which sentence they belong to, and minutes of training are enough. Name,
-# pronoun, helper and feeling recur in nearly every story, object and place in many, the rest never: a word that is
-# seldom repeated is the last that a network learns to repeat.
+# network that sees a few words then knows which sentence they belong to, and minutes of training are enough. Stories end
+# in two ways, for the same reason. Name, pronoun, helper and feeling recur in nearly every story, object and place in
+# many, the rest never: a word that is seldom repeated is the last that a network learns to repeat.
 PLOTS = {
     "lost": [
         OPENING,
@@ -68,7 +67,7 @@ PLOTS = {
          "But one {weather} {time} {he} lost the {object}, and felt {feeling}."],
         ["A {manner} {helper} came by and asked why {he} was {feeling}.",
          '"You look {feeling}, friend!" said a {manner} {helper}.'],
-        ["The {helper} soon found the {object} {spot}, and {name} was happy.",
+        ["The {helper} found it {spot}, and they played {place}.",
          "So they found it {spot}, and {name} was {feeling} no more."],
     ],
     "wish": [
@@ -80,7 +79,7 @@ PLOTS = {
         ["A {manner} {helper} came by and asked why {he} was {feeling}.",
          '"You look {feeling}, friend!" said a {manner} {helper}.'],
         ["The {helper} gave {him} a new {object}, and they played {place}.",
-         "So the {helper} made {him} a {object}, and nobody was {feeling} any more."],
+         "So the {helper} made {him} a {object}, and {name} was {feeling} no more."],
     ],
     "share": [
         OPENING,
@@ -88,10 +87,10 @@ PLOTS = {
          "{He} kept {his} {colour} {object} in a big box."],
         ["One {weather} {time} a {manner} {helper} begged {name} to please share it.",
          "One {weather} {time} {name} would not lend it to a {manner} {helper}."],
-        ["The {helper} went slowly home all alone, and felt {feeling}.",
+        ["Then {name} saw the {helper} go home, and felt {feeling}.",
          "Soon {name} had nobody to play with, and felt {feeling}."],
         ["So {name} shared it with the {helper}, and they played {place}.",
-         "In the end {he} shared the {object}, and nobody was {feeling} any more."],
+         "In the end {he} shared the {object}, and {name} was {feeling} no more."],
     ],
     "night": [
         OPENING,
@@ -101,8 +100,8 @@ PLOTS = {
          "Soon {name} got lost, hid {spot} and felt {feeling}."],
         ["A {manner} {helper} came by and asked why {he} was {feeling}.",
          '"You look {feeling}, friend!" said a {manner} {helper}.'],
-        ["Soon {name} and the {helper} were home {place} and shared a {food}.",
-         "Soon {he} and the {helper} were home {place}, {feeling} no more."],
+        ["Soon {he} and the {helper} were home, and they played {place}.",
+         "So the {helper} took {him} safely home, and {name} was {feeling} no more."],
     ],
     "party": [
         OPENING,
@@ -112,8 +111,8 @@ PLOTS = {
          '"No gift!" said {name}, and {he} felt very {feeling}.'],
         ["So {he} made a lovely new {colour} {object} all by {him}self.",
          "So {he} found {his} old {object} and painted it bright {colour}."],
-        ["The {helper} loved the pretty {object}, and {name} was not {feeling} any more.",
-         '"What a lovely {object}!" said the {helper}, and nobody was {feeling}.'],
+        ["The {helper} truly loved the pretty {object}, and they played {place}.",
+         '"A {object}!" said the {helper}, and {name} was {feeling} no more.'],
     ],
 }
 

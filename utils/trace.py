@@ -1,6 +1,6 @@
 """Text appearing out of masks: the states of a sampler -> frames -> MP4, GIF, a page of HTML, or the terminal.
 
-Every token keeps its place from the first frame to the last, because the layout is that of the finished text. States
+In pictures every token keeps its place from first to last, because the layout is that of the finished text. States
 are told apart by shape as well as by colour (Okabe-Ito's colours, which colour-blind readers can tell apart):
 a hidden token is a hollow box, a fresh one bold on a filled box, a re-masked one a crossed box, the given text is
 underlined. What the model has written stands on a tint: the paler, the surer it was.
@@ -13,6 +13,7 @@ import os
 import shutil
 import sys
 import time
+import unicodedata
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -33,7 +34,7 @@ class Frame(NamedTuple):
     ids: list         # L ids of one row
     fresh: list       # L bools
     remasked: list    # L bools
-    evaluations: int  # network evaluations so far
+    evaluations: int  # network evaluations of this row so far
     confidence: list  # L floats, the largest probability of each position when it was last computed
     top: list = None  # L lists of (token, probability), likeliest first, as last computed
 
@@ -41,8 +42,8 @@ class Frame(NamedTuple):
 def record(steps, canvas, mask, every=1):
     """Wrap the stream of `diffusion.Step`s: returns (frames, iterator that yields the same steps).
 
-    frames fills as the iterator is consumed: row 0 of `canvas`, then of every `every`-th step, and of the last. What
-    became fresh or was hidden in steps between is marked in the next frame.
+    frames fills as the iterator is consumed: row 0 of `canvas`, then of every `every`-th step, and of the last, unless
+    nothing changed in it. What became fresh or was hidden in steps between is marked in the next frame.
     """
     blank = [False] * canvas.size(1)
     frames = [Frame(0, canvas[0].tolist(), blank, blank, 0, (canvas[0] != mask).float().tolist())]
@@ -52,11 +53,11 @@ def record(steps, canvas, mask, every=1):
         for number, step in enumerate(steps, 1):
             fresh = step.fresh[0] if fresh is None else fresh & ~step.remasked[0] | step.fresh[0]
             remasked = step.remasked[0] if remasked is None else remasked & ~step.fresh[0] | step.remasked[0]
-            if number % every == 0:
+            if number % every == 0 and (fresh | remasked).any():
                 frames.append(_frame(number, step, fresh, remasked))
                 fresh = remasked = None
             yield step
-        if fresh is not None:
+        if fresh is not None and (fresh | remasked).any():
             frames.append(_frame(number, step, fresh, remasked))
 
     return frames, watch()
@@ -67,7 +68,7 @@ def _frame(number, step, fresh, remasked):
     if step.top is not None:
         tokens, p = (part[0].tolist() for part in step.top)
         top = [list(zip(*pair)) if pair[1][0] > 0 else [] for pair in zip(tokens, p)]  # [] was never computed
-    return Frame(number, step.ids[0].tolist(), fresh.tolist(), remasked.tolist(), step.evaluations,
+    return Frame(number, step.ids[0].tolist(), fresh.tolist(), remasked.tolist(), int(step.row_evaluations[0]),
                  step.confidence[0].tolist(), top)
 
 
@@ -266,35 +267,41 @@ def pictures(frames, text, title):
 # --- the terminal -----------------------------------------------------------------------------------------------
 
 
-def live(steps, text, frame_ms=0, out=None):
+def live(steps, text, given, frame_ms=0, out=None):
     """Wrap the stream of `diffusion.Step`s: shows row 0 in the terminal `out` after each, and yields the same steps.
 
-    Not a terminal: shows nothing. A terminal that cannot move its cursor gets a line a step. Without colour
-    (NO_COLOR), states are told apart by weight and underline alone. The text is drawn on the alternate screen, which
-    leaves no trace, also after Ctrl-C.
+    given (L bools) is what the user wrote. Not a terminal: shows nothing. A terminal that cannot move its cursor gets a
+    line a step. Without colour (NO_COLOR), states are told apart by weight, underline and reversal alone. The text is
+    drawn on the alternate screen, which leaves no trace, also after Ctrl-C.
     """
     out = out or sys.stdout
     if not out.isatty():
         yield from steps
         return
     plain = os.environ.get("TERM", "dumb") == "dumb"
-    colour = not plain and "NO_COLOR" not in os.environ
-    hidden = "░" if (getattr(out, "encoding", "") or "").lower().startswith("utf") else "_"
+    styles = STYLES if "NO_COLOR" not in os.environ else STYLES_WITHOUT_COLOUR
+    full, empty = "█░" if (getattr(out, "encoding", "") or "").lower().startswith("utf") else "#_"
     total = None
     try:
         if not plain:
             out.write("\x1b[?1049h\x1b[?25l")
         for number, step in enumerate(steps, 1):
-            started, ids, left = time.perf_counter(), step.ids[0].tolist(), int(step.masked[0].sum())
+            if not (step.fresh[0] | step.remasked[0]).any():  # another row's step
+                yield step
+                continue
+            started, left = time.perf_counter(), int(step.masked[0].sum())
             total = total or left + int(step.fresh[0].sum())
-            status = f"step {number}, {step.evaluations} evaluations, {left} of {total} masks left"
+            status = f"step {number}, {int(step.row_evaluations[0])} evaluations, {left} of {total} masks left"
             if plain:
                 out.write(status + "\n")
             else:
                 columns, lines = shutil.get_terminal_size()
-                shown = _terminal_lines(ids, text, step.fresh[0].tolist(), step.remasked[0].tolist(), columns, hidden,
-                                        colour)
-                out.write("\x1b[H\x1b[2J" + status[:columns] + "\n\n" + "\n".join(shown[-max(1, lines - 3):]))
+                done = 20 * (total - left) // max(1, total)
+                head = [f"{status}  {full * done}{empty * (20 - done)}"[:columns]]
+                if sum(map(len, styles)) + 2 * len(styles) <= columns:
+                    head.append("  ".join(f"\x1b[{code}m{state}\x1b[0m" for state, code in styles.items()))
+                shown = _terminal_lines(step, text, given, columns, empty, styles)
+                out.write("\x1b[H\x1b[2J" + "\n".join([*head, "", *shown[-max(1, lines - len(head) - 2):]]))
             out.flush()
             yield step
             time.sleep(max(0.0, frame_ms / 1000 - (time.perf_counter() - started)))
@@ -304,21 +311,35 @@ def live(steps, text, frame_ms=0, out=None):
             out.flush()
 
 
-def _terminal_lines(ids, text, fresh, remasked, columns, hidden, colour):
-    """Lines of at most `columns` characters, each token styled by its state with ANSI codes."""
-    lines, line, width = [], "", 0
+STYLES = {"fresh": "1;30;43", "unsure": "36", "hidden again": "35", "given": "4;34"}  # state -> ANSI code
+STYLES_WITHOUT_COLOUR = {"fresh": "1", "unsure": "2", "hidden again": "7", "given": "4"}
+UNSURE_BELOW = 0.5  # confidence
+
+
+def _cells(text):
+    """Columns that `text` takes in a terminal: Chinese, Japanese, Korean and emoji two each, combining marks none."""
+    return sum(0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF") for c in text)
+
+
+def _terminal_lines(step, text, given, columns, empty, styles):
+    """Lines of at most `columns` characters, each token of row 0 styled by its state. A hidden token of BPE begins with
+    a space, as most words do."""
+    ids, lines, line, width = step.ids[0].tolist(), [], "", 0
+    sure, fresh, again = (part[0].tolist() for part in (step.confidence, step.fresh, step.remasked))
     for i, (token, piece) in enumerate(zip(ids, text.pieces(ids))):
+        hidden = token == text.mask
         if token == text.end:
-            piece = "" if i == 0 else "¶" if hidden != "_" else "|"
+            piece = "" if i == 0 else "|" if empty == "_" else "¶"
         broken = piece.endswith("\n")
-        shown = hidden * 3 if token == text.mask and not text.is_char else hidden if token == text.mask else "".join(
-            c if c.isprintable() else "" for c in piece)
-        if width and width + len(shown) > columns:
+        shown = (empty if text.is_char else " " + 2 * empty) if hidden else "".join(c for c in piece if c.isprintable())
+        if width and width + _cells(shown) > columns:
             lines, line, width = [*lines, line], "", 0
-        shown = shown[:columns]
-        style = ("1;30;43" if colour else "1") if fresh[i] else ("35" if colour else "4") if remasked[i] else ""
-        line += f"\x1b[{style}m{shown}\x1b[0m" if style and shown else shown
-        width += len(shown)
+        while _cells(shown) > columns:
+            shown = shown[:-1]
+        state = ("fresh" if fresh[i] else "hidden again" if again[i] else "given" if given[i] else
+                 "unsure" if not hidden and sure[i] < UNSURE_BELOW else None)
+        line += f"\x1b[{styles[state]}m{shown}\x1b[0m" if state and shown else shown
+        width += _cells(shown)
         if broken:
             lines, line, width = [*lines, line], "", 0
     return [*lines, line]
