@@ -17,7 +17,7 @@ from typing import Callable, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from config import UserError, check_name
+from config import SampleConfig, UserError, check_name
 from utils import blocks, rules
 
 # --- schedules --------------------------------------------------------------------------------------------------
@@ -242,6 +242,7 @@ SAMPLERS = {
     "threshold": Sampler(rules.threshold, rules.max_probability, 0.9),
     "factor": Sampler(rules.factor, rules.max_probability, 1.0),
     "entropy_bounded": Sampler(rules.entropy_bounded, rules.negative_entropy, 0.1),
+    "local_entropy": Sampler(rules.local_entropy, rules.negative_entropy, 48),
     "remask": Sampler(rules.remask, rules.max_probability),
     "remdm_cap": Sampler(rules.remdm_cap, value=0.02, whole=True),
     "remdm_rescale": Sampler(rules.remdm_rescale, value=0.015, whole=True),
@@ -334,7 +335,7 @@ class Step(NamedTuple):
 
 
 @torch.no_grad()
-def sample(model, canvas, *, sampler="confidence", steps=None, schedule="linear", temperature=1.0, top_k=0, top_p=1.0,
+def sample(model, canvas, *, sampler=SampleConfig.sampler, steps=None, schedule="linear", temperature=1.0, top_k=0, top_p=1.0,
            min_tokens=1, guidance=0.0, decode_block=0, window=None, cache="none", refresh=0, given=0, stop=None, top=0,
            seeds=None):
     """Fill the MASKs of canvas (B, L) long; yields a `Step` after every step.

@@ -22,16 +22,18 @@ def norm(x):
 
 
 def rotary_table(positions, head_dim, base=10_000.0):
-    """cos and sin of the rotary angles, (..., L, head_dim / 2) fp32, for integer positions (..., L)."""
+    """cos and sin of the rotary angles, (..., L, 1, head_dim) fp32, for integer positions (..., L): once for each
+    channel of a pair, the sine with the sign that `rotate` needs."""
     frequency = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim)
-    angle = positions.float()[..., None] * frequency
-    return angle.cos(), angle.sin()
+    angle = positions.float()[..., None, None] * frequency
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((sin, -sin), dim=-1)
 
 
 def rotate(x, cos, sin):
-    """Turn channel pairs of x (B, H, L, D) by their position's angles, cos and sin (..., L, D / 2)."""
+    """Turn channel pairs (i, i + D/2) of x (B, L, H, D) by their position's angles, cos and sin (..., L, 1, D)."""
     a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1).to(x.dtype)
+    return (x * cos + torch.cat((b, a), dim=-1) * sin).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -46,17 +48,21 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, attention, cache):
         B, L, C = x.shape
-        q, k, v = (linear(x).view(B, L, self.n_head, -1).transpose(1, 2) for linear in (self.q, self.k, self.v))
+        q, k, v = (linear(x).view(B, L, self.n_head, -1) for linear in (self.q, self.k, self.v))
         q, k = rotate(norm(q), cos, sin), rotate(norm(k), cos, sin)
         if cache is not None:
             k, v = cache(k, v)
-        if x.device.type == "cpu":  # its bfloat16 kernel is no faster, and 6 times slower backwards in rows of 67 tokens
-            q, k, v = (part.to(torch.promote_types(part.dtype, torch.float32)) for part in (q, k, v))
-        with torch.autocast("cpu", enabled=False):
-            # No dropout of attention weights: it rules out the fused kernels and made a training step twice as slow.
-            y = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=attention if torch.is_tensor(attention) else None,  # True = may look
-                is_causal=attention == "causal" if isinstance(attention, str) else False)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+        # No dropout of attention weights: it rules out the fused kernels and made a training step twice as slow.
+        attend = partial(F.scaled_dot_product_attention,
+                         attn_mask=attention if torch.is_tensor(attention) else None,  # True = may look
+                         is_causal=attention == "causal" if isinstance(attention, str) else False)
+        if x.device.type == "cpu" and torch.is_grad_enabled():
+            # the bfloat16 kernel of a CPU is 6 times slower backwards in rows of 67 tokens
+            with torch.autocast("cpu", enabled=False):
+                y = attend(*(part.to(torch.promote_types(part.dtype, torch.float32)) for part in (q, k, v)))
+        else:
+            y = attend(q, k, v)
         return self.proj(y.transpose(1, 2).reshape(B, L, C))
 
 
@@ -164,8 +170,8 @@ class Transformer(nn.Module):
         noise_level  (B,) or (B, L) in [0, 1], the share of masked tokens; needed if and only if
                      time_conditioning is not "none"
         attention    None (all see all), "causal", or a bool tensor (L, L) or (B, 1, L, L), True = row may look at column
-        positions    (L,) or (B, 1, L) long for the rotary embedding; 0..L-1 by default
-        cache        function (layer, k, v) -> (k, v), each (B, H, l, D): stores what is new, returns what to look at
+        positions    (L,) or (B, L) long for the rotary embedding; 0..L-1 by default
+        cache        function (layer, k, v) -> (k, v), each (B, l, H, D): stores what is new, returns what to look at
                      (utils/blocks.py)
         select       flat indices (N,) into the B * L positions
         returns      (B, L, V), or (N, V) with `select`; MASK has no column, so it can never be predicted

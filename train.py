@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import config
 import diffusion
-from config import Config, UserError
+from config import Config, SampleConfig, UserError
 from model import Transformer
 from utils import canvas, checkpoint, corpus, metrics, optim, plots, runtime
 
@@ -107,7 +107,7 @@ def show_sample(model, text, cfg, device):
     """An unconditional sample (str) in at most 64 network evaluations, always from the same random numbers."""
     blank = torch.tensor([canvas.build(text, [None], cfg.block_size)], device=device)
     steps = min(64, cfg.block_size)
-    *_, last = diffusion.sample(model, blank, steps=steps, seeds=[0])
+    *_, last = diffusion.sample(model, blank, steps=steps, top_p=SampleConfig.top_p, seeds=[0])
     return canvas.finished(text, last.ids[0].tolist())
 
 

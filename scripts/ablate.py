@@ -18,7 +18,7 @@ import torch
 
 import config
 import diffusion
-from config import Config, UserError, field
+from config import Config, SampleConfig, UserError, field
 from scripts.bench import source_procedure
 from utils import canvas, checkpoint, metrics, plots, runtime, tales
 
@@ -49,11 +49,11 @@ class Comparison(NamedTuple):
 STEPS = (4, 8, 16, 32, 64)
 MORE_STEPS = (*STEPS, 128, 256)  # for the samplers that gain from more steps than there are tokens
 NUMBERS = {"threshold": (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99), "factor": (0.3, 0.5, 1.0, 1.5, 2.0, 3.0),
-           "entropy_bounded": (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)}  # rules that choose their number of steps themselves
+           "entropy_bounded": (0.01, 0.03, 0.1, 0.3, 1.0, 3.0), "local_entropy": (11, 17, 22, 33, 48)}  # rules that choose their number of steps themselves
 
 
 def sampler_settings(options):
-    """Every sampler over its own range of cost: steps, or the rule's number."""
+    """Every sampler over its own range of cost: steps, or the rule's number; and what cutting off unlikely tokens does."""
     rows = []
     for name, rule in diffusion.SAMPLERS.items():
         if name in NUMBERS:
@@ -64,7 +64,11 @@ def sampler_settings(options):
             several = MORE_STEPS if name == "ancestral" or name.startswith("remdm") else (*STEPS, "")  # "": one a token
             rows += [{"sampler": name, "steps": steps, "decode_block": 0} for steps in several]
     rows += [{"sampler": "confidence", "steps": steps, "decode_block": 16} for steps in (*STEPS, "")]
-    return rows + [{"sampler": "source", "steps": steps, "decode_block": 0} for steps in (4, 8, 16, 32, 64, 101)]
+    rows += [{"sampler": "source", "steps": steps, "decode_block": 0} for steps in (4, 8, 16, 32, 64, 101)]
+    rows = [row | {"cache": "none", "top_p": 1.0} for row in rows]
+    best = {"sampler": SampleConfig.sampler, "steps": "", "decode_block": 0, "cache": "none"}
+    rows += [best | {"top_p": share} for share in (0.9, 0.95, 0.98, 0.99)]
+    return rows + [best | {"decode_block": 16, "cache": cache, "top_p": SampleConfig.top_p} for cache in ("none", "prefix", "dual")]
 
 
 def judge_samplers(options):
@@ -87,7 +91,8 @@ def judge_samplers(options):
                     per_row += asked * len(seeds)
                 else:
                     steps = diffusion.sample(model, blank, sampler=setting["sampler"], steps=setting["steps"] or None,
-                                             decode_block=setting["decode_block"], given=diffusion.given_tokens(cfg),
+                                             decode_block=setting["decode_block"], cache=setting["cache"],
+                                             top_p=setting["top_p"], given=diffusion.given_tokens(cfg),
                                              seeds=seeds.tolist())
                     *_, last = steps
                     ids, per_row = last.ids, per_row + int(last.row_evaluations.sum())
@@ -111,7 +116,7 @@ COMPARISONS = {
 
 
 def label(setting):
-    return ", ".join(f"{key} {value}" for key, value in setting.items() if value not in ("", 0))
+    return ", ".join(f"{key} {value}" for key, value in setting.items() if value not in ("", 0, "none", 1.0))
 
 
 def read_table(path):

@@ -26,7 +26,8 @@ class EvaluateConfig:
     json: str = field("", "write the report to this file too")
     sampler: str = field(SampleConfig.sampler, "rule that picks what to write next", "how")
     steps: int = field(None, "steps (default: one token a step)")
-    temperature: float = field(1.0, "of the token distribution")
+    temperature: float = field(SampleConfig.temperature, "of the token distribution")
+    top_p: float = field(SampleConfig.top_p, "draw from the likeliest tokens that sum to this (1: all)")
     device: str = field("auto", "auto: cuda, else mps, else cpu", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = field("auto", "of matrix products", choices=("auto", "float32", "bfloat16", "float16"))
 
@@ -36,8 +37,8 @@ class EvaluateConfig:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
         diffusion.find_sampler(self.sampler)
-        if self.temperature < 0:
-            raise UserError(f"temperature={self.temperature} must not be negative")
+        if self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise UserError(f"temperature={self.temperature} must not be negative, and top_p={self.top_p} in (0, 1]")
 
 
 def sample_rows(model, text, cfg, options, device):
@@ -47,7 +48,8 @@ def sample_rows(model, text, cfg, options, device):
     for seeds in torch.arange(options.num_samples).split(50):
         blank = torch.tensor([canvas.build(text, [None], cfg.block_size)] * len(seeds), device=device)
         *_, last = diffusion.sample(model, blank, sampler=options.sampler, steps=options.steps,
-                                    temperature=options.temperature, seeds=seeds.tolist())
+                                    temperature=options.temperature, top_p=options.top_p,
+                                    given=diffusion.given_tokens(cfg), seeds=seeds.tolist())
         rows.append(last.ids.cpu())
         evaluations += last.row_evaluations.tolist()
     return torch.cat(rows), sum(evaluations) / len(evaluations)
@@ -60,7 +62,8 @@ def judge_samples(model, text, cfg, data, options, steps, device):
     known = torch.cat([data.batch(step) for step in range(steps)]).int()
     # real stories share runs with the training set too: what the held-out ones share is chance
     copies, chance = metrics.longest_copies(torch.cat((rows, data.held_out)), known).split([len(rows), len(data.held_out)])
-    return report | {"evaluations_a_sample": evaluations, "longest_copy_mean": copies.float().mean().item(),
+    return report | {"sampler": options.sampler, "temperature": options.temperature, "top_p": options.top_p,
+                     "evaluations_a_sample": evaluations, "longest_copy_mean": copies.float().mean().item(),
                      "longest_copy_max": copies.max().item(), "held_out_copy_mean": chance.float().mean().item(),
                      "held_out_copy_max": chance.max().item(), "held_out_copies_of": len(chance)}
 

@@ -542,15 +542,18 @@ def test_ablate_samplers(tales_run, monkeypatch, capsys):
     command = ["samplers", "--checkpoint", str(tales_run / "models" / "tales.best.pt"), "--num_samples", "2",
                "--out_dir", "x", "--device", "cpu"]
     code, out, err = run(ablate.main, [*command, "--only", "conf"], monkeypatch, capsys)
-    assert code == 0 and out.count(": sampler") == 2, err
+    assert code == 0 and out.count(": sampler") == 4, err
     code, out, err = run(ablate.main, command, monkeypatch, capsys)
     rows = ablate.read_table("x/samplers.csv")
     assert code == 0 and {row["sampler"].split(":")[0] for row in rows} == {*diffusion.SAMPLERS, "source"}
-    assert {row["evaluations"] for row in rows if (row["sampler"], row["decode_block"]) == ("confidence", "0")} == {"2"}
+    assert {row["evaluations"] for row in rows if (row["sampler"], row["decode_block"]) == ("confidence", "0")} == {"2", "66"}
     assert open("x/samplers.md").read().count("\n") == len(rows) + 2 and os.path.getsize("x/samplers.png") > 10_000
     code, out, _ = run(ablate.main, command, monkeypatch, capsys)
     assert code == 0 and out.count(": sampler") == 0, "nothing is measured twice"
-    for words, message in (("", "known: samplers"), ("sampler", "did you mean samplers"), ("samplers --num_samples 1", "num_samples=1")):
+    code, out, _ = run(ablate.main, [*command, "--only", "margin", "--num_samples", "3"], monkeypatch, capsys)
+    assert code == 0 and ablate.read_table("x/samplers.csv")[:len(rows)] == rows, "other measurements are kept"
+    for words, message in (("", "known: samplers"), ("sampler", "did you mean samplers"), ("samplers --num_samples 1", "num_samples=1"),
+                           (" ".join([*command, "--only", "x"]), "no setting of samplers begins so")):
         code, _, err = run(ablate.main, words, monkeypatch, capsys)
         assert code == 2 and message in err
 

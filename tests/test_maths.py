@@ -327,7 +327,7 @@ def test_a_step_that_writes_nothing_costs_nothing():
 def test_positions_are_chosen_before_the_distribution_is_warped():
     """With top_k=1 every position would be sure of its token."""
     canvases = CANVASES[(CANVASES == MASK).sum(1) > 1]
-    first = [next(iter(sample(Lookup(), canvases, top_k=k))).fresh for k in (0, 1)]
+    first = [next(iter(sample(Lookup(), canvases, sampler="confidence", top_k=k))).fresh for k in (0, 1)]
     assert torch.equal(*first) and not torch.equal(first[0], rules.first(-torch.where(
         canvases == MASK, torch.arange(L), 99), torch.tensor(1))), "and not the leftmost"
 
@@ -365,7 +365,7 @@ def exact_law(sampler, steps):
     def surest(p, i):
         row = sorted(p[i], reverse=True)
         entropy = -sum(q * math.log(q) for q in row)
-        return {"entropy": -entropy, "entropy_bounded": -entropy, "margin": row[0] - row[1]}.get(name, row[0])
+        return {"entropy": -entropy, "entropy_bounded": -entropy, "local_entropy": -entropy, "margin": row[0] - row[1]}.get(name, row[0])
 
     def choices(state, k):
         """[(chance, positions to write, positions to hide)]"""
@@ -393,6 +393,14 @@ def exact_law(sampler, steps):
             sums = list(itertools.accumulate([0.0] + [-key[i] for i in order]))[:-1]
             n = next((n for n, total in enumerate(sums) if total > value), len(order))
             return [(1.0, order[:max(n, due)], [])]
+        if name == "local_entropy":
+            write, size = order[:due], int(value)
+            for stretch in range(0, L, size):
+                inside, total = [i for i in order if stretch <= i < stretch + size], 0.0
+                for i in inside:
+                    write = write + [i] * (total <= 0.1 and i not in write)
+                    total -= key[i]
+            return [(1.0, sorted(write), [])]
         if name == "remask":
             certain = sorted(range(L), key=lambda i: -(key[i] if i in key else confidence[i]))[:len(shown) + due]
             return [(1.0, [i for i in hidden if i in certain], [i for i in shown if i not in certain])]
@@ -461,6 +469,7 @@ def test_documented_laws(sampler, steps, expected):
 @pytest.mark.parametrize("sampler, steps", [
     ("confidence", 2), ("confidence", 3), ("entropy", 2), ("margin", 2), ("random", 2), ("first_hitting", 2),
     ("notes", 3), ("threshold:0.5", 4), ("threshold:0.55", 4), ("factor:1.2", 4), ("entropy_bounded:0.9", 4),
+    ("local_entropy:2", 4), ("local_entropy:3", 4), ("local_entropy:1", 4),
     ("remask", 2), ("remask", 3), ("remdm_cap:0.3", 3), ("remdm_rescale:0.5", 3), ("remdm_conf:1", 3),
     ("remdm_loop:0.1", 4)])
 def test_samplers_follow_their_laws(sampler, steps):
@@ -555,7 +564,8 @@ def test_temperature_zero_is_greedy():
 def test_balanced_counts():
     """N masks in T steps: N // T or one more each, N in all; more steps than masks are one each."""
     for N, T in ((128, 100), (128, 50), (7, 3), (5, 9)):
-        counts = [int(step.fresh.sum()) for step in sample(Uniform(), torch.ones(1, N, dtype=torch.long), steps=T)]
+        counts = [int(step.fresh.sum()) for step in sample(
+            Uniform(), torch.ones(1, N, dtype=torch.long), sampler="confidence", steps=T)]
         assert sum(counts) == N and len(counts) == min(N, T)
         assert max(counts) - min(counts) <= 1
 
@@ -792,14 +802,14 @@ def test_a_cache_computes_less_and_is_exact_at_first(cache):
     """The first step of a block is the uncached one, later ones see stale keys; fewer positions are computed."""
     seen = []
 
-    options = dict(decode_block=8, seeds=[1], top=3)
+    options = dict(sampler="confidence", decode_block=8, seeds=[1], top=3)
     cached = [s.top[1].clone() for s in sample(Watched(seen), REAL[1:2], cache=cache, **options)]
     plain = [s.top[1].clone() for s in sample(network(), REAL[1:2], **options)]
     assert torch.allclose(cached[0], plain[0]) and not torch.allclose(cached[5], plain[5])
     widths = [ids.size(1) for ids in seen]
     assert widths[0] == 24 and widths[1] == (23 if cache == "prefix" else 8)
     assert sorted(set(widths)) == ([7, 15, 23, 24] if cache == "prefix" else [8, 24])
-    rows = texts_of(network(), REAL, cache=cache, decode_block=8)[0]
+    rows = texts_of(network(), REAL, sampler="confidence", cache=cache, decode_block=8)[0]
     assert rows.max() < 10 and torch.equal(rows[REAL != 10], REAL[REAL != 10])
 
 
@@ -844,9 +854,9 @@ def test_a_row_that_has_ended_is_filled_up():
             return logits.flatten(0, 1)[select]
 
     canvas = torch.full((1, 20), 3)
-    *_, last = steps = list(sample(Ends(), canvas, decode_block=4, stop=0))
+    *_, last = steps = list(sample(Ends(), canvas, sampler="confidence", decode_block=4, stop=0))
     assert last.ids[0].tolist() == [1] * 5 + [0] + [1, 1] + [0] * 12 and len(steps) == 8
-    assert texts_of(Ends(), canvas, decode_block=4)[0][0].tolist() == [1] * 5 + [0] + [1] * 14
+    assert texts_of(Ends(), canvas, sampler="confidence", decode_block=4)[0][0].tolist() == [1] * 5 + [0] + [1] * 14
 
 
 def test_ending_early_leaves_later_given_text_and_the_last_state_alone():
@@ -860,7 +870,7 @@ def test_ending_early_leaves_later_given_text_and_the_last_state_alone():
     for sampler in ("confidence", "remdm_cap:0.5"):
         *_, last = sample(Ends(), canvas, decode_block=4, stop=0, sampler=sampler, steps=30)
         assert not last.masked.any() and torch.equal(last.ids[canvas != 3], canvas[canvas != 3])
-    steps = list(sample(Ends(), canvas, decode_block=4, stop=0))
+    steps = list(sample(Ends(), canvas, sampler="confidence", decode_block=4, stop=0))
     assert len(steps) > 8, "an end before given text ends nothing"
 
 

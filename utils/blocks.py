@@ -51,20 +51,21 @@ class Cache:
             self.rows, self.columns, self.start = rows[here], None if whole else columns, start[here]
             self.calls += 1
             index = asked[here].gather(1, columns).flatten().nonzero()[:, 0]
-            found = model(x[here].gather(1, columns), level[here], positions=columns[:, None], select=index, cache=self)
+            found = model(x[here].gather(1, columns), level[here], positions=columns, select=index, cache=self)
             logits = found.new_empty(len(owner), found.size(1)) if logits is None else logits
             logits[part[owner]] = found
         return logits
 
     def __call__(self, layer, k, v):
-        """Store the new keys and values (b, H, l, D) of `layer`; returns those to look at, (b, H, W, D)."""
+        """Store the new keys and values (b, l, H, D) of `layer`; returns those to look at, (b, W, H, D)."""
         if self.columns is None:
             if layer not in self.layers:
                 self.layers[layer] = tuple(x.new_zeros(self.num_rows, *x.shape[1:]) for x in (k, v))
             for old, new in zip(self.layers[layer], (k, v)):
                 old[self.rows] = new
             return k, v
-        place, own = (self.rows[:, None], slice(None), self.columns), (self.columns >= self.start)[..., None, None]
+        place, own = (self.rows[:, None], self.columns), (self.columns >= self.start)[..., None, None]
         for old, new in zip(self.layers[layer], (k, v)):  # a row keeps what is before its own block, whatever the batch
-            old[place] = torch.where(own, new.transpose(1, 2), old[place])
-        return tuple(old[self.rows] for old in self.layers[layer])
+            old[place] = torch.where(own, new, old[place])
+        all_rows = len(self.rows) == self.num_rows
+        return tuple(old if all_rows else old[self.rows] for old in self.layers[layer])

@@ -39,7 +39,9 @@ def quality_against_cost(rows, title, path):
     import matplotlib.pyplot as plt
     curves = {}
     for row in rows:
-        name = row["sampler"].partition(":")[0] + (f", blocks of {row['decode_block']}" if row["decode_block"] != "0" else "")
+        name = row["sampler"].partition(":")[0] + "".join(
+            words.format(row[key]) for key, words, plain in (("decode_block", ", blocks of {}", "0"), ("cache", ", {} cache", "none"),
+                                                             ("top_p", ", top-p", "1.0")) if row[key] != plain)
         curves.setdefault(name, []).append(row)
     figure, axes = plt.subplots(1, 2, figsize=(13, 5.5), layout="constrained")
     styles = [(colour, marker) for marker in "osD^" for colour in OKABE_ITO]

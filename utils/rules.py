@@ -10,6 +10,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 
 class Moment(NamedTuple):
@@ -128,10 +129,27 @@ def factor(now):
 def entropy_bounded(now):
     """The positions of least entropy whose entropies, but for the largest, sum to at most this many nats (EB-Sampler,
     arXiv:2505.24857): a bound on how much the tokens written together depend on each other."""
-    entropy, order = (-now.key).sort(dim=1, stable=True)
+    return now.open & (first(now.key, due(now)) | _fits(now.key, now.value))
+
+
+def _fits(key, bound):
+    """Positions (b, L) of least entropy, key (b, L) being minus that, whose entropies but the largest sum to the bound."""
+    entropy, order = (-key).sort(dim=1, stable=True)
     entropy = entropy.nan_to_num(posinf=1e9)
-    fits = entropy.cumsum(1) - entropy <= now.value
-    return now.open & (first(now.key, due(now)) | torch.zeros_like(fits).scatter(1, order, fits))
+    fits = entropy.cumsum(1) - entropy <= bound
+    return torch.zeros_like(fits).scatter(1, order, fits)
+
+
+LOCAL_BOUND = 0.1  # nats
+
+
+def local_entropy(now):
+    """entropy_bounded (at 0.1 nats) in every stretch of so many positions by itself: what is far apart depends less on
+    each other, so a long text takes hardly more evaluations than a short one."""
+    (b, L), size = now.key.shape, max(1, int(now.value))
+    stretches = F.pad(now.key, (0, -L % size), value=-math.inf).view(-1, size)
+    fits = _fits(stretches, LOCAL_BOUND).view(b, -1)[:, :L]
+    return now.open & (first(now.key, due(now)) | fits)
 
 
 # --- rules that hide tokens again -------------------------------------------------------------------------------
