@@ -133,9 +133,9 @@ class SampleConfig:
     seed: int = field(1337, "of the first sample; the next has the next number")
 
     # chosen by scripts/ablate.py samplers on tales: as good as one token at a time, in a third of the evaluations
-    sampler: str = field("entropy_bounded", "rule that picks which tokens to write next, NAME or NAME:NUMBER; --list shows "
-                         "all", "how")
-    steps: int = field(None, "most steps; more is better and slower (default: one token a step)")
+    sampler: str = field("entropy_bounded", "rule that picks which tokens to write next, NAME or NAME:NUMBER; --list "
+                         "shows all", "how")
+    steps: int = field(None, "most steps; more is better and slower (default: as many as there are tokens to write)")
     schedule: str = field("linear", "masked share over the steps")
     min_tokens: int = field(1, "least number of tokens a step, for rules with a count")
     temperature: float = field(1.0, "of the token distribution; 0: always the likeliest token")
@@ -180,6 +180,8 @@ class SampleConfig:
         if self.cache != "none" and not self.decode_block:
             raise UserError(f"cache={self.cache} with decode_block=0: a cache keeps what is around a block; "
                             "set --decode-block, 32 say")
+        if self.cache != "none" and self.guidance:
+            raise UserError(f"cache={self.cache} with guidance={self.guidance}: one or the other")
         if self.live and self.json:
             raise UserError("live with json: one or the other")
 

@@ -335,9 +335,9 @@ class Step(NamedTuple):
 
 
 @torch.no_grad()
-def sample(model, canvas, *, sampler=SampleConfig.sampler, steps=None, schedule="linear", temperature=1.0, top_k=0, top_p=1.0,
-           min_tokens=1, guidance=0.0, decode_block=0, window=None, cache="none", refresh=0, given=0, stop=None, top=0,
-           seeds=None):
+def sample(model, canvas, *, sampler=SampleConfig.sampler, steps=None, schedule="linear", temperature=1.0, top_k=0,
+           top_p=1.0, min_tokens=1, guidance=0.0, decode_block=0, window=None, cache="none", refresh=0, given=0, stop=None,
+           top=0, seeds=None):
     """Fill the MASKs of canvas (B, L) long; yields a `Step` after every step.
 
     sampler       a name in SAMPLERS, or NAME:VALUE with the rule's number
@@ -346,7 +346,7 @@ def sample(model, canvas, *, sampler=SampleConfig.sampler, steps=None, schedule=
     schedule      masked share over the grid, a name in SCHEDULES; independent of the one trained with
     min_tokens    least number of tokens that a rule with a count writes in a step
     guidance      w of unsupervised classifier-free guidance (SMDM, arXiv:2410.18514): logits (1 + w) with the prompt
-                  - w with the prompt masked; twice the work. 0: off
+                  - w with the prompt masked; twice the work. 0: off. Not with a cache
     decode_block  write left to right in blocks of so many tokens, the grid's steps shared among them (LLaDA); later
                   blocks stay MASK and visible to the network. 0: all at once
     window        most positions that the network can take; a longer canvas needs decode_block, and each block is
@@ -366,8 +366,6 @@ def sample(model, canvas, *, sampler=SampleConfig.sampler, steps=None, schedule=
     (B, L), device, mask = canvas.shape, canvas.device, model.vocab_size - 1
     rule, value = find_sampler(sampler)
     W = min(L, window or L)
-    if guidance and cache != "none":
-        raise UserError(f"cache={cache} with guidance={guidance}: one or the other")
     decode_block = min(decode_block or L, L)
     if W < L and decode_block >= W:
         raise UserError(f"a text of {L} tokens is longer than the window of {W}: decode_block={decode_block} must be "

@@ -104,10 +104,12 @@ def generate(model, text, options, cfg, device, dtype):
             if options.live:
                 steps = trace.live(steps, text, (blank[0] != text.mask).tolist(), options.frame_ms)
         settled, masks = torch.zeros_like(blank), int((blank == text.mask).sum())
+        number = torch.zeros_like(blank[:, :1])  # of steps in which something happened in each row
         with contextlib.closing(steps), runtime.autocast(device, dtype), tqdm(
                 total=masks, unit="token", leave=False, disable=True if options.live else None) as bar:
-            for number, step in enumerate(steps, 1):
-                settled[step.fresh] = number
+            for step in steps:
+                number = number + (step.fresh | step.remasked).any(1, keepdim=True)
+                settled = torch.where(step.fresh, number, settled)
                 bar.update(int(step.fresh.sum()) - int(step.remasked.sum()))
         seconds, final = sum(spent), step.ids.tolist()
         evaluations, total = evaluations + step.evaluations, total + seconds

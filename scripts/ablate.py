@@ -48,8 +48,9 @@ class Comparison(NamedTuple):
 
 STEPS = (4, 8, 16, 32, 64)
 MORE_STEPS = (*STEPS, 128, 256)  # for the samplers that gain from more steps than there are tokens
+# rules that choose their number of steps themselves
 NUMBERS = {"threshold": (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99), "factor": (0.3, 0.5, 1.0, 1.5, 2.0, 3.0),
-           "entropy_bounded": (0.01, 0.03, 0.1, 0.3, 1.0, 3.0), "local_entropy": (11, 17, 22, 33, 48)}  # rules that choose their number of steps themselves
+           "entropy_bounded": (0.01, 0.03, 0.1, 0.3, 1.0, 3.0), "local_entropy": (11, 17, 22, 33, 48)}
 
 
 def sampler_settings(options):
@@ -68,7 +69,8 @@ def sampler_settings(options):
     rows = [row | {"cache": "none", "top_p": 1.0} for row in rows]
     best = {"sampler": SampleConfig.sampler, "steps": "", "decode_block": 0, "cache": "none"}
     rows += [best | {"top_p": share} for share in (0.9, 0.95, 0.98, 0.99)]
-    return rows + [best | {"decode_block": 16, "cache": cache, "top_p": SampleConfig.top_p} for cache in ("none", "prefix", "dual")]
+    best["decode_block"] = 16
+    return rows + [best | {"cache": cache, "top_p": SampleConfig.top_p} for cache in ("none", "prefix", "dual")]
 
 
 def judge_samplers(options):

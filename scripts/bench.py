@@ -39,8 +39,13 @@ class BenchConfig:
         config.check_choices(self)
         if self.rounds < 1 or self.steps < 1:
             raise UserError(f"rounds={self.rounds} and steps={self.steps} must be at least 1")
+        for name in self.sampler_names():
+            diffusion.find_sampler(name)
         if not all(word.strip().isdigit() and int(word) for word in self.batches.split(",")):
             raise UserError(f"batches={self.batches}: expected whole numbers with commas between, as in 1,16")
+
+    def sampler_names(self):
+        return [name.strip() for name in self.samplers.split(",") if name.strip()] or list(diffusion.SAMPLERS)
 
 
 def training_step(cfg, vocab_size, device, dtype, compiled, masked_only, muon=optim.Muon):
@@ -132,8 +137,8 @@ def source_procedure(model, canvas, steps=101, seed=0):
 def bench_sample(name, options):
     """Figures (dict) for every sampler on a network of the preset's shape with random weights, or a checkpoint (.pt).
 
-    Random weights tell nothing about rules that look at the data: with those, their number of evaluations is not that
-    of a trained network.
+    Rules that look at the data take as many evaluations as the data ask for (with random weights that says nothing
+    about a trained network), first_hitting one a token, all others at most options.steps.
     """
     device = runtime.choose_device(options.device)
     dtype = runtime.choose_dtype("auto", device)
@@ -151,14 +156,17 @@ def bench_sample(name, options):
         source = lambda: (source_procedure(model, blank), 101)
 
         def ours(sampler, **more):
+            rule, number = diffusion.find_sampler(sampler)
+            steps = None if rule.key and number is not None else options.steps
+
             def run():
                 with runtime.autocast(device, dtype):
-                    *_, last = diffusion.sample(model, blank, sampler=sampler, steps=options.steps, **more)
+                    *_, last = diffusion.sample(model, blank, sampler=sampler, steps=steps, **more)
                 return last.ids, last.evaluations
             return run
 
         block = cfg.block_size // 8
-        variants = {"source procedure, float32": source} | {s: ours(s) for s in diffusion.SAMPLERS} | {
+        variants = {"source procedure, float32": source} | {name: ours(name) for name in options.sampler_names()} | {
             f"confidence, blocks of {block}": ours("confidence", decode_block=block),
             f"confidence, blocks of {block}, prefix cache": ours("confidence", decode_block=block, cache="prefix"),
             f"confidence, blocks of {block}, dual cache": ours("confidence", decode_block=block, cache="dual")}

@@ -25,7 +25,7 @@ class EvaluateConfig:
     rows: int = field(None, "held-out rows (default: the run's final_rows)")
     json: str = field("", "write the report to this file too")
     sampler: str = field(SampleConfig.sampler, "rule that picks what to write next", "how")
-    steps: int = field(None, "steps (default: one token a step)")
+    steps: int = field(None, "most steps (default: as many as there are tokens to write)")
     temperature: float = field(SampleConfig.temperature, "of the token distribution")
     top_p: float = field(SampleConfig.top_p, "draw from the likeliest tokens that sum to this (1: all)")
     device: str = field("auto", "auto: cuda, else mps, else cpu", choices=("auto", "cpu", "cuda", "mps"))

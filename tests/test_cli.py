@@ -530,8 +530,18 @@ def test_bench_samples(monkeypatch, capsys):
     rows = {(row["batch"], row["sampler"]): row for row in json.load(open("b.json"))[0]["rows"]}
     assert rows[1, "source procedure, float32"]["evaluations"] == 101 and rows[2, "confidence"]["evaluations"] == 4
     assert {sampler for batch, sampler in rows if batch == 2} >= set(diffusion.SAMPLERS)
-    code, _, err = run(bench.main, "sample --batches 1,x", monkeypatch, capsys)
-    assert code == 2 and "batches=1,x" in err
+    code, out, _ = run(bench.main, "sample tiny.py --rounds 1 --batches 1 --device cpu --samplers local_entropy:8,random",
+                       monkeypatch, capsys)
+    assert code == 0 and "local_entropy:8 " in out and "first_hitting" not in out
+    for words, message in (("--batches 1,x", "batches=1,x"), ("--samplers ranom", "did you mean random")):
+        code, _, err = run(bench.main, f"sample {words}", monkeypatch, capsys)
+        assert code == 2 and message in err
+
+
+def test_bench_video(monkeypatch, capsys):
+    open("tiny.py", "w").write("config = {'preset': 'tales', 'n_layer': 1, 'n_head': 1, 'n_embd': 8}")
+    code, out, err = run(bench.main, "video tiny.py --rounds 1 --json b.json", monkeypatch, capsys)
+    assert code == 0 and json.load(open("b.json"))[0]["frames"] == 101 and "256 tokens x 101 frames" in out, err
 
 
 def test_ablate_samplers(tales_run, monkeypatch, capsys):
@@ -603,13 +613,14 @@ def test_beyond_the_window(write):
     assert guided["evaluations"] == 16
 
 
-def test_figures_are_of_the_row(write):
-    words = "--gen-len", "30", "--sampler", "entropy_bounded:20", "--no-stop"
+@pytest.mark.parametrize("sampler", ("entropy_bounded:20", "ancestral"))
+def test_figures_are_of_the_row(sampler, write):
+    words = "--gen-len", "30", "--sampler", sampler, "--no-stop"
     several, _ = write(*words, "--num-samples", "4", "--seed", "5")
     for result in several:
         [alone], _ = write(*words, "--seed", str(result["seed"]))
         assert all(alone[key] == result[key] for key in ("text", "evaluations", "confidence", "step"))
-    assert len({result["evaluations"] for result in several}) > 1
+    assert sampler != "ancestral" or len({result["evaluations"] for result in several}) > 1
 
 
 def test_all_viewers_of_one_stream(tales_run, monkeypatch, capsys):

@@ -126,7 +126,7 @@ def test_characters_that_the_font_lacks_are_escaped():
 
 def step_of(n, fresh=True, remasked=False, ids=None):
     return SimpleNamespace(ids=torch.tensor([[n] if ids is None else ids]), fresh=torch.tensor([[fresh]]),
-                           remasked=torch.tensor([[remasked]]), evaluations=n, confidence=torch.tensor([[0.5]]),
+                           remasked=torch.tensor([[remasked]]), row_evaluations=torch.tensor([n]), confidence=torch.tensor([[0.5]]),
                            masked=torch.tensor([[remasked]]), top=None)
 
 
@@ -178,7 +178,8 @@ def canvas_steps(bpe):
     half = [bpe.mask if i % 2 else token for i, token in enumerate(ids)]
     make = lambda ids, n: SimpleNamespace(
         ids=torch.tensor([ids]), masked=torch.tensor([ids]) == bpe.mask, fresh=torch.tensor([[i == 0 for i in range(len(ids))]]),
-        remasked=torch.zeros(1, len(ids), dtype=torch.bool), confidence=torch.full((1, len(ids)), n / 4), evaluations=n)
+        remasked=torch.zeros(1, len(ids), dtype=torch.bool), confidence=torch.full((1, len(ids)), n / 4),
+        row_evaluations=torch.tensor([n]))
     return [make(half, 1), make(ids, 2)]
 
 
@@ -233,7 +234,7 @@ def test_html_holds_all_states(bpe, tmp_path):
 
 PRESS_KEYS = """<script>
 const seen = [], press = key => dispatchEvent(new KeyboardEvent("keydown", {key}));
-const look = () => ({status: $("status").textContent, text: $("text").textContent.replaceAll("\\u00a0", "")});
+const look = () => ({status: $("status").textContent, text: $("text").textContent.replaceAll("\\u00a0", "").trimEnd()});
 const hover = i => { spans[i].dispatchEvent(new MouseEvent("mousemove", {bubbles: true})); return $("tip").textContent; };
 press("Home"); seen.push(look());
 press("ArrowRight"); seen.push({...look(), tip: hover(0), colour: spans[0].style.background});

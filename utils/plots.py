@@ -29,6 +29,9 @@ def loss_curves(logs, path):
     plt.close(figure)
 
 
+ENOUGH = 10  # % valid, for a mean over the valid ones to be more than noise
+
+
 def quality_against_cost(rows, title, path):
     """Share of valid samples, and distance of their log-probability from -entropy, over network evaluations.
 
@@ -40,22 +43,32 @@ def quality_against_cost(rows, title, path):
     curves = {}
     for row in rows:
         name = row["sampler"].partition(":")[0] + "".join(
-            words.format(row[key]) for key, words, plain in (("decode_block", ", blocks of {}", "0"), ("cache", ", {} cache", "none"),
-                                                             ("top_p", ", top-p", "1.0")) if row[key] != plain)
+            words.format(row[key]) for key, words, plain in (
+                ("decode_block", ", blocks of {}", "0"), ("cache", ", {} cache", "none"), ("top_p", ", top-p", "1.0"))
+            if row[key] != plain)
         curves.setdefault(name, []).append(row)
-    figure, axes = plt.subplots(1, 2, figsize=(13, 5.5), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(13, 6), layout="constrained")
+    cost, quality = (lambda row: float(row["evaluations"])), (lambda row: 100 * float(row["valid"]))
+    surplus = lambda row: float(row["log_prob"]) + float(row["entropy"])
+    best = [row for row in rows if quality(row) >= ENOUGH and not any(
+        cost(other) <= cost(row) and quality(other) > quality(row) for other in rows)]
     styles = [(colour, marker) for marker in "osD^" for colour in OKABE_ITO]
     for (name, points), (colour, marker) in zip(curves.items(), styles):
-        points = sorted(points, key=lambda row: float(row["evaluations"]))
-        for axis, figure_of in zip(axes, (
-                lambda row: 100 * float(row["valid"]),
-                lambda row: float(row["log_prob"]) + float(row["entropy"]) if row["log_prob"] else None)):
-            shown = [(float(row["evaluations"]), figure_of(row)) for row in points if figure_of(row) is not None]
-            axis.plot(*zip(*shown) if shown else ([], []), marker=marker, ms=5, color=colour, label=name, lw=1.3)
-    axes[0].set(xlabel="network evaluations a sample", ylabel="% of samples that are valid stories", ylim=(-2, 102))
+        points = sorted(points, key=cost)
+        leads = [row for row in points if row in best]
+        style = dict(marker=marker, color=colour, ms=6 if leads else 4, lw=2.2 if leads else 1, alpha=1 if leads else 0.45)
+        axes[0].plot([cost(row) for row in points], [quality(row) for row in points], label=name, **style)
+        sure = [row for row in points if quality(row) >= ENOUGH]
+        axes[1].plot([cost(row) for row in sure], [surplus(row) for row in sure], **style)
+        for row in leads[-1:]:
+            axes[0].annotate(name, (cost(row), quality(row)), (-6, 2), textcoords="offset points", ha="right",
+                             color=colour, weight="bold")
+    axes[0].set(xlabel="network evaluations a sample", ylabel="% of samples that are valid stories", ylim=(-2, 104))
     axes[1].set(xlabel="network evaluations a sample", ylabel="log-probability of valid samples + entropy, nats")
     axes[1].axhline(0, color="#1d1d1f", lw=1)
-    axes[1].text(0.02, 0.97, "above 0: too likely (collapsed)", transform=axes[1].transAxes, va="top")
+    axes[1].text(0.02, 0.97, f"above 0: too likely (collapsed); settings with {ENOUGH}% valid or more",
+                 transform=axes[1].transAxes, va="top")
+    axes[0].text(0.98, 0.06, "bold: nothing is better at the same cost", transform=axes[0].transAxes, ha="right")
     costs = [float(row["evaluations"]) for row in rows]
     for axis in axes:
         axis.set_xscale("log", base=2)

@@ -146,7 +146,8 @@ LOCAL_BOUND = 0.1  # nats
 def local_entropy(now):
     """entropy_bounded (at 0.1 nats) in every stretch of so many positions by itself: what is far apart depends less on
     each other, so a long text takes hardly more evaluations than a short one."""
-    (b, L), size = now.key.shape, max(1, int(now.value))
+    b, L = now.key.shape
+    size = max(1, int(min(now.value, L)))
     stretches = F.pad(now.key, (0, -L % size), value=-math.inf).view(-1, size)
     fits = _fits(stretches, LOCAL_BOUND).view(b, -1)[:, :L]
     return now.open & (first(now.key, due(now)) | fits)

@@ -318,7 +318,7 @@ UNSURE_BELOW = 0.5  # confidence
 
 def _cells(text):
     """Columns that `text` takes in a terminal: Chinese, Japanese, Korean and emoji two each, combining marks none."""
-    return sum(0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF") for c in text)
+    return sum(0 if unicodedata.category(c) in ("Mn", "Me") else 1 + (unicodedata.east_asian_width(c) in "WF") for c in text)
 
 
 def _terminal_lines(step, text, given, columns, empty, styles):
