@@ -257,6 +257,7 @@ def test_infill(bpe):
     assert canvas.parse_infill("Tom [8] a [3] boat.") == ["Tom ", 8, " a ", 3, " boat."]
     assert canvas.parse_infill("[___]") == [5] and canvas.parse_infill("a[_][2]") == ["a", 5, 2]
     assert canvas.parse_infill(r"\[8] [1] \\x") == ["[8] ", 1, " \\x"]
+    assert canvas.parse_infill(r"\[8\] [1]") == ["[8] ", 1]
     for wrong, message in (("none", "no hole"), ("a [b] [2]", "is no hole"), ("a [2", "is no hole"), ("[0]", "no hole")):
         with pytest.raises(UserError, match=message):
             canvas.parse_infill(wrong)

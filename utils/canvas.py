@@ -5,12 +5,12 @@ import re
 from config import UserError
 from utils import tokenizer
 
-HOLE = re.compile(r"\\([\[\\])|\[(?:(\d+)|_+)\]|(\[[^\]]*\]?)")  # an escape, a hole, or a bracket that is neither
+HOLE = re.compile(r"\\([\[\]\\])|\[(?:(\d+)|_+)\]|(\[[^\]]*\]?)")  # an escape, a hole, or a bracket that is neither
 GUIDE_HOLE = 5  # tokens of [___], the hole of the "Let's build a diffusion LM" guide
 
 
 def parse_infill(template):
-    """'Tom [8] a [3] boat.' -> ['Tom ', 8, ' a ', 3, ' boat.']. [___] is a hole of five, \\[ and \\\\ are plain."""
+    """'Tom [8] a [3] boat.' -> ['Tom ', 8, ' a ', 3, ' boat.']. [___] is a hole of five, \\[, \\] and \\\\ are plain."""
     parts, plain, position = [], "", 0
     for match in HOLE.finditer(template):
         plain += template[position:match.start()]
