@@ -94,8 +94,7 @@ def judge_samplers(options):
                 else:
                     steps = diffusion.sample(model, blank, sampler=setting["sampler"], steps=setting["steps"] or None,
                                              decode_block=setting["decode_block"], cache=setting["cache"],
-                                             top_p=setting["top_p"], given=diffusion.given_tokens(cfg),
-                                             seeds=seeds.tolist())
+                                             top_p=setting["top_p"], seeds=seeds.tolist())
                     *_, last = steps
                     ids, per_row = last.ids, per_row + int(last.row_evaluations.sum())
             runtime.synchronise(device)

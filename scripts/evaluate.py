@@ -49,7 +49,7 @@ def sample_rows(model, text, cfg, options, device):
         blank = torch.tensor([canvas.build(text, [None], cfg.block_size)] * len(seeds), device=device)
         *_, last = diffusion.sample(model, blank, sampler=options.sampler, steps=options.steps,
                                     temperature=options.temperature, top_p=options.top_p,
-                                    given=diffusion.given_tokens(cfg), seeds=seeds.tolist())
+                                    seeds=seeds.tolist())
         rows.append(last.ids.cpu())
         evaluations += last.row_evaluations.tolist()
     return torch.cat(rows), sum(evaluations) / len(evaluations)
