@@ -59,6 +59,7 @@ class Config:
                       choices=("zero", "normal"))
     time_conditioning: str = field("none", "how the network is told the masked share",
                                    choices=("none", "table", "sinusoidal", "adaln"))
+    softcap: float = field(0.0, "logits are squeezed into -softcap..softcap by tanh (0: not)")
 
     schedule: str = field("linear", "masked share over time; --list shows all",
                           "objective")
@@ -68,7 +69,11 @@ class Config:
     loss_weighting: str = field("elbo", "weight of a masked token in the training loss; the bound is always the ELBO",
                                 choices=("elbo", "flat", "clip", "pooled", "full"))
 
-    batch_size: int = field(64, "rows a step", "optimisation")
+    complementary: bool = field(False, "rows in pairs: the same text, masked where the other is not")
+
+    batch_size: int = field(64, "rows a step, of all devices together", "optimisation")
+    micro_batch: int = field(0, "rows of one forward and backward pass, gradients summed up (0: all at once)")
+    activation_checkpointing: bool = field(False, "compute activations anew in the backward pass: less memory, slower")
     optimizer: str = field("muon", "muon: Muon for block matrices, AdamW for the rest; adamw: AdamW for all",
                            choices=("muon", "adamw"))
     lr: float = field(3e-3, "learning rate of AdamW")
@@ -80,6 +85,7 @@ class Config:
     lr_decay: str = field("linear", "shape of the decay to zero", choices=("linear", "cosine", "constant"))
     decay_share: float = field(0.5, "share of the run, at its end, over which the learning rate decays")
     grad_clip: float = field(1.0, "largest norm of the gradient (0: off)")
+    ema: float = field(0.0, "decay of an average of the weights, which is then what is judged and sampled (0: none)")
 
     eval_interval: int = field(250, "steps between held-out bounds, samples and log lines", "evaluation")
     eval_rows: int = field(64, "held-out rows while training, each with one mask")
@@ -94,10 +100,10 @@ class Config:
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
         for name in ("max_iters", "max_minutes", "diffusion_steps", "warmup_iters", "lr", "muon_lr", "weight_decay",
-                     "grad_clip", "save_interval"):
+                     "grad_clip", "save_interval", "micro_batch", "softcap"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name}={getattr(self, name)} must not be negative")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
         check_seed(self.seed)
@@ -116,6 +122,11 @@ class Config:
         if self.time_conditioning == "table" and not self.diffusion_steps:
             raise UserError("time_conditioning=table with diffusion_steps=0: a table needs diffusion_steps rows; "
                             "use sinusoidal, or diffusion_steps=100")
+        if self.complementary and (self.corruption != "count" or self.schedule != "linear" or self.batch_size % 2):
+            raise UserError(f"complementary with corruption={self.corruption}, schedule={self.schedule}, batch_size="
+                            f"{self.batch_size}: pairs of rows need counts, the linear schedule and an even batch")
+        if self.micro_batch and self.batch_size % self.micro_batch:
+            raise UserError(f"micro_batch={self.micro_batch} does not divide batch_size={self.batch_size}")
         if not self.max_iters and not self.max_minutes:
             raise UserError("max_iters=0 with max_minutes=0: the run would never end; set one of them")
 
@@ -186,6 +197,13 @@ class SampleConfig:
             raise UserError("live with json: one or the other")
 
 
+# The recipe of the two micro-dLLMs, the yardstick of all comparisons: discrete times, a table of them, AdamW as PyTorch
+# has it. Their sampler is repaired here, and row 0 of the table is for clean text only: theirs decided the last tokens
+# without ever having been trained.
+MICRO = dict(schedule="cos", corruption="bernoulli", diffusion_steps=100, time_conditioning="table", init="normal",
+             optimizer="adamw", lr=3e-4, beta2=0.999, weight_decay=0.01, warmup_iters=0, lr_decay="constant",
+             grad_clip=0.0, short_rows=0.0, max_iters=5000)
+
 PRESETS = {
     # The built-in stories. A 2-core CPU trains it in minutes.
     "tales": dict(data="tales", rows="document", vocab_size=1024, block_size=67, n_layer=4, n_head=4, n_embd=128,
@@ -194,6 +212,25 @@ PRESETS = {
     "shakespeare": dict(data="data/shakespeare.txt", tokenizer="char", dropout=0.1, max_iters=5000),
     # TinyStories, or any text of one's own: python scripts/data.py, then this.
     "stories": dict(data="data/stories.txt", tokenizer="artifacts/tokenizer/tokenizer.json", max_iters=5000),
+    # The character micro-dLLM: 10,706,304 parameters with Tiny Shakespeare's 65 characters, loss at all positions. Its
+    # mean masked share is 0.368.
+    "micro_char": MICRO | dict(data="data/shakespeare.txt", tokenizer="char", loss_weighting="full"),
+    # The BPE micro-dLLM: 12,228,480 parameters (its README has those of the character one), loss at masked positions.
+    # Its published code has the schedule cos2, not the cos of its README, and 20,000 iterations.
+    "micro_bpe": MICRO | dict(data="data/stories.txt", tokenizer="artifacts/tokenizer/tokenizer.json",
+                              loss_weighting="pooled"),
+    # GPT-2 small's shape: 85M parameters in blocks. For a GPU; not measured yet, like all that follow.
+    "gpt2": dict(data="data/fineweb_edu.bin", n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=256,
+                 micro_batch=32, warmup_iters=250, max_iters=10_000, eval_interval=500),
+    # 201M parameters in blocks, for one to many GPUs.
+    "speedrun": dict(data="data/fineweb_edu.bin", n_layer=16, n_head=8, n_embd=1024, block_size=1024, batch_size=512,
+                     micro_batch=32, warmup_iters=250, max_iters=10_000, eval_interval=500),
+    # The standard benchmarks in bits per character: 100 MB each, the last tenth is held out (its first half is what the
+    # papers call validation, its second half is their test). enwik8 is counted in bytes: a BPE without merges.
+    "text8": dict(data="data/text8.txt", tokenizer="char", n_layer=12, n_head=12, n_embd=768, batch_size=256,
+                  dropout=0.05, warmup_iters=250, max_iters=50_000, eval_interval=1000),
+    "enwik8": dict(data="data/enwik8.txt", tokenizer="bpe", vocab_size=258, n_layer=12, n_head=12, n_embd=768,
+                   batch_size=256, dropout=0.05, warmup_iters=250, max_iters=50_000, eval_interval=1000),
 }
 
 
@@ -357,7 +394,8 @@ def run(main):
     try:
         main(sys.argv[1:])
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # torchrun's other processes have the same to say
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -83,16 +83,25 @@ def stratified(n, generator):
     arXiv:2107.00630). Row r takes the r-th stratum in bit-reversed (van der Corput) order, so that every contiguous
     slice of the rows, a micro-batch or a rank's share, is spread evenly too.
     """
-    width = max(1, (n - 1).bit_length())
-    order = torch.tensor([int(f"{row:0{width}b}"[::-1], 2) for row in range(n)]).argsort().argsort()
     offset = torch.rand((), generator=generator, dtype=torch.float64)
-    return (order + offset) / n
+    return (stratum_of(n) + offset) / n
+
+
+def stratum_of(n):
+    """Which of n strata each of n rows takes, (n,) long."""
+    width = max(1, (n - 1).bit_length())
+    return torch.tensor([int(f"{row:0{width}b}"[::-1], 2) for row in range(n)]).argsort().argsort()
 
 
 def exactly(counts, L, given, generator):
     """Uniformly random masks (B, L) bool with exactly counts (B,) True in each row, none in the first `given`."""
-    rank = torch.rand(len(counts), L - given, generator=generator).argsort(1).argsort(1)
-    return F.pad(rank < counts[:, None], (given, 0))
+    return F.pad(first_of(torch.rand(len(counts), L - given, generator=generator), counts), (given, 0))
+
+
+def first_of(numbers, counts):
+    """Where the counts (B,) least of each row of numbers (B, n) are: (B, n) bool."""
+    order = numbers.argsort(1)
+    return torch.zeros_like(order, dtype=torch.bool).scatter(1, order, torch.arange(order.size(1)) < counts[:, None])
 
 
 def given_tokens(cfg):
@@ -107,7 +116,8 @@ def given_tokens(cfg):
 class Corruption(NamedTuple):
     masked: torch.Tensor  # (B, L) bool
     weight: torch.Tensor  # (B,) float32; the loss of a row is weight * sum of CE over masked / L
-    index: torch.Tensor = None  # (N,) flat positions of the masked ones; found on the CPU, so that a GPU need not wait
+    index: torch.Tensor = None  # (N,) flat positions of the masked ones, and -1 to fill up; found on the CPU, so that
+    #                             a GPU need not wait
 
     def to(self, device):
         index = self.masked.flatten().nonzero()[:, 0] if self.index is None else self.index
@@ -129,14 +139,21 @@ def draw_corruption(cfg, B, L, generator):
                          pooled the sources' mean over all masked tokens of the batch
                          full   the char micro-dLLM's mean over all positions, visible ones included (see `loss`)
     """
-    u, T, given = stratified(B, generator), cfg.diffusion_steps, given_tokens(cfg)
+    T, given = cfg.diffusion_steps, given_tokens(cfg)
     if cfg.corruption == "count":
         n = L - given
-        counts = (1 + (mask_rate(cfg.schedule, u) * n).floor().long()).clamp(max=n)
-        masked = exactly(counts, L, given, generator)
+        counts = counts_of(cfg, stratified(B // 2 if cfg.complementary else B, generator), n)
+        if cfg.complementary:
+            numbers = torch.rand(B // 2, n, generator=generator)
+            pair = first_of(numbers, counts), ~first_of(numbers, counts % n)  # l and n - l; of n, both
+            masked = F.pad(torch.stack(pair, 1).flatten(0, 1), (given, 0))
+            counts = masked.sum(1)
+        else:
+            masked = exactly(counts, L, given, generator)
         chance = time_of(cfg.schedule, counts.double() / n) - time_of(cfg.schedule, (counts - 1).double() / n)
         elbo = 1 / (chance * counts)
     else:
+        u = stratified(B, generator)
         t = (u * T).floor() / T + 1 / T if T else u.clamp(min=1e-9)
         m = mask_rate(cfg.schedule, t)
         masked = F.pad(torch.rand(B, L - given, generator=generator) < m[:, None], (given, 0))
@@ -152,6 +169,35 @@ def draw_corruption(cfg, B, L, generator):
     return Corruption(masked, weight.float())
 
 
+def counts_of(cfg, u, n):
+    """Numbers of masks 1..n, in u's shape, that the uniforms u in [0, 1] stand for under the schedule."""
+    return (1 + (mask_rate(cfg.schedule, u) * n).floor().long()).clamp(max=n)
+
+
+def split_corruption(cfg, whole, rows, size):
+    """The part of `whole`, a batch's Corruption, that belongs to rows (a slice), in pieces of `size` rows.
+
+    With counts, each piece gets an index of the same length at every step, filled up with -1: what its rows can mask at
+    most. The strata and their order are fixed, so that is hardly more than what they mask on average.
+    """
+    B, L = whole.masked.shape
+    if cfg.corruption == "count":
+        n, pairs = L - given_tokens(cfg), 2 if cfg.complementary else 1
+        most = counts_of(cfg, (stratum_of(B // pairs) + 1).double() / (B // pairs), n)  # of each row
+        if pairs == 2:  # l and n - l, but n and n
+            most = torch.where(most == n, n, n / 2).repeat_interleave(2)
+    pieces = []
+    for start in range(rows.start, rows.stop, size):
+        part = slice(start, start + size)
+        index = whole.masked[part].flatten().nonzero()[:, 0]
+        if cfg.corruption == "count":
+            bound = math.ceil(most[part].sum().item())
+            assert len(index) <= bound, (len(index), bound)
+            index = F.pad(index, (0, bound - len(index)), value=-1)
+        pieces.append(Corruption(whole.masked[part], whole.weight[part], index))
+    return pieces
+
+
 def hide(x0, masked, mask_id):
     """x0 (B, L) with MASK at the masked (B, L) positions: the forward process."""
     return torch.where(masked, mask_id, x0)
@@ -165,20 +211,27 @@ def at_least_float32(logits):
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def loss(model, x0, corruption, full=False):
+def token_nll(logits, targets):
+    """-log p of targets (N,) under logits (N, V): (N,) nats, in float32 at least."""
+    return F.cross_entropy(at_least_float32(logits), targets, reduction="none")
+
+
+def loss(model, x0, corruption, full=False, token_nll=token_nll):
     """Training loss of each row, (B,) nats per token, for x0 (B, L) long.
 
     full=True is the char micro-dLLM's loss over all positions; it falls as the network learns to copy what it sees.
+    token_nll: a compiled one may be given, which does not hold all the logits in float32.
     """
     B, L = x0.shape
     if full:
         xt = hide(x0, corruption.masked, model.vocab_size - 1)
         logits = model(xt, corruption.masked.float().mean(1))
-        return F.cross_entropy(at_least_float32(logits).transpose(1, 2), x0, reduction="none").mean(1)
+        return token_nll(logits.flatten(0, 1), x0.flatten()).view(B, L).mean(1)
     masked, _, index = corruption.to(x0.device)
     logits = model(hide(x0, masked, model.vocab_size - 1), masked.float().mean(1), select=index)
-    ce = F.cross_entropy(at_least_float32(logits), x0.flatten()[index], reduction="none")
-    return ce.new_zeros(B).index_add(0, index // L, ce) * corruption.weight / L
+    ce = token_nll(logits, x0.flatten()[index])
+    row = index // L % (B + 1)  # that of -1 is B, and left out
+    return ce.new_zeros(B + 1).index_add(0, row, ce)[:B] * corruption.weight / L
 
 
 @torch.no_grad()

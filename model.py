@@ -14,6 +14,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 def norm(x):
@@ -30,10 +31,23 @@ def rotary_table(positions, head_dim, base=10_000.0):
     return torch.cat((cos, cos), dim=-1), torch.cat((sin, -sin), dim=-1)
 
 
+def short_attention(q, k, v, mask):
+    """softmax(q k^T / sqrt(D)) v for q, k, v (B, H, L, D), by plain matrix products: for training on a CPU in bfloat16,
+    whose fused kernel is 6 times slower backwards. Compiled, a step is 12% faster than with the float32 kernel.
+
+    Queries and keys have size sqrt(D), so no score is above sqrt(D) and exp cannot overflow: the largest need not be
+    subtracted. The scores are kept for the backward pass, (B, H, L, L), hence only for short rows.
+    """
+    weight = ((q @ k.mT).float() * q.size(-1) ** -0.5).exp()
+    if mask is not None:
+        weight = weight * mask
+    return ((weight.to(v.dtype) @ v).float() / weight.sum(-1, keepdim=True)).to(v.dtype)
+
+
 def rotate(x, cos, sin):
     """Turn channel pairs (i, i + D/2) of x (B, L, H, D) by their position's angles, cos and sin (..., L, 1, D)."""
-    a, b = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat((b, a), dim=-1) * sin).to(x.dtype)
+    swapped = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)  # compiles to faster code than chunk and cat
+    return (x * cos + swapped * sin).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -53,16 +67,17 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache(k, v)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+        mask = attention if torch.is_tensor(attention) else None  # True = may look
         # No dropout of attention weights: it rules out the fused kernels and made a training step twice as slow.
-        attend = partial(F.scaled_dot_product_attention,
-                         attn_mask=attention if torch.is_tensor(attention) else None,  # True = may look
-                         is_causal=attention == "causal" if isinstance(attention, str) else False)
-        if x.device.type == "cpu" and torch.is_grad_enabled():
-            # the bfloat16 kernel of a CPU is 6 times slower backwards in rows of 67 tokens
+        attend = partial(F.scaled_dot_product_attention, attn_mask=mask, is_causal=isinstance(attention, str))
+        if x.device.type != "cpu" or not torch.is_grad_enabled():
+            y = attend(q, k, v)
+        elif v.dtype == torch.bfloat16 and L <= 512:
+            mask = torch.ones(L, L, dtype=torch.bool).tril() if isinstance(attention, str) else mask
+            y = short_attention(q.to(v.dtype), k.to(v.dtype), v, mask)
+        else:
             with torch.autocast("cpu", enabled=False):
                 y = attend(*(part.to(torch.promote_types(part.dtype, torch.float32)) for part in (q, k, v)))
-        else:
-            y = attend(q, k, v)
         return self.proj(y.transpose(1, 2).reshape(B, L, C))
 
 
@@ -122,8 +137,8 @@ class NoiseEmbedding(nn.Module):
 class Transformer(nn.Module):
     """ids (B, L) -> logits over the V real tokens; see `forward`.
 
-    cfg needs n_layer, n_head, n_embd, dropout, tie_embeddings, init, time_conditioning, diffusion_steps;
-    vocab_size = V + 1 counts MASK.
+    cfg needs n_layer, n_head, n_embd, dropout, tie_embeddings, init, softcap, time_conditioning, diffusion_steps,
+    activation_checkpointing; vocab_size = V + 1 counts MASK.
     """
 
     def __init__(self, cfg, vocab_size):
@@ -191,11 +206,13 @@ class Transformer(nn.Module):
                 x = x + condition
         x = self.dropout(norm(x))
         for layer, block in enumerate(self.blocks):
-            x = block(x, cos, sin, attention, condition, cache and partial(cache, layer))
+            run = partial(checkpoint, block, use_reentrant=False) if self.cfg.activation_checkpointing else block
+            x = run(x, cos, sin, attention, condition, cache and partial(cache, layer))
         x = norm(x)
         if select is not None:
             x = x.flatten(0, 1)[select]
-        return F.linear(x, self.head.weight[: self.vocab_size - 1])
+        logits = F.linear(x, self.head.weight[: self.vocab_size - 1])
+        return self.cfg.softcap * torch.tanh(logits / self.cfg.softcap) if self.cfg.softcap else logits
 
     def num_parameters(self):
         return sum(p.numel() for p in self.parameters())

@@ -5,15 +5,19 @@
     python train.py --data my.txt --name mine        your own text
     python train.py my_experiment.py                 settings in a file: config = {"preset": "tales", "n_layer": 6}
     python train.py --resume auto                    go on with the newest run
+    torchrun --standalone --nproc_per_node=8 train.py speedrun      on several GPUs
 
 Every setting of config.py is a flag. Writes artifacts/models/NAME.pt (the last state) and NAME.best.pt (the best
 held-out bound), artifacts/logs/NAME.jsonl, and at the end artifacts/logs/NAME.json and a plot of the loss curves.
 """
+import contextlib
+import copy
 import dataclasses
 import json
 import math
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from tqdm import tqdm
@@ -26,8 +30,9 @@ from utils import canvas, checkpoint, corpus, metrics, optim, plots, runtime
 
 # what a resumed run may change; everything else would make it another run
 MAY_CHANGE = {"max_iters", "max_minutes", "save_interval", "device", "dtype", "compile", "lr", "muon_lr", "lr_decay",
-              "decay_share", "eval_interval", "final_rows", "final_masks", "resume", "out_dir"}  # out_dir: for "auto"
-SHAPE = ("n_layer", "n_head", "n_embd", "tie_embeddings", "time_conditioning")  # what --init_from must agree on
+              "decay_share", "eval_interval", "final_rows", "final_masks", "resume", "micro_batch",
+              "activation_checkpointing", "out_dir"}  # out_dir: for "auto"
+SHAPE = ("n_layer", "n_head", "n_embd", "tie_embeddings", "softcap", "time_conditioning")  # what --init_from must agree on
 
 
 def resumed_config(argv):
@@ -59,7 +64,8 @@ def resumed_config(argv):
     cfg = config.merge(Config, state["config"], overrides, place)
     changed = [f"{k} {state['config'][k]} -> {v}" for k, v in overrides.items()
                if k not in ("resume", "out_dir") and v != state["config"][k]]
-    print(f"resuming {cfg.name} at step {state['step']:,}" + (f", with {', '.join(changed)}" if changed else ""))
+    if runtime.is_first():
+        print(f"resuming {cfg.name} at step {state['step']:,}" + (f", with {', '.join(changed)}" if changed else ""))
     if 0 < cfg.max_iters <= state["step"] or 0 < cfg.max_minutes <= state["minutes"]:
         raise UserError(f"{path} is finished ({state['step']:,} steps, {state['minutes']:.1f} minutes); "
                         "give a larger --max_iters or --max_minutes to go on")
@@ -79,28 +85,44 @@ def make_model(cfg, text, given):
     return model
 
 
-def train_step(model, cfg, batch, step, device, dtype):
-    """Loss of the step's global batch, a scalar on `device`. Everything random is a function of (seed, step)."""
-    random = runtime.generator(cfg.seed, "masks", step)
+def prepare(cfg, data, step, ranks, device):
+    """(this rank's part of the step's global batch: a list of (x0 (b, L), Corruption), on the CPU; seed of its dropout).
+
+    Everything random is a function of (seed, step), drawn for the whole batch and cut by row: so the number of ranks and
+    of micro-batches changes nothing, and a resumed run needs no generator's state.
+    """
+    random, L = runtime.generator(cfg.seed, "masks", step), cfg.block_size
     if torch.rand((), generator=random) < cfg.short_rows:  # as LLaDA: canvases can be shorter than the window
-        batch = batch[:, : 2 + int(torch.randint(cfg.block_size - 1, (), generator=random))]
-    corruption = diffusion.draw_corruption(cfg, *batch.shape, random).to(device)
-    torch.manual_seed(int(torch.randint(2**31, (), generator=random)))  # dropout
-    with runtime.autocast(device, dtype):
-        return diffusion.loss(model, batch.to(device, non_blocking=True), corruption,
-                              full=cfg.loss_weighting == "full").mean()
+        L = 2 + int(torch.randint(cfg.block_size - 1, (), generator=random))
+    whole = diffusion.draw_corruption(cfg, cfg.batch_size, L, random)
+    seed = int(torch.randint(2**31, (), generator=random)) + ranks.rank
+    share = cfg.batch_size // ranks.world
+    rows = slice(ranks.rank * share, (ranks.rank + 1) * share)
+    size = min(cfg.micro_batch or share, share)
+    x0 = data.batch(step, rows)[:, :L]
+    if cfg.complementary:
+        x0 = x0[::2].repeat_interleave(2, 0)
+    pieces = list(zip(x0.split(size), diffusion.split_corruption(cfg, whole, rows, size)))
+    if device.type == "cuda":
+        pieces = [(x.pin_memory(), diffusion.Corruption(*(part.pin_memory() for part in c))) for x, c in pieces]
+    return pieces, seed
 
 
-def probe(model, cfg, data, step, device, dtype):
-    """Seconds that a forward and backward pass takes (the least of the last two of four); leaves no gradient."""
-    times = []
-    for _ in range(4):
-        start = time.perf_counter()
-        train_step(model, cfg, data.batch(step), step, device, dtype).backward()
-        model.zero_grad()
-        runtime.synchronise(device)
-        times.append(time.perf_counter() - start)
-    return min(times[2:])
+def gradients(network, cfg, pieces, seed, ranks, device, dtype, token_nll=diffusion.token_nll, scale=lambda loss: loss):
+    """Add the gradients of the batch's mean loss to the parameters; returns this rank's share of that loss."""
+    torch.manual_seed(seed)
+    total = torch.zeros((), device=device)
+    # a shorter row is no reason to compile anew
+    short = torch.compiler.set_stance("force_eager") if pieces[0][0].size(1) < cfg.block_size else contextlib.nullcontext()
+    with short:
+        for number, (x0, corruption) in enumerate(pieces, 1):
+            with runtime.gradient_sync(network, number == len(pieces)):
+                with runtime.autocast(device, dtype):
+                    loss = diffusion.loss(network, x0.to(device, non_blocking=True), corruption.to(device),
+                                          cfg.loss_weighting == "full", token_nll).sum() / cfg.batch_size
+                scale(loss * ranks.world).backward()  # ranks' gradients are averaged
+            total += loss.detach()
+    return total
 
 
 def show_sample(model, text, cfg, device):
@@ -126,18 +148,28 @@ def train(cfg, state=None, quiet=False):
     config.check_name("schedule", cfg.schedule, diffusion.SCHEDULES)
     if not cfg.name:
         raise UserError("the run has no name; give it one with --name")
+    runtime.keep_memory()
+    ranks, device = runtime.start_ranks(cfg.device)
+    if cfg.batch_size % (ranks.world * (2 if cfg.complementary else 1)):
+        raise UserError(f"batch_size={cfg.batch_size} cannot be shared among {ranks.world} processes")
+    quiet = quiet or ranks.rank > 0
     say = (lambda *_: None) if quiet else lambda line: tqdm.write(line)
-    device = runtime.choose_device(cfg.device)
     dtype = runtime.choose_dtype(cfg.dtype, device)
     given = state or (checkpoint.read(cfg.init_from) if cfg.init_from else None)
-    data = corpus.load(cfg, corpus.tokenizer.from_json(given["tokenizer"]) if given else None)
+    with runtime.first_rank_first(ranks):  # it prepares the corpus where need be
+        data = corpus.load(cfg, corpus.tokenizer.from_json(given["tokenizer"]) if given else None)
     model = make_model(cfg, data.text, given).to(device)
+    ema = copy.deepcopy(model).requires_grad_(False).eval() if cfg.ema else None
+    judged = ema or model
     optimizers = optim.make_optimizers(model, cfg)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     step, best, minutes, nll, running, counted = 0, math.inf, 0.0, math.inf, torch.zeros((), device=device), 0
     if state:
+        corpus.check_same(data, state["corpus"], cfg)
         step, best, minutes, nll = state["step"], state["best"], state["minutes"], state["nll"]
-        running, counted = state["running"].to(device), state["counted"]  # the loss since the last evaluation
+        running, counted = state["running"].to(device) / ranks.world, state["counted"]  # loss since the last evaluation
+        if ema:
+            ema.load_state_dict(state["ema"])
         for optimizer, saved in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
         peaks = [g["lr"] for o in optim.make_optimizers(model, cfg) for g in o.param_groups]  # --lr may have changed
@@ -146,81 +178,105 @@ def train(cfg, state=None, quiet=False):
         if state["scaler"]:  # empty if the run did not use float16 before
             scaler.load_state_dict(state["scaler"])
     else:
-        cfg = dataclasses.replace(cfg, name=checkpoint.unused_name(cfg.out_dir, cfg.name))
+        cfg = dataclasses.replace(cfg, name=runtime.agree(ranks, checkpoint.unused_name(cfg.out_dir, cfg.name)))
     path = {kind: os.path.join(cfg.out_dir, folder, cfg.name + ending) for kind, folder, ending in (
         ("last", "models", ".pt"), ("best", "models", ".best.pt"), ("log", "logs", ".jsonl"),
         ("metrics", "logs", ".json"), ("plot", "plots", ".loss.png"))}
     if not os.path.exists(path["best"]):
         best = math.inf
-    log = runtime.open_log(path["log"], step)
+    log = runtime.open_log(path["log"], step) if not ranks.rank else None
     stop = []  # filled by Ctrl-C: finish the step, save, leave
-    previous = runtime.on_interrupt(lambda: stop.append(True)) if not quiet else None
+    previous = runtime.on_interrupt(lambda: stop.append(True)) if not quiet or ranks.rank else None
 
     # Before step 1: a few passes over the first batch tell what the run will take, and whether compiling it pays.
     model.train()
     tokens_a_step, left = cfg.batch_size * cfg.block_size, cfg.max_minutes - minutes
-    timed = lambda network: probe(network, cfg, data, step, device, dtype)
+
+    def timed(network, **compiled):
+        """Seconds of a pass forward and backward (the least of the last two of four); leaves no gradient."""
+        times = []
+        for _ in range(4):
+            start = time.perf_counter()
+            gradients(network, cfg, *prepare(cfg, data, step, ranks, device), ranks, device, dtype, **compiled)
+            model.zero_grad()
+            runtime.synchronise(device)
+            times.append(time.perf_counter() - start)
+        return runtime.agree(ranks, min(times[2:]))
+
     seconds = timed(model)
     whole = min((cfg.max_iters or math.inf) * seconds - step * seconds, 60 * left if cfg.max_minutes else math.inf)
-    forward = runtime.maybe_compile(model, cfg, device, whole, timed)
-    seconds = seconds if forward is model else timed(forward)
+    forward, token_nll = runtime.maybe_compile(model, diffusion.token_nll, cfg, device, whole, timed)
+    seconds = seconds if forward is model else timed(forward, token_nll=token_nll)
+    network = runtime.distribute(forward, ranks, device)
     # what auto meant is kept, so that a resumed run decides the same
     cfg = dataclasses.replace(cfg, device=device.type, dtype=str(dtype).removeprefix("torch."),
                               compile="off" if forward is model else "on")
     left -= (time.perf_counter() - started) / 60
     total = min(cfg.max_iters or math.inf, step + max(1, int(60 * left / seconds)) if cfg.max_minutes else math.inf)
-    memory = runtime.peak_memory(device) + 8 * model.num_parameters()
+    memory = runtime.peak_memory(device) + (8 + 4 * bool(ema)) * model.num_parameters()
     say(f"{cfg.name}: {model.num_parameters():,} parameters, vocabulary {data.text.vocab_size:,} | "
         f"{f'{data.tokens:,} training tokens' if data.tokens else 'fresh stories every step'}, "
         f"{len(data.held_out):,} held-out rows of {cfg.block_size}")
-    say(f"{cfg.device} {cfg.dtype}{', compiled' if forward is not model else ''} | "
+    say(f"{cfg.device} {cfg.dtype}{', compiled' if forward is not model else ''}"
+        f"{f', {ranks.world} processes' if ranks.world > 1 else ''} | "
         f"{cfg.batch_size} rows a step, about {1000 * seconds:.0f} ms | about {memory / 2**30:.1f} GB, "
         f"{duration((total - step) * seconds)} for {total - step:,} steps")
 
     bar = tqdm(initial=step, total=total, disable=None if not quiet else True, unit="step", dynamic_ncols=True)
     held_out = data.held_out[: cfg.eval_rows].to(device)
     written = begun = step  # the step whose state is on disk, and where this session began
+    pool = ThreadPoolExecutor(1) if device.type == "cuda" else None  # prepares a batch while the GPU works
+    ready = None
+    busy, clock = 0.0, time.perf_counter()  # seconds of this session's training steps, without evaluations
 
     while True:
         used = minutes + (time.perf_counter() - started) / 60
+        used, stopped = runtime.agree(ranks, (used, bool(stop)))
         progress = max(step / cfg.max_iters if cfg.max_iters else 0, used / cfg.max_minutes if cfg.max_minutes else 0)
-        done = bool(stop) or progress >= 1 and step > begun  # at least one step, however short the time
+        done = stopped or progress >= 1 and step > begun  # at least one step, however short the time
 
         # -- once in a while, and at the end: held-out bound, log, sample, checkpoint; nothing here changes the run
         evaluate = step != written and (step % cfg.eval_interval == 0 or done)
         save = step != written and (step % (cfg.save_interval or cfg.eval_interval) == 0 or done)
-        if (evaluate or save) and not (running.isfinite() and all(p.isfinite().all() for p in model.parameters())):
-            raise UserError(f"the loss or a weight is not finite at step {step}; nothing was saved since the last checkpoint. "
-                            f"Try a lower --lr ({cfg.lr:g}) and --muon_lr ({cfg.muon_lr:g}), or --dtype float32")
+        if evaluate or save:
+            so_far = runtime.sum_over_ranks(ranks, running)
+            check_finite(so_far, model, step, cfg)  # waits for the GPU, so that the clock counts all its work
+            busy += time.perf_counter() - clock
         if evaluate:
             model.eval()
             with runtime.autocast(device, dtype):
                 nll, rows_error, _ = diffusion.mean_and_errors(diffusion.nll_bound(
-                    model, held_out, given=diffusion.given_tokens(cfg)))
-                sample = show_sample(model, data.text, cfg, device)
+                    judged, held_out, given=diffusion.given_tokens(cfg)))
+                sample = "" if quiet else show_sample(judged, data.text, cfg, device)
             model.train()
-            loss = running.item() / max(1, counted)
-            running, counted = torch.zeros_like(running), 0
-            entry = {"step": step, "loss": loss, "bound": nll, "bound_se_rows": rows_error, "minutes": used}
-            log.write(json.dumps(entry) + "\n")
-            log.flush()
+            loss = so_far.item() / max(1, counted)
+            running, so_far, counted = torch.zeros_like(running), torch.zeros_like(running), 0
+            if log:
+                runtime.write_line(log, {"step": step, "loss": loss, "bound": nll, "bound_se_rows": rows_error,
+                                         "minutes": used})
             say(f"step {step:,} | training loss {loss:.4f} | held-out bound {nll:.4f} ± {rows_error:.4f} nats a token"
                 f" | {duration(60 * used)}\n    {sample[:300]!r}")
             if nll < best:
                 best = nll
-                checkpoint.save(path["best"], checkpoint.snapshot(cfg, data.text, model, step, nll))
+                if not ranks.rank:
+                    checkpoint.save(path["best"], checkpoint.snapshot(cfg, data.text, judged, step, nll))
         if save:
-            checkpoint.save(path["last"], checkpoint.snapshot(
-                cfg, data.text, model, step, nll, best=best, minutes=used, running=running, counted=counted,
-                scaler=scaler.state_dict(),
-                optimizers=[optimizer.state_dict() for optimizer in optimizers]))
+            if not ranks.rank:
+                checkpoint.save(path["last"], checkpoint.snapshot(
+                    cfg, data.text, model, step, nll, best=best, minutes=used, running=so_far, counted=counted,
+                    scaler=scaler.state_dict(), ema=ema.state_dict() if ema else None, corpus=data.fingerprint,
+                    job=runtime.torchrun_job(),
+                    optimizers=[optimizer.state_dict() for optimizer in optimizers]))
             written = step
         if done:
             break
+        if evaluate or save:
+            clock = time.perf_counter()
 
         # -- a training step
-        loss = train_step(forward, cfg, data.batch(step), step, device, dtype)
-        scaler.scale(loss).backward()
+        pieces, seed = ready.result() if ready else prepare(cfg, data, step, ranks, device)
+        ready = pool and pool.submit(prepare, cfg, data, step + 1, ranks, device)
+        loss = gradients(network, cfg, pieces, seed, ranks, device, dtype, token_nll, scaler.scale)
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
@@ -233,31 +289,43 @@ def train(cfg, state=None, quiet=False):
             scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
         scaler.update()
-        running = running + loss.detach()
+        if ema:
+            optim.update_average(ema, model, cfg.ema, step)
+        running = running + loss
         step, counted = step + 1, counted + 1
         bar.update()
         if counted % 10 == 0:  # reading the loss waits for the GPU, so not at every step
+            if not running.isfinite():
+                check_finite(running, model, step, cfg)
             rate = bar.format_dict["rate"] or 0
-            bar.set_postfix_str(f"loss {running.item() / counted:.4f}, {rate * tokens_a_step:,.0f} tokens/s")
+            bar.set_postfix_str(f"loss {running.item() * ranks.world / counted:.4f}, {rate * tokens_a_step:,.0f} tokens/s")
 
     bar.close()
-    log.close()
+    if log:
+        log.close()
     if previous:
         runtime.restore_signals(previous)
-    if stop:
+    if stopped:
         say(f"stopped at step {step:,}; " + (f"go on with: python train.py --resume {path['last']}" if step else
                                              "nothing was done yet"))
         return {}
-    return finish(cfg, data, device, dtype, step, used, path, say)
+    return finish(cfg, data, device, dtype, step, used, busy / max(1, step - begun), path, say) if not ranks.rank else {}
 
 
-def finish(cfg, data, device, dtype, step, minutes, path, say):
+def check_finite(loss, model, step, cfg):
+    """Stop before a broken state is saved."""
+    if not (loss.isfinite() and all(p.isfinite().all() for p in model.parameters())):
+        raise UserError(f"the loss or a weight is not finite at step {step}; nothing was saved since the last checkpoint. "
+                        f"Try a lower --lr ({cfg.lr:g}) and --muon_lr ({cfg.muon_lr:g}), or --dtype float32")
+
+
+def finish(cfg, data, device, dtype, step, minutes, seconds_a_step, path, say):
     """The final metrics block of the best checkpoint, its files, and what to try next; returns the metrics."""
     model, text, _ = checkpoint.restore(checkpoint.read(path["best"]), device, path["best"])
     with runtime.autocast(device, dtype):
         report = metrics.held_out(model, cfg, data, device)
-    report |= {"name": cfg.name, "steps": step, "minutes": minutes,
-               "tokens_per_second": step * cfg.batch_size * cfg.block_size / (60 * minutes) if minutes else None}
+    report |= {"name": cfg.name, "parameters": model.num_parameters(), "steps": step, "minutes": minutes,
+               "seconds_a_step": seconds_a_step, "tokens_per_second": cfg.batch_size * cfg.block_size / seconds_a_step if seconds_a_step else None}
     runtime.write_json(path["metrics"], report)
     say(metrics.show(report))
     plots.loss_curves([path["log"]], path["plot"])
@@ -275,7 +343,10 @@ def main(argv):
     if any(word.split("=")[0] == "--resume" for word in argv):
         return train(*resumed_config(argv))
     cfg, why = config.load(argv)
-    print(why)
+    if path := checkpoint.interrupted(cfg.out_dir, cfg.name):  # torchrun started this run anew
+        return train(*resumed_config(["--resume", path]))
+    if runtime.is_first():
+        print(why)
     train(cfg)
 
 

@@ -1,15 +1,22 @@
 """Comparisons: one table of differences, one figure, one command each. What is done already is not done again.
 
+    python scripts/ablate.py optimizer                                 trains each variant; likewise weighting, ...
+    python scripts/ablate.py optimizer --base shakespeare --iters 300  the same at a preset's own size
     python scripts/ablate.py samplers                                  the newest tales run
     python scripts/ablate.py samplers --checkpoint artifacts/models/tales.best.pt --num_samples 200
 
 Writes artifacts/ablations/NAME.csv, .md and .png. To add a comparison, add a function and an entry to COMPARISONS.
 """
 import csv
+import dataclasses
+import json
 import os
+import statistics
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Callable, NamedTuple
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -18,6 +25,7 @@ import torch
 
 import config
 import diffusion
+import train
 from config import Config, SampleConfig, UserError, field
 from scripts.bench import source_procedure
 from utils import canvas, checkpoint, metrics, plots, runtime, tales
@@ -27,6 +35,10 @@ from utils import canvas, checkpoint, metrics, plots, runtime, tales
 class AblateConfig:
     checkpoint: str = field("", "of the comparisons that need a trained model (default: the newest run's best)", "what")
     num_samples: int = field(200, "samples of each setting, seeds 0, 1, ...")
+    base: str = field("", "preset that the training runs start from (default: Tiny Shakespeare at 4 x 128, window 64)")
+    iters: int = field(300, "steps of each training run; with other batch sizes as many rows")
+    yardstick_iters: int = field(5000, "steps of the sources' recipe (recipe)")
+    seeds: int = field(1, "training runs of each variant, with the seeds 1, 2, ...")
     only: str = field("", "only settings whose name begins so")
     out_dir: str = field("artifacts/ablations", "where to write")
     device: str = field("auto", "auto: cuda, else mps, else cpu", choices=("auto", "cpu", "cuda", "mps"))
@@ -36,12 +48,16 @@ class AblateConfig:
         config.check_choices(self)
         if self.num_samples < 2:
             raise UserError(f"num_samples={self.num_samples} must be at least 2")
+        for name in ("iters", "seeds"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
 
 
 class Comparison(NamedTuple):
     settings: Callable  # options -> list of dicts: the settings that are compared, in order
     measure: Callable   # options -> (function from such a dict to a dict of figures, dict of what else they depend on)
     plot: Callable      # (rows of the table, title, path) -> None
+    summary: Callable = lambda rows: rows  # rows of the table -> those of the Markdown table
 
 
 # --- samplers on tales, where truth is known --------------------------------------------------------------------
@@ -108,9 +124,118 @@ def judge_samplers(options):
                      "dtype": str(dtype).removeprefix("torch.")}
 
 
+# --- training runs ----------------------------------------------------------------------------------------------
+# Each comparison is a dict of variants: name -> differences from the base, in order. All are judged by the same bound,
+# on the same held-out rows with the same masks.
+
+SMALL = dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=64, dropout=0.0)
+OURS = {"our recipe": {}}
+
+
+def recipe(options):
+    """The sources' recipe and ours; ours shorter and longer, without each of its parts, and with what it leaves out."""
+    shape = SMALL if not options.base else {}
+    yardstick = config.MICRO | {"loss_weighting": "full", "dropout": 0.0} | shape
+    return {f"the sources' recipe, {options.yardstick_iters} steps": yardstick | {"max_iters": options.yardstick_iters}} | {
+        f"our recipe, {share:g} of the steps": {"max_iters": round(share * options.iters)}
+        for share in (0.4, 0.6, 0.8, 1.5, 2)} | OURS | {
+        "the sources' optimizer: AdamW 3e-4, constant": {
+            name: config.MICRO[name] for name in ("optimizer", "lr", "beta2", "weight_decay", "warmup_iters", "lr_decay")},
+        "AdamW for all, 3e-3": {"optimizer": "adamw"},
+        "no warm-up": {"warmup_iters": 0},
+        "no decay": {"lr_decay": "constant"},
+        "decay over the whole run": {"decay_share": 1.0},
+        "cosine decay over the whole run": {"decay_share": 1.0, "lr_decay": "cosine"},
+        "initialised as the sources": {"init": "normal"},
+        "masks drawn one by one": {"corruption": "bernoulli"},
+        "loss at all positions": {"loss_weighting": "full"},
+        "tied embeddings": {"tie_embeddings": True},
+        "logits capped at 15": {"softcap": 15.0},
+        "gradients not clipped": {"grad_clip": 0.0},
+        "dropout 0.1": {"dropout": 0.1},
+        "weight decay 0.1": {"weight_decay": 0.1},
+        "no short rows": {"short_rows": 0.0},
+    }
+
+
+TRAINED = {
+    "recipe": recipe,
+    "optimizer": lambda options: {f"Muon {muon:g}, AdamW {lr:g}": {"muon_lr": muon, "lr": lr}
+                                  for muon in (0.01, 0.02, 0.04) for lr in (1e-3, 3e-3, 1e-2)} | {
+        f"AdamW {lr:g}": {"optimizer": "adamw", "lr": lr} for lr in (3e-4, 1e-3, 2e-3, 3e-3, 6e-3, 1e-2)},
+    "weighting": lambda options: {name: {"loss_weighting": name} for name in ("elbo", "flat", "clip", "pooled", "full")},
+    "schedule": lambda options: {name: {"schedule": name} for name in diffusion.SCHEDULES} | {
+        f"{name}, pooled": {"schedule": name, "loss_weighting": "pooled"} for name in diffusion.SCHEDULES},
+    "time_conditioning": lambda options: {"none": {}, "sinusoidal": {"time_conditioning": "sinusoidal"},
+                                          "adaln": {"time_conditioning": "adaln"},
+                                          "table of 100": DISCRETE | {"time_conditioning": "table", "diffusion_steps": 100},
+                                          "none, the same masks as the table": DISCRETE | {"diffusion_steps": 100}},
+    "batch_size": lambda options: {f"{rows} rows": {"batch_size": rows, "max_iters": max(1, options.iters * 64 // rows)}
+                                   for rows in (16, 32, 64, 128, 256)} | {
+        f"{rows} rows, learning rates {factor:.2g} times": {
+            "batch_size": rows, "max_iters": max(1, options.iters * 64 // rows), "lr": 3e-3 * factor,
+            "muon_lr": 0.02 * factor} for rows in (16, 32, 128, 256) for factor in [(rows / 64) ** 0.5]},
+    "diffusion_steps": lambda options: {f"T = {T}": DISCRETE | {"diffusion_steps": T} for T in (10, 30, 50, 100, 300, 1000)} | {
+        "continuous": DISCRETE, "continuous, counts": {}},
+    "ema": lambda options: {"none": {}} | {f"{decay:g}": {"ema": decay} for decay in (0.9, 0.95, 0.98, 0.99, 0.995, 0.999)} | {
+        f"{decay:g}, no decay of the learning rate": {"ema": decay, "lr_decay": "constant"}
+        for decay in (0.0, 0.95, 0.98, 0.99, 0.995)},
+    "complementary": lambda options: {"independent": {}, "complementary": {"complementary": True}},
+}
+DISCRETE = dict(corruption="bernoulli")
+
+
+def base_config(options):
+    base = config.PRESETS["shakespeare"] | SMALL if not options.base else config.preset(options.base)
+    return {"name": "run"} | base | {"max_iters": options.iters, "eval_interval": max(1, options.iters // 15),
+                                     "device": options.device, "dtype": options.dtype, "eval_rows": 256,
+                                     "final_rows": 1024, "final_masks": 2}
+
+
+def train_settings(comparison, options):
+    return [{"variant": name, "seed": seed} for name in TRAINED[comparison](options) for seed in range(1, options.seeds + 1)]
+
+
+def train_variants(comparison, options):
+    """(function from a setting to the figures of its training run; what they depend on besides)."""
+    base, variants = base_config(options), TRAINED[comparison](options)
+
+    def measure(setting):
+        cfg = config.merge(Config, base, variants[setting["variant"]], {"seed": setting["seed"]})
+        with tempfile.TemporaryDirectory() as folder:
+            report = train.train(dataclasses.replace(cfg, out_dir=folder, save_interval=10**9), quiet=True)
+            with open(os.path.join(folder, "logs", f"{cfg.name}.jsonl"), encoding="utf-8") as log:
+                entries = [json.loads(line) for line in log]
+        return {"bound": report["bound_nats_per_token"], "se_rows": report["bound_se_rows"],
+                "se_masks": report["bound_se_masks"], "last_bound": entries[-1]["bound"], "steps": report["steps"],
+                "minutes": report["minutes"], "ms_a_step": 1000 * report["seconds_a_step"],
+                "parameters": report["parameters"],
+                "curve": " ".join(f"{e['step']}:{e['minutes']:.2f}:{e['bound']:.4f}" for e in entries)}
+    what = {name: base[name] for name in ("data", "n_layer", "n_embd", "block_size", "max_iters")}
+    return measure, what
+
+
+def over_seeds(rows):
+    """One row for each variant: means over its seeds, and the standard error of the bound over them."""
+    groups = {}
+    for row in rows:
+        key = {name: row[name] for name in ("variant", "data", "n_layer", "n_embd", "block_size")}
+        groups.setdefault(tuple(key.items()), []).append(row)
+    out = []
+    for key, runs in groups.items():
+        mean = lambda name: statistics.fmean(float(run[name]) for run in runs)
+        spread = statistics.stdev(float(run["bound"]) for run in runs) / len(runs) ** 0.5 if len(runs) > 1 else None
+        out.append(dict(key) | {"seeds": len(runs), "steps": runs[0]["steps"]} | {
+            name: rounded(value) for name, value in (
+                ("bound", mean("bound")), ("se_seeds", spread), ("se_rows", mean("se_rows")), ("ms_a_step", mean("ms_a_step")),
+                ("minutes", mean("minutes")))})
+    return out
+
+
 COMPARISONS = {
     "samplers": Comparison(sampler_settings, judge_samplers, plots.quality_against_cost),
-}
+} | {name: Comparison(partial(train_settings, name), partial(train_variants, name), plots.bound_over_rows, over_seeds)
+     for name in TRAINED}
 
 
 # --- the runner -------------------------------------------------------------------------------------------------
@@ -128,16 +253,18 @@ def read_table(path):
         return list(csv.DictReader(file))
 
 
-def write_tables(rows, stem):
-    """The rows as CSV and as Markdown, each replaced as a whole."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
+def write_tables(rows, stem, summary):
+    """The rows as CSV and their summary as Markdown, each replaced as a whole."""
+    names = lambda rows: list(dict.fromkeys(name for row in rows for name in row))
     try:
         os.makedirs(os.path.dirname(stem) or ".", exist_ok=True)
         with open(f"{stem}.csv.tmp", "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, columns, restval="")
+            writer = csv.DictWriter(file, names(rows), restval="")
             writer.writeheader()
             writer.writerows(rows)
         with open(f"{stem}.md.tmp", "w", encoding="utf-8") as file:
+            rows = summary(rows)
+            columns = names(rows)
             for cells in (columns, ["---"] * len(columns), *([row.get(name, "") for name in columns] for row in rows)):
                 file.write("| " + " | ".join(map(str, cells)) + " |\n")
         for ending in ("csv", "md"):
@@ -172,7 +299,7 @@ def main(argv):
         figures = measure(setting)
         row = key | {name: rounded(value) for name, value in figures.items()}
         table.append(row)
-        write_tables(table, stem)
+        write_tables(table, stem, comparison.summary)
         print(f"{number} of {len(settings)}: {label(setting)} | " + ", ".join(
             f"{name} {row[name]}" for name in list(figures)[:6]), flush=True)
     comparison.plot([row for row in table if mine(row)], positional[0], f"{stem}.png")

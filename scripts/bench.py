@@ -1,6 +1,6 @@
 """Time what users wait for. Machines are noisy: everything is timed in turn in one process and given as medians.
 
-    python scripts/bench.py train shakespeare               tokens/s of a preset, beside fp32 eager in the same run
+    python scripts/bench.py train shakespeare               tokens/s of a preset, beside the sources' recipe
     python scripts/bench.py train tales --rounds 9 --json train.json
     python scripts/bench.py sample stories --batches 1,16   tokens/s of every sampler, beside the sources' procedure
     python scripts/bench.py sample artifacts/models/tales.best.pt --samplers confidence,entropy_bounded:0.03
@@ -8,12 +8,14 @@
 """
 import dataclasses
 import math
+import multiprocessing
 import os
 import statistics
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -21,14 +23,20 @@ import torch
 
 import config
 import diffusion
+import train
 from config import Config, UserError, field
 from model import Transformer
-from utils import checkpoint, optim, runtime, tales, tokenizer, trace
+from utils import checkpoint, corpus, optim, runtime, tales, tokenizer, trace
+
+
+SOURCE = "the sources' recipe, float32 eager"
 
 
 @dataclass(frozen=True)
 class BenchConfig:
-    rounds: int = field(7, "timed rounds of each variant, after one to warm up")
+    rounds: int = field(7, "timed rounds of each variant")
+    warm_up: int = field(1, "rounds before those (train: memory takes several steps to settle)")
+    variants: str = field("", "only variants whose name holds this (train)")
     batches: str = field("1,16,64", "rows that are sampled at once (sample)")
     samplers: str = field("", "NAME or NAME:NUMBER, with commas between (sample; default: all)")
     steps: int = field(64, "steps of the samplers that take as many as they are told (sample)")
@@ -48,69 +56,117 @@ class BenchConfig:
         return [name.strip() for name in self.samplers.split(",") if name.strip()] or list(diffusion.SAMPLERS)
 
 
-def training_step(cfg, vocab_size, device, dtype, compiled, masked_only, muon=optim.Muon):
-    """A function that does one training step of `cfg` on random tokens, optimizer included.
-
-    masked_only=False computes the head at all positions and takes the loss at the masked ones, as the sources do.
-    """
+def training_step(cfg, vocab_size, device, dtype=torch.float32, compiled=False, muon=optim.Muon):
+    """A function that does one training step of `cfg` on random tokens, with train.py's code, optimizer included; it
+    returns how many positions are scored."""
     torch.manual_seed(0)
     model = Transformer(cfg, vocab_size).to(device).train()
-    optimizers, steps = optim.make_optimizers(model, cfg, muon), iter(range(10**9))
-    x0 = torch.randint(vocab_size - 1, (cfg.batch_size, cfg.block_size), device=device)
+    optimizers, numbers, ranks = optim.make_optimizers(model, cfg, muon), iter(range(10**9)), runtime.Ranks()
+    x0 = torch.randint(vocab_size - 1, (cfg.batch_size, cfg.block_size))
+    data = corpus.Corpus(batch=lambda step, rows: x0[rows], held_out=None, text=None, tokens=0, fingerprint="")
 
-    def corruption():
-        return diffusion.draw_corruption(cfg, *x0.shape, runtime.generator("bench", next(steps))).to(device)
-
-    def loss(network, drawn):
-        if masked_only:
-            return diffusion.loss(network, x0, drawn).mean()
-        logits = network(diffusion.hide(x0, drawn.masked, vocab_size - 1), drawn.masked.float().mean(1))
-        ce = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), x0, reduction="none")
-        return ((ce * drawn.masked).sum(1) * drawn.weight / x0.size(1)).mean()
-
-    def step(network):
-        with runtime.autocast(device, dtype):
-            value = loss(network, corruption())
-        value.backward()
+    def step(network, token_nll=diffusion.token_nll):
+        pieces, seed = train.prepare(cfg, data, next(numbers), ranks, device)
+        train.gradients(network, cfg, pieces, seed, ranks, device, dtype, token_nll)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         runtime.synchronise(device)
+        return x0.numel() if cfg.loss_weighting == "full" else sum(len(c.index) for _, c in pieces)
 
-    if compiled:
-        model = runtime.maybe_compile(model, dataclasses.replace(cfg, compile="on"), device, 0, step)
-    return lambda: step(model)
+    network, token_nll = runtime.maybe_compile(model, diffusion.token_nll, dataclasses.replace(
+        cfg, compile="on" if compiled else "off"), device, 0, step)
+    return lambda: step(network, token_nll)
+
+
+def yardstick(pipe, cfg, vocab_size, device):
+    """Serve steps of the sources' recipe for the shape of `cfg`, in a process of its own, whose memory is managed as a
+    plain script's is: float32, eager, head and loss at all positions, AdamW."""
+    shape = {name: getattr(cfg, name) for name in ("n_layer", "n_head", "n_embd", "block_size", "batch_size")}
+    recipe = config.merge(Config, config.MICRO, shape, {"loss_weighting": "full"})
+    step = training_step(recipe, vocab_size, device)
+    while pipe.recv():
+        pipe.send(seconds_of(step))
+
+
+def device_name(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def seconds_of(function):
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def matrix_rate(device, dtype, size):
+    """FLOP/s of size x size matrix products, from the median of five."""
+    a = torch.randn(size, size, device=device, dtype=dtype)
+
+    def product():
+        a @ a
+        runtime.synchronise(device)
+    product()
+    return 2 * size**3 / statistics.median(seconds_of(product) for _ in range(5))
+
+
+def model_flops(cfg, vocab_size, scored):
+    """FLOPs of a forward and backward pass of a batch: 6 a parameter of the blocks and token, attention, and the head at
+    the `scored` positions; nothing for embeddings, norms or what is computed twice."""
+    tokens = cfg.batch_size * cfg.block_size
+    blocks = sum(p.numel() for p in Transformer(cfg, vocab_size).blocks.parameters())
+    return (6 * blocks + 12 * cfg.n_layer * cfg.n_embd * cfg.block_size) * tokens + 6 * cfg.n_embd * (vocab_size - 1) * scored
 
 
 def bench_train(name, options):
-    """Figures (dict) for one preset: the fp32 eager yardstick and what this machine's own choices give."""
-    cfg = config.merge(Config, config.preset(name))
+    """Figures (dict) for one preset: the sources' recipe, and what this machine's own choices give, step by step."""
+    cfg = dataclasses.replace(config.merge(Config, config.preset(name)), short_rows=0.0)
     device = runtime.choose_device(options.device)
     dtype = runtime.choose_dtype("auto", device)
     vocab_size = 66 if cfg.tokenizer == "char" else cfg.vocab_size  # of Tiny Shakespeare, or what BPE is trained to
-    variants = {"float32 eager, head everywhere": (torch.float32, False, False),
-                "float32 eager": (torch.float32, False, True),
-                "float32 eager, torch.optim.Muon": (torch.float32, False, True, torch.optim.Muon),
-                "float32 compiled": (torch.float32, True, True)}
+    runtime.keep_memory()
+    variants = {"float32 eager": {}, "float32 compiled": dict(compiled=True)}
+    label = str(dtype).removeprefix("torch.")
     if dtype != torch.float32:
-        label = str(dtype).removeprefix("torch.")
-        variants |= {f"{label} eager": (dtype, False, True), f"{label} compiled": (dtype, True, True)}
-    steps = {label: training_step(cfg, vocab_size, device, *variant) for label, variant in variants.items()}
-    times = {label: [] for label in steps}
-    for number in range(options.rounds + 1):
-        for label, step in steps.items():
-            start = time.perf_counter()
-            step()
-            if number:
-                times[label].append(time.perf_counter() - start)
-    tokens, base = cfg.batch_size * cfg.block_size, times["float32 eager, head everywhere"]
+        variants |= {f"{label} eager": dict(dtype=dtype), f"{label} compiled": dict(dtype=dtype, compiled=True)}
+    best = list(variants)[-1]  # what train.py chooses for a long run
+    variants[f"{best}, torch.optim.Muon"] = variants[best] | dict(muon=torch.optim.Muon)
+    variants = {label: variant for label, variant in variants.items() if options.variants in label}
+    here, there = multiprocessing.get_context("spawn").Pipe()
+    source = multiprocessing.get_context("spawn").Process(
+        target=yardstick, args=(there, cfg, vocab_size, device), daemon=True)
+    source.start()
+
+    def source_seconds():
+        here.send(True)
+        return here.recv()
+
+    steps = {label: training_step(cfg, vocab_size, device, **variant) for label, variant in variants.items()}
+    turns = {SOURCE: source_seconds} | {label: partial(seconds_of, step) for label, step in steps.items()}
+    times, rates = {label: [] for label in turns}, []
+    scored = next(iter(steps.values()))()
+    for number in range(options.rounds + options.warm_up):
+        rate = matrix_rate(device, dtype, 8192 if device.type == "cuda" else 2048)
+        for label, turn in turns.items():
+            seconds = turn()
+            if number >= options.warm_up:
+                times[label].append(seconds)
+        if number >= options.warm_up:
+            rates.append(rate)
+    here.send(False)
+    source.join()
+    tokens, flops, rate = cfg.batch_size * cfg.block_size, model_flops(cfg, vocab_size, scored), statistics.median(rates)
     figures = {label: {"median_step_seconds": statistics.median(seconds),
                        "tokens_per_second": tokens / statistics.median(seconds),
-                       "speed_up": statistics.median(b / s for b, s in zip(base, seconds))}
+                       "speed_up": statistics.median(b / s for b, s in zip(times[SOURCE], seconds)),
+                       "model_flops_per_second": flops / statistics.median(seconds),
+                       "share_of_matrix_rate": flops / statistics.median(seconds) / rate}
                for label, seconds in times.items()}
-    return {"preset": name, "device": device.type, "torch": torch.__version__, "threads": torch.get_num_threads(),
-            "bfloat16_in_hardware": runtime.has_bfloat16(device), "batch_size": cfg.batch_size,
-            "block_size": cfg.block_size, "rounds": options.rounds, "variants": figures}
+    return {"preset": name, "device": device_name(device), "torch": torch.__version__, "threads": torch.get_num_threads(),
+            "batch_size": cfg.batch_size, "block_size": cfg.block_size, "rounds": options.rounds,
+            "matrix_product_dtype": label, "matrix_product_flops_per_second": rate,
+            "peak_memory_gb": runtime.peak_memory(device) / 2**30, "variants": figures}
 
 
 @torch.no_grad()
@@ -171,13 +227,13 @@ def bench_sample(name, options):
             f"confidence, blocks of {block}, prefix cache": ours("confidence", decode_block=block, cache="prefix"),
             f"confidence, blocks of {block}, dual cache": ours("confidence", decode_block=block, cache="dual")}
         times, evaluations, peak = {label: [] for label in variants}, {}, {}
-        for number in range(options.rounds + 1):
+        for number in range(options.rounds + options.warm_up):
             for label, run in variants.items():
                 runtime.reset_peak_memory(device)
                 start = time.perf_counter()
                 evaluations[label] = run()[1]
                 runtime.synchronise(device)
-                if number:
+                if number >= options.warm_up:
                     times[label].append(time.perf_counter() - start)
                 peak[label] = runtime.peak_memory(device)
         base = times["source procedure, float32"]
@@ -187,7 +243,7 @@ def bench_sample(name, options):
                   "speed_up": statistics.median(b / s for b, s in zip(base, seconds)),
                   "peak_memory_gb": peak[label] / 2**30}  # on a CPU: of the process so far
                  for label, seconds in times.items()]
-    return {"model": name, "device": device.type, "dtype": str(dtype).removeprefix("torch."), "torch": torch.__version__,
+    return {"model": name, "device": device_name(device), "dtype": str(dtype).removeprefix("torch."), "torch": torch.__version__,
             "threads": torch.get_num_threads(), "window": cfg.block_size, "parameters": model.num_parameters(),
             "rounds": options.rounds, "rows": rows}
 
@@ -212,12 +268,12 @@ def bench_video(name, options):
     list(steps)
     with tempfile.TemporaryDirectory() as folder:
         seconds = []
-        for _ in range(options.rounds + 1):
+        for _ in range(options.rounds + options.warm_up):
             start = time.perf_counter()
             trace.write_mp4(os.path.join(folder, "trace.mp4"), trace.pictures(frames, text, "title"), 100)
             seconds.append(time.perf_counter() - start)
     return {"frames": len(frames), "tokens": 256, "rounds": options.rounds, "threads": torch.get_num_threads(),
-            "median_seconds": statistics.median(seconds[1:])}
+            "median_seconds": statistics.median(seconds[options.warm_up:])}
 
 
 def show_video(report):
@@ -225,11 +281,12 @@ def show_video(report):
 
 
 def show_train(report):
-    print(f"{report['preset']} on {report['device']}, {report['threads']} threads, bfloat16 in hardware: "
-          f"{report['bfloat16_in_hardware']}")
+    print(f"{report['preset']} on {report['device']}, {report['threads']} threads; {report['matrix_product_dtype']} matrix "
+          f"products: {report['matrix_product_flops_per_second'] / 1e9:,.0f} GFLOP/s; {report['peak_memory_gb']:.1f} GB")
     for label, f in report["variants"].items():
-        print(f"  {label:<32} {f['median_step_seconds'] * 1000:8.0f} ms a step  "
-              f"{f['tokens_per_second']:10,.0f} tokens/s  x{f['speed_up']:.2f}")
+        print(f"  {label:<38} {f['median_step_seconds'] * 1000:8.0f} ms a step {f['tokens_per_second']:10,.0f} tokens/s"
+              f"  x{f['speed_up']:.2f} {f['model_flops_per_second'] / 1e9:10,.0f} GFLOP/s "
+              f"{f['share_of_matrix_rate']:6.1%}")
 
 
 BENCHES = {"train": (bench_train, show_train, "tales"), "sample": (bench_sample, show_sample, "stories"),

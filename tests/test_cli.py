@@ -238,11 +238,11 @@ def test_ctrl_c_saves_and_says_how_to_go_on(monkeypatch, capsys):
         def loading(*args):
             data = load(*args)
 
-            def batch(step):
+            def batch(step, rows):
                 batches.append(step)
                 if step == 2 and batches.count(2) == 1:
                     os.kill(os.getpid(), signal.SIGINT)
-                return data.batch(step)
+                return data.batch(step, rows)
             return data._replace(batch=batch)
         return loading
     monkeypatch.setattr(corpus, "load", batch_and_interrupt())
@@ -254,13 +254,16 @@ def test_ctrl_c_saves_and_says_how_to_go_on(monkeypatch, capsys):
 
 def test_a_checkpoint_is_saved_only_while_all_is_finite(monkeypatch):
     """Also where it is saved more often than evaluated; and not when only the last update broke the weights."""
-    step = train.train_step
-    monkeypatch.setattr(train, "train_step", lambda model, cfg, batch, n, *rest: step(model, cfg, batch, n, *rest) * (
-        math.inf if n == 3 else 1))
+    prepare = train.prepare
+
+    def broken(cfg, data, n, ranks, device):
+        pieces, seed = prepare(cfg, data, n, ranks, device)
+        return [(x0, c._replace(weight=c.weight * (math.inf if n == 3 else 1))) for x0, c in pieces], seed
+    monkeypatch.setattr(train, "prepare", broken)
     with pytest.raises(UserError, match="not finite at step 4"):
         train.train(settings(grad_clip=0.0, save_interval=2, eval_interval=6), quiet=True)
     assert os.listdir("artifacts/models") == ["tales.pt"] and checkpoint.read("artifacts/models/tales.pt")["step"] == 2
-    monkeypatch.setattr(train, "train_step", step)
+    monkeypatch.setattr(train, "prepare", prepare)
     monkeypatch.setattr(train.optim, "lr_scale", lambda cfg, n, progress: math.inf if n == 1 else 1.0)
     with pytest.raises(UserError, match="weight is not finite at step 2"):
         train.train(settings(name="broken", grad_clip=0.0, save_interval=2, eval_interval=6), quiet=True)
@@ -509,7 +512,7 @@ def test_evaluate(tales_run, monkeypatch, capsys):
 
 def test_bench(monkeypatch, capsys):
     """Every variant of a training step runs and is reported; compiling is left out, it takes a minute."""
-    monkeypatch.setattr(bench.runtime, "maybe_compile", lambda model, *_: model)
+    monkeypatch.setattr(bench.runtime, "maybe_compile", lambda model, token_nll, *_: (model, token_nll))
     open("tiny.py", "w").write("config = {'preset': 'tales', 'n_layer': 1, 'n_head': 1, 'n_embd': 8, 'batch_size': 2}")
     code, out, err = run(bench.main, "train tiny.py --rounds 2 --device cpu --json b.json", monkeypatch, capsys)
     assert code == 0, err

@@ -5,13 +5,14 @@ runs no code. Written beside the old file and then renamed, so that a crash at a
 """
 import dataclasses
 import os
+import re
 
 import torch
 
 import config
 from config import Config, SampleConfig, UserError, reason
 from model import Transformer
-from utils import tokenizer
+from utils import runtime, tokenizer
 
 
 def save(path, state):
@@ -24,6 +25,10 @@ def save(path, state):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        if hasattr(os, "O_DIRECTORY"):  # the new name is on disk too
+            folder = os.open(os.path.dirname(path) or ".", os.O_DIRECTORY)
+            os.fsync(folder)
+            os.close(folder)
     except (OSError, RuntimeError) as error:  # torch's zip writer turns a failed write into RuntimeError
         if os.path.exists(temporary):
             os.remove(temporary)
@@ -70,6 +75,17 @@ def unused_name(out_dir, name):
     return candidate
 
 
+def interrupted(out_dir, name):
+    """Path of the checkpoint to go on with where torchrun has started this process anew: that of the newest run called
+    `name`, name-2, ..., if this job wrote it; else ""."""
+    folder = os.path.join(out_dir, "models")
+    if not runtime.restarted() or not os.path.isdir(folder):
+        return ""
+    runs = [f for f in os.listdir(folder) if re.fullmatch(rf"{re.escape(name)}(-\d+)?\.pt", f)]
+    path = max((os.path.join(folder, f) for f in runs), key=os.path.getmtime, default="")
+    return path if path and read(path).get("job") == runtime.torchrun_job() else ""
+
+
 def snapshot(cfg, text, model, step, nll, **more):
     """State for `save`: what inference needs, and `more` for a resumed run. nll is the held-out bound at `step`."""
     return {"version": config.VERSION, "config": dataclasses.asdict(cfg), "sample": sample_defaults(),
@@ -89,7 +105,7 @@ def restore(state, device, path="the checkpoint"):
         cfg = config.merge(Config, state["config"])
         text = tokenizer.from_json(state["tokenizer"])
         model = Transformer(cfg, text.vocab_size)
-        model.load_state_dict(state["model"])
+        model.load_state_dict(state.get("ema") or state["model"])
     except (KeyError, RuntimeError, TypeError) as error:
         raise UserError(f"{path} does not fit this program: {reason(error)}") from None
     except UserError as error:

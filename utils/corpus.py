@@ -27,11 +27,11 @@ STORIES = "roneneldan/TinyStories"
 
 
 class Corpus(NamedTuple):
-    batch: Callable          # step (int) -> (batch_size, block_size) long, the same for the same step
+    batch: Callable          # step (int), rows (slice) of the global batch -> (rows, block_size) long, always the same
     held_out: torch.Tensor   # (R, block_size) long
     text: tokenizer.Text
     tokens: int              # training tokens; 0: without end
-    lengths: torch.Tensor    # (R, 2) characters and bytes of the text of each held-out row
+    fingerprint: str         # of the training tokens: changes when the corpus does
 
 
 # --- documents --------------------------------------------------------------------------------------------------
@@ -226,15 +226,15 @@ def row_lengths(rows, text):
 # --- corpora ----------------------------------------------------------------------------------------------------
 
 
-def stream_batch(ids, cfg, step):
-    """Windows at uniformly random places of the token stream `ids` (N,), one gather for the whole batch."""
+def stream_batch(ids, cfg, step, rows=slice(None)):
+    """Windows at uniformly random places of the token stream `ids` (N,), one gather for all."""
     start = torch.randint(len(ids) - cfg.block_size + 1, (cfg.batch_size, 1), generator=generator(cfg.seed, "rows", step))
-    return ids[start + torch.arange(cfg.block_size)].long()
+    return ids[start[rows] + torch.arange(cfg.block_size)].long()
 
 
-def pool_batch(rows, cfg, step):
-    """Uniformly random rows of the table `rows` (N, L)."""
-    return rows[torch.randint(len(rows), (cfg.batch_size,), generator=generator(cfg.seed, "rows", step))].long()
+def pool_batch(table, cfg, step, rows=slice(None)):
+    """Uniformly random rows of the table (N, L)."""
+    return table[torch.randint(len(table), (cfg.batch_size,), generator=generator(cfg.seed, "rows", step))[rows]].long()
 
 
 def tales_held_out(cfg):
@@ -242,7 +242,7 @@ def tales_held_out(cfg):
     return tales.generate(f"held out {cfg.seed}", TALES_HELD_OUT)
 
 
-def tales_batch(text, cfg, held_out, step):
+def tales_batch(text, cfg, held_out, step, rows=slice(None)):
     """A batch of stories that nobody has seen, none of them in the set `held_out`: one a row, or (rows=stream) windows
     of stories that follow each other."""
     size = cfg.batch_size * cfg.block_size
@@ -251,13 +251,13 @@ def tales_batch(text, cfg, held_out, step):
     fresh = [story for story in stories if story not in held_out]
     stories = (fresh * n)[:n]
     if cfg.rows == "document":
-        return document_rows(stories, text, cfg.block_size)
+        return document_rows(stories[rows], text, cfg.block_size)
     ids = torch.tensor([i for document in document_ids(stories, text) for i in document])
     if len(ids) < size:
         raise UserError(f"tokenizer={cfg.tokenizer} joins words; rows=stream of the tales needs one that does not: bpe "
                         "or char")
     start = torch.randint(len(ids) - size + 1, (), generator=generator(cfg.seed, "rows", step))
-    return ids[start:start + size].view(cfg.batch_size, cfg.block_size)
+    return ids[start:start + size].view(cfg.batch_size, cfg.block_size)[rows]
 
 
 def load(cfg, text=None):
@@ -271,7 +271,7 @@ def load(cfg, text=None):
         if cfg.rows == "document" and len(rows) != len(held_out):
             raise UserError(f"block_size={cfg.block_size} is shorter than a tale with tokenizer={cfg.tokenizer}; "
                             "use at least 67 with bpe, 320 with char")
-        return Corpus(partial(tales_batch, text, cfg, seen), rows, text, 0, row_lengths(rows, text))
+        return Corpus(partial(tales_batch, text, cfg, seen), rows, text, 0, fingerprint(rows))
     if not os.path.exists(cfg.data):
         prepare(cfg.data)
     documents = read_documents(cfg.data)
@@ -281,12 +281,25 @@ def load(cfg, text=None):
     rows = held_out_rows(held_out, text, cfg)
     if cfg.rows == "document":
         pool = document_rows(train, text, cfg.block_size)
-        return Corpus(partial(pool_batch, pool, cfg), rows, text, int((pool != text.end).sum()), row_lengths(rows, text))
+        return Corpus(partial(pool_batch, pool, cfg), rows, text, int((pool != text.end).sum()), fingerprint(pool))
     ids = torch.from_numpy(np.fromiter((i for d in document_ids(train, text) for i in d), dtype=np.int32))
     if len(ids) < cfg.block_size:
         raise UserError(f"{cfg.data} has {len(ids)} training tokens, less than one window of "
                         f"block_size={cfg.block_size}; use more text or a smaller --block_size")
-    return Corpus(partial(stream_batch, ids, cfg), rows, text, len(ids), row_lengths(rows, text))
+    return Corpus(partial(stream_batch, ids, cfg), rows, text, len(ids), fingerprint(ids))
+
+
+def fingerprint(ids):
+    """Hash (str) of a tensor of ids."""
+    return hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16]
+
+
+def check_same(data, recorded, cfg):
+    """Refuse to go on with a run on other training tokens than those whose fingerprint its checkpoint recorded."""
+    if data.fingerprint != recorded:
+        raise UserError(f"{cfg.data} is not the text that {cfg.name} was trained on (fingerprint {recorded}, now "
+                        f"{data.fingerprint}; {data.tokens:,} training tokens); restore it, or start a new run with "
+                        "--init_from")
 
 
 def make_tokenizer(cfg, texts, documents):

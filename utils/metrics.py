@@ -14,7 +14,8 @@ def held_out(model, cfg, data, device):
     `<|endoftext|>` counts in nats and not in characters: a model also has to say where a text ends. On tales the
     exact -log_prob of the same stories stands beside the bound.
     """
-    rows, lengths = data.held_out[: cfg.final_rows].to(device), data.lengths[: cfg.final_rows]
+    rows = data.held_out[: cfg.final_rows].to(device)
+    lengths = corpus.row_lengths(rows, data.text)
     nll = diffusion.nll_bound(model, rows, cfg.final_masks, diffusion.given_tokens(cfg))
     mean, se_rows, se_masks = diffusion.mean_and_errors(nll)
     nats = mean * rows.numel()

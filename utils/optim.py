@@ -71,6 +71,17 @@ def make_optimizers(model, cfg, muon=Muon):
     return optimizers
 
 
+@torch.no_grad()
+def update_average(average, model, decay, step):
+    """Move the weights of `average` towards those of `model` after step (from 0), exponentially, in float32.
+
+    The decay is less at first, (1 + step) / (10 + step), so that the random beginning is soon forgotten. (Not torch's
+    AveragedModel: it counts on the GPU, and a decay that depends on the count would wait for it at every step.)
+    """
+    weight = 1 - min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), weight)
+
+
 def lr_scale(cfg, step, progress):
     """Factor on every learning rate at `step` (from 0), with the share `progress` in [0, 1] of the run behind it."""
     warmup = min(1.0, (step + 1) / max(1, cfg.warmup_iters))

@@ -1,12 +1,15 @@
-"""Where and how a run computes: device, number format, compilation, seeds."""
+"""Where and how a run computes: device, number format, compilation, processes, seeds."""
 import contextlib
 import copy
+import ctypes
 import hashlib
 import json
 import os
 import signal
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 
 from config import UserError, reason
 
@@ -48,6 +51,20 @@ def autocast(device, dtype):
     return torch.autocast(device.type, dtype)
 
 
+def keep_memory():
+    """Let freed memory stay with the process (glibc only), for training on a CPU.
+
+    By default every tensor above 32 MB is fetched from the system page by page and given back when freed, which took a
+    third to a half of a training step's time.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):  # no glibc
+        return
+    mallopt(-4, 0)   # M_MMAP_MAX: nothing by mmap
+    mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
+
+
 def peak_memory(device):
     """Most memory in use so far, in bytes: of the GPU, or of the process (0 where the system does not tell)."""
     if device.type == "cuda":
@@ -70,31 +87,121 @@ def reset_peak_memory(device):
 COMPILE_PAYS = 300  # seconds of eager CPU training: compiling takes up to a minute, and a step is then 1.5 times faster
 
 
-def maybe_compile(model, cfg, device, seconds, try_out):
-    """`model` with compiled blocks, sharing its weights, or `model` itself where compiling does not pay.
+def maybe_compile(model, token_nll, cfg, device, seconds, try_out):
+    """(`model` with compiled blocks, sharing its weights; compiled token_nll), or both as they are where it does not pay.
 
-    seconds is how long the run would take without; try_out(model) runs a training pass, in which the compilation
-    happens. auto: on CUDA, and for a CPU run that earns the compilation back. Only the blocks are compiled: one
-    compilation serves all of them, and the number of masked positions, which changes every step, stays outside.
-    Without a working compiler: eager, and a line.
+    seconds is how long the run would take without; try_out(model, token_nll=...) runs a training pass, in which the
+    compilation happens. auto: on CUDA, and for a CPU run that earns the compilation back. Only the blocks and the last
+    function are compiled: one compilation serves all blocks. Without a working compiler: eager, and a line.
     """
     wanted = cfg.compile == "on" or cfg.compile == "auto" and (
         device.type == "cuda" or device.type == "cpu" and seconds > COMPILE_PAYS)
     if not wanted:
-        return model
+        return model, token_nll
     compiled = copy.copy(model)
     compiled._modules = dict(model._modules)
     # on a CPU the compiler's own random numbers, for dropout, are slower than PyTorch's
     options = {"fallback_random": True} if device.type == "cpu" else None
     compiled.blocks = torch.nn.ModuleList(torch.compile(block, options=options) for block in model.blocks)
+    compiled_nll = torch.compile(token_nll, options=options)
     try:
-        try_out(compiled)
+        try_out(compiled, token_nll=compiled_nll)
     except Exception as error:  # noqa: BLE001 - whatever the compiler lacks (Triton, g++, headers), eager works
         model.zero_grad()  # of the pass that failed
         print(f"torch.compile does not work here ({reason(error)}); going on without it")
         torch._dynamo.reset()
+        return model, token_nll
+    return compiled, compiled_nll
+
+
+# --- several processes, one a GPU, started by torchrun ------------------------------------------------------------
+
+
+class Ranks(NamedTuple):
+    rank: int = 0   # of this process
+    world: int = 1  # how many there are
+
+
+def is_first():
+    """Whether this process is the only one or the first: the one that speaks and writes."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def start_ranks(name):
+    """(Ranks, device): joins the other processes where torchrun started this one. name as in `choose_device`.
+
+    Small things are agreed on over gloo, on the CPU, so that no process waits for its GPU; gradients go over nccl.
+    """
+    device = choose_device(name)
+    if "LOCAL_RANK" not in os.environ:
+        return Ranks(), device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    elif device.type == "cpu":
+        torch.set_num_threads(max(1, os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"])))
+    else:
+        raise UserError(f"torchrun works with device=cuda and cpu, not {device.type}")
+    if not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return Ranks(dist.get_rank(), dist.get_world_size()), device
+
+
+def torchrun_job():
+    """Name (str) of the torchrun job that this process belongs to, the same after each of its restarts; "" without."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    return f"process {os.getppid()}" if name == "none" else name
+
+
+def restarted():
+    """Whether torchrun has started this process anew, after a crash."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
+@contextlib.contextmanager
+def first_rank_first(ranks):
+    """The first process goes through alone, then all others: it makes the files that the others find."""
+    if ranks.world > 1 and ranks.rank:
+        dist.barrier()
+    yield
+    if ranks.world > 1 and not ranks.rank:
+        dist.barrier()
+
+
+def agree(ranks, value):
+    """The first process's `value` (whatever pickle takes), in all of them."""
+    if ranks.world == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, device=torch.device("cpu"))
+    return box[0]
+
+
+def sum_over_ranks(ranks, x):
+    """Sum of the tensor x of all processes, in all of them."""
+    if ranks.world == 1:
+        return x
+    x = x.clone()
+    dist.all_reduce(x)
+    return x
+
+
+def distribute(model, ranks, device):
+    """`model` such that backward passes average the gradients of all processes (DDP)."""
+    if ranks.world == 1:
         return model
-    return compiled
+    network = torch.nn.parallel.DistributedDataParallel(
+        model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
+    network.vocab_size = model.vocab_size
+    return network
+
+
+def gradient_sync(network, wanted):
+    """Context of a backward pass, after which the processes' gradients are averaged or (more rows follow) not yet."""
+    return contextlib.nullcontext() if wanted or not hasattr(network, "no_sync") else network.no_sync()
+
+
+# --- files and signals --------------------------------------------------------------------------------------------
 
 
 def on_interrupt(action):
@@ -129,13 +236,23 @@ def open_log(path, step):
                     kept.append(line)
             except ValueError:  # a line that a crash cut off
                 pass
-        file = open(path, "w", encoding="utf-8")
-        file.writelines(kept)
-        return file
+        with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+            file.writelines(kept)
+        os.replace(f"{path}.tmp", path)
+        return open(path, "a", encoding="utf-8")
     except FileExistsError:
         raise UserError(f"{path} exists: another run of this name has just begun; start again, or give a --name") from None
     except OSError as error:
         raise UserError(f"cannot write {path}: {error}") from None
+
+
+def write_line(file, entry):
+    """Append the dict `entry` to the open JSONL file; a full disk is a UserError."""
+    try:
+        file.write(json.dumps(entry) + "\n")
+        file.flush()
+    except OSError as error:
+        raise UserError(f"cannot write {file.name}: {error}; the last checkpoint is untouched") from None
 
 
 def write_json(path, data):
