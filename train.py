@@ -161,7 +161,7 @@ def train(cfg, state=None, quiet=False):
     model = make_model(cfg, data.text, given).to(device)
     ema = copy.deepcopy(model).requires_grad_(False).eval() if cfg.ema else None
     judged = ema or model
-    optimizers = optim.make_optimizers(model, cfg)
+    optimizers = optim.make_optimizers(model, cfg, dtype)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     step, best, minutes, nll, running, counted = 0, math.inf, 0.0, math.inf, torch.zeros((), device=device), 0
     if state:

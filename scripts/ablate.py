@@ -129,16 +129,15 @@ def judge_samplers(options):
 # on the same held-out rows with the same masks.
 
 SMALL = dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=64, dropout=0.0)
-OURS = {"our recipe": {}}
 
 
 def recipe(options):
     """The sources' recipe and ours; ours shorter and longer, without each of its parts, and with what it leaves out."""
     shape = SMALL if not options.base else {}
-    yardstick = config.MICRO | {"loss_weighting": "full", "dropout": 0.0} | shape
+    yardstick = config.MICRO | {"loss_weighting": "full", "dropout": 0.0, "dtype": "float32", "compile": "off"} | shape
     return {f"the sources' recipe, {options.yardstick_iters} steps": yardstick | {"max_iters": options.yardstick_iters}} | {
         f"our recipe, {share:g} of the steps": {"max_iters": round(share * options.iters)}
-        for share in (0.4, 0.6, 0.8, 1.5, 2)} | OURS | {
+        for share in (0.4, 0.6, 0.8, 1.5, 2)} | {"our recipe": {}} | {
         "the sources' optimizer: AdamW 3e-4, constant": {
             name: config.MICRO[name] for name in ("optimizer", "lr", "beta2", "weight_decay", "warmup_iters", "lr_decay")},
         "AdamW for all, 3e-3": {"optimizer": "adamw"},

@@ -56,12 +56,14 @@ class BenchConfig:
         return [name.strip() for name in self.samplers.split(",") if name.strip()] or list(diffusion.SAMPLERS)
 
 
-def training_step(cfg, vocab_size, device, dtype=torch.float32, compiled=False, muon=optim.Muon):
+def training_step(cfg, vocab_size, device, dtype=torch.float32, compiled=False, torchs_muon=False):
     """A function that does one training step of `cfg` on random tokens, with train.py's code, optimizer included; it
     returns how many positions are scored."""
     torch.manual_seed(0)
     model = Transformer(cfg, vocab_size).to(device).train()
-    optimizers, numbers, ranks = optim.make_optimizers(model, cfg, muon), iter(range(10**9)), runtime.Ranks()
+    optimizers, numbers, ranks = optim.make_optimizers(model, cfg, dtype), iter(range(10**9)), runtime.Ranks()
+    if torchs_muon:
+        optimizers[1] = torch.optim.Muon(optimizers[1].param_groups[0]["params"], cfg.muon_lr)
     x0 = torch.randint(vocab_size - 1, (cfg.batch_size, cfg.block_size))
     data = corpus.Corpus(batch=lambda step, rows: x0[rows], held_out=None, text=None, tokens=0, fingerprint="")
 
@@ -131,7 +133,8 @@ def bench_train(name, options):
     if dtype != torch.float32:
         variants |= {f"{label} eager": dict(dtype=dtype), f"{label} compiled": dict(dtype=dtype, compiled=True)}
     best = list(variants)[-1]  # what train.py chooses for a long run
-    variants[f"{best}, torch.optim.Muon"] = variants[best] | dict(muon=torch.optim.Muon)
+    if cfg.optimizer == "muon":
+        variants[f"{best}, torch.optim.Muon"] = variants[best] | dict(torchs_muon=True)
     variants = {label: variant for label, variant in variants.items() if options.variants in label}
     here, there = multiprocessing.get_context("spawn").Pipe()
     source = multiprocessing.get_context("spawn").Process(

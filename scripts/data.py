@@ -5,7 +5,10 @@
     python3 scripts/data.py --dataset shakespeare                        Tiny Shakespeare, to data/shakespeare.txt
     python3 scripts/data.py --dataset my.jsonl --output data/mine.txt    a local .txt, .jsonl or .parquet file
     python3 scripts/data.py --dataset tales --output data/tales.txt      the built-in grammar
+    python3 scripts/data.py --dataset fineweb-edu --tokens 10B --tokenizer T.json --output data/fineweb_edu.bin
+                                                       token shards for corpora larger than memory; the same again goes on
 """
+import hashlib
 import os
 import sys
 from dataclasses import dataclass
@@ -17,19 +20,24 @@ from tqdm import tqdm
 
 import config
 from config import UserError, field
-from utils import corpus, tales
+from utils import corpus, tales, tokenizer
+
+DOWNLOADS = ("shakespeare", "text8", "enwik8")
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    dataset: str = field(corpus.STORIES, "name on the Hugging Face hub, a local file, shakespeare, or tales", "from")
+    dataset: str = field(corpus.STORIES, "name on the Hugging Face hub, a local file, fineweb-edu, synth, shakespeare, "
+                         "text8, enwik8 or tales", "from")
     split: str = field("train", "of a hub dataset")
     config: str = field(None, "of a hub dataset that has several")
-    text_column: str = field("text", "column of .jsonl, .parquet and hub datasets")
+    text_column: str = field("", "column of .jsonl, .parquet and hub datasets (default: text)")
     num_stories: int = field(10_000, "documents to take, at most")
     seed: int = field(1337, "of the shuffle")
     shuffle_buffer: int = field(10_000, "documents among which the stream is shuffled")
     output: str = field("", "file to write (default data/stories.txt; data/shakespeare.txt for that)", "to")
+    tokens: str = field("", "write token shards instead, of at least so many tokens: 500M, 10B; not shuffled")
+    tokenizer: str = field("", "tokenizer file of the shards (scripts/train_tokenizer.py)")
     separator: str = field("", "between documents, \\n for a line break (default: a line <|endoftext|>)")
     clean_mojibake: bool = field(True, "put right UTF-8 that was read as Windows-1252")
 
@@ -39,16 +47,51 @@ class DataConfig:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
 
 
+# short names: what they are called on the hub, which part, which column
+SOURCES = {"fineweb-edu": dict(dataset="HuggingFaceFW/fineweb-edu", config="sample-10BT", text_column="text"),
+           "synth": dict(dataset="PleIAs/SYNTH", text_column="synthetic_answer")}
+
+
+def number(text):
+    """500M or 10B as an int."""
+    digits, unit = text[:-1], {"K": 10**3, "M": 10**6, "B": 10**9}.get(text[-1].upper(), 0)
+    try:
+        value = int(float(digits) * unit) if unit else int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise UserError(f"tokens={text}: expected a number of tokens, as in 500M or 10B")
+    return value
+
+
+def write_shards(cfg, output):
+    if not output.endswith(".bin"):
+        raise UserError(f"output={output} with tokens={cfg.tokens}: name the folder of shards something.bin")
+    if not cfg.tokenizer:
+        raise UserError(f"tokens={cfg.tokens} needs --tokenizer FILE; scripts/train_tokenizer.py makes one")
+    if cfg.dataset in ("shakespeare", "tales") or cfg.dataset.endswith(".txt"):
+        raise UserError(f"dataset={cfg.dataset} with tokens={cfg.tokens}: shards are made from .jsonl, .parquet and hub "
+                        "datasets; others fit into memory")
+    wanted, text = number(cfg.tokens), tokenizer.load(cfg.tokenizer)
+    clean = corpus.repair_mojibake if cfg.clean_mojibake else lambda document: document
+    texts = lambda dataset: map(clean, corpus.texts_of(dataset, cfg.dataset, cfg.text_column))
+    settings = {name: getattr(cfg, name) for name in ("dataset", "split", "config", "text_column", "clean_mojibake")}
+    settings["tokenizer"] = hashlib.sha256(text.to_json().encode()).hexdigest()[:16]
+    with tqdm(total=wanted, unit="token", unit_scale=True, disable=None) as bar:
+        index = corpus.write_shards(output, (corpus.open_dataset(cfg.dataset, cfg.split, cfg.config), texts), text, wanted,
+                                    settings, lambda tokens: bar.update(tokens - bar.n))
+    print(f"{output} has {index['tokens']:,} training tokens of {index['documents']:,} documents in {len(index['shards'])} "
+          f"shards" + (", and the source has no more" if index["ended"] else ""))
+
+
 def documents(cfg):
     """Iterator of str."""
     if cfg.dataset == "tales":
         return iter(tales.generate(f"data {cfg.seed}", cfg.num_stories))
-    if cfg.dataset == "shakespeare":
-        return iter([corpus.download_shakespeare()])
+    if cfg.dataset in DOWNLOADS:
+        return iter([corpus.download(cfg.dataset)])
     if cfg.dataset.endswith(".txt"):
         return iter(corpus.read_documents(cfg.dataset))
-    if cfg.dataset.endswith((".jsonl", ".json", ".parquet")) and not os.path.exists(cfg.dataset):
-        raise UserError(f"there is no file {cfg.dataset}")
     return corpus.stream_dataset(cfg.dataset, cfg.split, cfg.config, cfg.text_column, cfg.seed, cfg.shuffle_buffer)
 
 
@@ -59,8 +102,14 @@ def main(argv):
     positional, overrides = config.parse(argv, DataConfig)
     if positional:
         raise UserError(f"what is {positional[0]}? Name a source with --dataset {positional[0]}")
-    cfg = config.merge(DataConfig, overrides)
-    output = cfg.output or ("data/shakespeare.txt" if cfg.dataset == "shakespeare" else "data/stories.txt")
+    cfg = config.merge(DataConfig, {"text_column": "text"}, SOURCES.get(overrides.get("dataset"), {}),
+                       {name: value for name, value in overrides.items()
+                        if not (name == "dataset" and value in SOURCES)})
+    if cfg.dataset.endswith(corpus.LOCAL) and not os.path.exists(cfg.dataset):
+        raise UserError(f"there is no file {cfg.dataset}")
+    output = cfg.output or (f"data/{cfg.dataset}.txt" if cfg.dataset in DOWNLOADS else "data/stories.txt")
+    if cfg.tokens:
+        return write_shards(cfg, output)
     stream = islice(documents(cfg), cfg.num_stories)
     if cfg.clean_mojibake:
         stream = map(corpus.repair_mojibake, stream)

@@ -4,7 +4,6 @@ Expected values are those of the design's mathematics document, section 5; the i
 """
 import itertools
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,17 +12,12 @@ import diffusion
 from config import UserError
 from diffusion import SAMPLERS, SCHEDULES, Corruption, mask_rate, mask_rate_slope, sample, time_of
 from model import Transformer
-from toy import CANVASES, MASK, P, SEQUENCES, L, Lookup, V, code, conditionals, empirical, total_variation
+from toy import CANVASES, MASK, P, SEQUENCES, L, Lookup, V, code, conditionals, empirical, settings, total_variation
 from utils import rules
 from utils.runtime import generator
 
 ENTROPY = 3.6957438948
 SUBSETS = torch.tensor([s for s in itertools.product((False, True), repeat=L) if any(s)])  # the 15 non-empty ones
-
-
-def settings(**changes):
-    return SimpleNamespace(**{"schedule": "linear", "corruption": "count", "diffusion_steps": 0,
-                              "loss_weighting": "elbo", "rows": "stream"} | changes)
 
 
 def exact_nelbo(model, x0):
@@ -753,9 +747,7 @@ def test_alternatives_are_the_likeliest():
 
 def network(block_size=24, vocab_size=11, **changes):
     """A small real network whose predictions depend on the whole canvas."""
-    cfg = SimpleNamespace(**{"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": block_size, "dropout": 0.0,
-                             "tie_embeddings": False, "init": "normal", "time_conditioning": "none",
-                             "diffusion_steps": 0} | changes)
+    cfg = settings(**{"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": block_size, "init": "normal"} | changes)
     torch.manual_seed(3)
     model = Transformer(cfg, vocab_size).eval()
     for p in model.parameters():

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from model import Transformer
+from toy import settings
 from utils import corpus, metrics, plots, runtime, tales, trace
 from utils.tokenizer import train_bpe, train_char
 
@@ -36,11 +37,9 @@ def test_longest_copies():
 def test_bits_of_a_network_that_knows_nothing():
     """ln V nats a token, and from it log2 V bits a character for a character model."""
     text = train_char(["abcdefgh"], documents=False)
-    cfg = SimpleNamespace(n_layer=1, n_head=1, n_embd=8, dropout=0.0, tie_embeddings=False, init="zero",
-                          time_conditioning="none", diffusion_steps=0, final_rows=4, final_masks=2, data="x",
-                          rows="stream", block_size=16)
+    cfg = settings(n_layer=1, n_head=1, n_embd=8, final_rows=4, final_masks=2, data="x", block_size=16)
     rows = torch.randint(8, (6, 16))
-    data = corpus.Corpus(None, rows, text, 0, corpus.row_lengths(rows, text))
+    data = corpus.Corpus(None, rows, text, 0, "")
     report = metrics.held_out(Transformer(cfg, text.vocab_size), cfg, data, torch.device("cpu"))
     assert report["bound_nats_per_token"] == pytest.approx(math.log(8), abs=1e-5)
     assert report["bound_bits_per_character"] == report["bound_bits_per_byte"] == pytest.approx(3, abs=1e-5)

@@ -1,18 +1,17 @@
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 import diffusion
 from model import Transformer
+from toy import settings
 from utils import runtime
 from utils.optim import Muon, lr_scale, make_optimizers
 
 
 def shape(**changes):
-    return SimpleNamespace(**{"n_layer": 2, "n_head": 2, "n_embd": 32, "dropout": 0.0, "tie_embeddings": False,
-                              "init": "normal", "time_conditioning": "none", "diffusion_steps": 0} | changes)
+    return settings(**{"n_layer": 2, "n_head": 2, "n_embd": 32, "init": "normal"} | changes)
 
 
 def build(vocab_size=12, **changes):
@@ -141,7 +140,7 @@ def test_muon_steps_are_nearly_orthogonal():
 def test_optimizers_share_the_parameters():
     model = build(tie_embeddings=True, time_conditioning="adaln")
     for kind, muon in (("muon", 2 * (6 + 1)), ("adamw", 0)):
-        cfg = SimpleNamespace(optimizer=kind, lr=1e-3, muon_lr=0.02, weight_decay=0.1, beta1=0.9, beta2=0.95)
+        cfg = settings(optimizer=kind, lr=1e-3, muon_lr=0.02, weight_decay=0.1)
         groups = [g for o in make_optimizers(model, cfg) for g in o.param_groups]
         everything = [id(p) for g in groups for p in g["params"]]
         assert sorted(everything) == sorted(id(p) for p in model.parameters())
@@ -150,7 +149,7 @@ def test_optimizers_share_the_parameters():
 
 
 def test_learning_rate():
-    cfg = SimpleNamespace(warmup_iters=10, lr_decay="linear", decay_share=0.5)
+    cfg = settings(warmup_iters=10, lr_decay="linear", decay_share=0.5)
     assert lr_scale(cfg, 0, 0) == pytest.approx(0.1) and lr_scale(cfg, 9, 0.01) == 1
     assert [lr_scale(cfg, 99, p) for p in (0.5, 0.75, 1.0, 1.2)] == [1, 0.5, 0, 0]
     cfg.lr_decay = "cosine"
@@ -168,8 +167,7 @@ def test_overfits_one_sequence(kind):
     torch.manual_seed(0)
     model = Transformer(shape(init="zero", **kind), 12).train()
     x0 = torch.randint(11, (1, 8), generator=runtime.generator(2)).expand(32, 8)
-    cfg = SimpleNamespace(schedule="linear", corruption="count", diffusion_steps=0, loss_weighting="elbo",
-                          rows="document")
+    cfg = settings(rows="document")
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     for step in range(200):
         for group in optimizer.param_groups:
@@ -191,7 +189,7 @@ def test_learns_the_toy_chain():
     from toy import P, SEQUENCES
     torch.manual_seed(0)
     model = Transformer(shape(init="zero"), 4).train()
-    cfg = SimpleNamespace(schedule="linear", corruption="count", diffusion_steps=0, loss_weighting="elbo", rows="stream")
+    cfg = settings()
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3, betas=(0.9, 0.99))
     steps = 500
     for step in range(steps):

@@ -222,7 +222,7 @@ def test_no_network_is_one_line(monkeypatch):
     with pytest.raises(UserError, match="without a network give a local file"):
         list(corpus.stream_dataset("roneneldan/TinyStories"))
     with pytest.raises(UserError, match="python train.py tales"):
-        corpus.download_shakespeare()
+        corpus.download("shakespeare")
 
 
 def test_failed_writing_leaves_the_old_file(tmp_path):

@@ -3,9 +3,13 @@
 `Lookup` is a "network" that looks up exact conditionals; it goes through the same loss and sampler code as the real
 one. All expected values of test_maths.py are exact properties of this distribution.
 """
+import dataclasses
 import itertools
+from types import SimpleNamespace
 
 import torch
+
+from config import Config
 
 L, V, MASK = 4, 3, 3
 PI = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
@@ -50,3 +54,8 @@ def empirical(rows):
 
 def total_variation(p, q):
     return 0.5 * (p - q).abs().sum().item()
+
+
+def settings(**changes):
+    """A Config with changes, unchecked: also of pairs that no run may have."""
+    return SimpleNamespace(**dataclasses.asdict(Config()) | changes)

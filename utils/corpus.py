@@ -5,9 +5,13 @@ training or to the held-out part by a hash of its text, so the same document is 
 which is trained on the training part only, never sees held-out text. (An alphabet of characters is that of the whole
 corpus, as is usual: it has nothing to learn from frequencies.)
 """
+import contextlib
 import hashlib
+import io
+import json
 import os
 import re
+import zipfile
 from functools import partial
 from itertools import islice
 from typing import Callable, NamedTuple
@@ -24,6 +28,10 @@ TALES_HELD_OUT = 2048  # stories
 SHORTEST_TALE = 60  # tokens; a tale has 65 words and punctuation marks, which no tokenizer trained here joins
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 STORIES = "roneneldan/TinyStories"
+BENCHMARK = "http://mattmahoney.net/dc/{}.zip"  # enwik8 and text8, the first 100 MB of Wikipedia as it was in 2006
+LOCAL = (".jsonl", ".json", ".parquet")
+SHARD_TOKENS, SHARD_DOCUMENTS, SHARD_HELD_OUT = 100_000_000, 1000, 0.005  # of prepared shards; documents at once
+PIECE = 1_000_000  # characters of a long document that are encoded at once
 
 
 class Corpus(NamedTuple):
@@ -44,7 +52,7 @@ def read_documents(path, column="text"):
                         "or .parquet file")
     if os.path.isdir(path):
         raise UserError(f"{path} is a folder, not a text file")
-    if path.endswith((".jsonl", ".json", ".parquet")):
+    if path.endswith(LOCAL):
         documents = list(stream_dataset(path, column=column))
     else:
         try:
@@ -59,20 +67,35 @@ def read_documents(path, column="text"):
     return documents
 
 
-def stream_dataset(name, split="train", config=None, column="text", seed=None, shuffle_buffer=10_000):
-    """Documents (iterator of str) of a Hugging Face dataset, or of a local .jsonl or .parquet file, never downloaded
-    or held in memory as a whole. With a seed they come shuffled through a buffer of `shuffle_buffer`."""
-    import datasets  # here, because it takes seconds to import and most runs do not need it
-    local = name.endswith((".jsonl", ".json", ".parquet"))
+@contextlib.contextmanager
+def reading(name):
+    """Turn the errors of `datasets`, of which there are dozens of kinds, its own and its backends', into UserErrors."""
     try:
-        if local:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # noqa: BLE001
+        if name.endswith(LOCAL):
+            raise UserError(f"{name} cannot be read: {reason(error)}") from None
+        raise UserError(f"cannot stream {name} from the Hugging Face hub ({reason(error)}); without a network give a local "
+                        "file: --dataset FILE.txt, .jsonl or .parquet, or --dataset tales") from None
+
+
+def open_dataset(name, split="train", config=None):
+    """A Hugging Face dataset, or a local .jsonl or .parquet file, as a `datasets.IterableDataset`: never downloaded or
+    held in memory as a whole."""
+    import datasets  # here, because it takes seconds to import and most runs do not need it
+    with reading(name):
+        if name.endswith(LOCAL):
             kind = "parquet" if name.endswith(".parquet") else "json"
-            stream = datasets.load_dataset(kind, data_files=name, split="train", streaming=True)
-        else:
-            stream = datasets.load_dataset(name, config, split=split, streaming=True)
-        if seed is not None:
-            stream = stream.shuffle(seed=seed, buffer_size=shuffle_buffer)
-        for row in stream:
+            return datasets.load_dataset(kind, data_files=name, split="train", streaming=True)
+        return datasets.load_dataset(name, config, split=split, streaming=True)
+
+
+def texts_of(dataset, name, column="text"):
+    """Documents (iterator of str) in the column of an `open_dataset`."""
+    with reading(name):
+        for row in dataset:
             if column not in row:
                 raise UserError(f"{name} has no column {column}, but {', '.join(row)}; "
                                 "scripts/data.py chooses one with --text-column")
@@ -81,25 +104,28 @@ def stream_dataset(name, split="train", config=None, column="text", seed=None, s
             if not isinstance(row[column], str):
                 raise UserError(f"the column {column} of {name} holds {type(row[column]).__name__}, not text")
             yield row[column]
-    except UserError:
-        raise
-    except Exception as error:  # noqa: BLE001 - `datasets` raises dozens of kinds, its own and its backends'
-        if local:
-            raise UserError(f"{name} cannot be read: {reason(error)}") from None
-        raise UserError(f"cannot stream {name} from the Hugging Face hub ({reason(error)}); without a network give a local "
-                        "file: --dataset FILE.txt, .jsonl or .parquet, or --dataset tales") from None
 
 
-def download_shakespeare():
-    """The text (str) of Tiny Shakespeare, 1,115,394 characters."""
+def stream_dataset(name, split="train", config=None, column="text", seed=None, shuffle_buffer=10_000):
+    """Documents (iterator of str) of a dataset; with a seed, shuffled through a buffer of `shuffle_buffer`."""
+    dataset = open_dataset(name, split, config)
+    if seed is not None:
+        dataset = dataset.shuffle(seed=seed, buffer_size=shuffle_buffer)
+    yield from texts_of(dataset, name, column)
+
+
+def download(name):
+    """The text (str) of shakespeare (1,115,394 characters), enwik8 or text8."""
     import urllib.request
-    print(f"fetching Tiny Shakespeare (1.1 MB) from {SHAKESPEARE}")
+    url = SHAKESPEARE if name == "shakespeare" else BENCHMARK.format(name)
+    print(f"fetching {name} from {url}")
     try:
-        with urllib.request.urlopen(SHAKESPEARE, timeout=60) as response:
-            return response.read().decode()
+        with urllib.request.urlopen(url, timeout=60) as response:
+            content = response.read()
     except OSError as error:
-        raise UserError(f"cannot fetch Tiny Shakespeare ({error}); without a network put a copy at "
-                        "data/shakespeare.txt, or train on the built-in tales: python train.py tales") from None
+        raise UserError(f"cannot fetch {name} ({error}); without a network put a copy at data/{name}.txt, or train on the "
+                        "built-in tales: python train.py tales") from None
+    return (content if name == "shakespeare" else zipfile.ZipFile(io.BytesIO(content)).read(name)).decode()
 
 
 _TAIL = {chr(b): b for b in range(0x80, 0xC0)} | {
@@ -144,8 +170,11 @@ def write_documents(path, documents, separator=None):
 
 def prepare(path):
     """Make the missing corpus of a preset; any other missing file is left to `read_documents`."""
-    if path == "data/shakespeare.txt":
-        write_documents(path, [download_shakespeare()])
+    if path in ("data/shakespeare.txt", "data/enwik8.txt", "data/text8.txt"):
+        write_documents(path, [download(os.path.basename(path).removesuffix(".txt"))])
+    elif path.endswith(".bin"):
+        raise UserError(f"there is no {path}; make it with: python scripts/data.py --dataset fineweb-edu --tokens 10B "
+                        f"--tokenizer artifacts/tokenizer/fineweb.json --output {path} (README, Large corpora)")
     elif path == "data/stories.txt":
         print(f"streaming 10,000 stories of {STORIES} from the Hugging Face hub to {path}")
         write_documents(path, map(repair_mojibake, islice(stream_dataset(STORIES, seed=1337), 10_000)))
@@ -157,9 +186,9 @@ def split_documents(text):
     return [part.removeprefix("\n" * (i > 0)).removesuffix("\n" * (i < len(parts) - 1)) for i, part in enumerate(parts)]
 
 
-def is_held_out(document):
+def is_held_out(document, share=HELD_OUT):
     """Whether `document` belongs to the held-out part: a function of its text alone."""
-    return int.from_bytes(hashlib.sha256(document.encode()).digest()[:8], "big") < HELD_OUT * 2**64
+    return int.from_bytes(hashlib.sha256(document.encode()).digest()[:8], "big") < share * 2**64
 
 
 def split(documents):
@@ -179,12 +208,25 @@ def split(documents):
 # --- tokens and rows --------------------------------------------------------------------------------------------
 
 
-def document_ids(documents, text):
-    """One list of ids a document; with an end token, one before the first and one after each."""
-    ids = text.encode(documents, "the corpus")
-    if text.end is None:
-        return ids
-    return [([text.end] if i == 0 else []) + document + [text.end] for i, document in enumerate(ids)]
+def cut(document):
+    """A document in pieces of some PIECE characters. A cut is made before a single space, where byte-level BPE never
+    joins; in a text without spaces, anywhere."""
+    start = 0
+    while start < len(document):
+        end = start + PIECE
+        space = re.compile(r"(?<=\S) (?=\S)").search(document, end)
+        end = space.start() if space and space.start() < end + PIECE else end
+        yield document[start:end]
+        start = end
+
+
+def token_stream(documents, text):
+    """The documents one after the other, (N,) int32; with an end token, one before the first and one after each."""
+    end = [] if text.end is None else [text.end]
+    parts = [end]
+    for document in documents:
+        parts += [np.array(text.encode([piece], "the corpus")[0], np.int32) for piece in cut(document)] + [end]
+    return torch.from_numpy(np.concatenate(parts).astype(np.int32))
 
 
 def document_rows(documents, text, block_size):
@@ -210,12 +252,16 @@ def held_out_rows(documents, text, cfg):
     """The held-out documents as non-overlapping windows; what is left over at the end is dropped."""
     if cfg.rows == "document":
         return document_rows(documents, text, cfg.block_size)
-    ids = torch.tensor([i for document in document_ids(documents, text) for i in document])
+    return windows(token_stream(documents, text), cfg)
+
+
+def windows(ids, cfg):
+    """The held-out ids (N,) as rows (R, block_size) long."""
     rows = len(ids) // cfg.block_size
     if not rows:
         raise UserError(f"the held-out part of {cfg.data} has {len(ids)} tokens, less than one window of "
                         f"block_size={cfg.block_size}; use more text or a smaller --block_size")
-    return ids[: rows * cfg.block_size].view(rows, cfg.block_size)
+    return ids[: rows * cfg.block_size].view(rows, cfg.block_size).long()
 
 
 def row_lengths(rows, text):
@@ -252,12 +298,12 @@ def tales_batch(text, cfg, held_out, step, rows=slice(None)):
     stories = (fresh * n)[:n]
     if cfg.rows == "document":
         return document_rows(stories[rows], text, cfg.block_size)
-    ids = torch.tensor([i for document in document_ids(stories, text) for i in document])
+    ids = token_stream(stories, text)
     if len(ids) < size:
         raise UserError(f"tokenizer={cfg.tokenizer} joins words; rows=stream of the tales needs one that does not: bpe "
                         "or char")
     start = torch.randint(len(ids) - size + 1, (), generator=generator(cfg.seed, "rows", step))
-    return ids[start:start + size].view(cfg.batch_size, cfg.block_size)[rows]
+    return ids[start:start + size].view(cfg.batch_size, cfg.block_size)[rows].long()
 
 
 def load(cfg, text=None):
@@ -274,6 +320,8 @@ def load(cfg, text=None):
         return Corpus(partial(tales_batch, text, cfg, seen), rows, text, 0, fingerprint(rows))
     if not os.path.exists(cfg.data):
         prepare(cfg.data)
+    if os.path.isdir(cfg.data):
+        return load_shards(cfg, text)
     documents = read_documents(cfg.data)
     train, held_out = split(documents)
     if text is None:
@@ -282,7 +330,7 @@ def load(cfg, text=None):
     if cfg.rows == "document":
         pool = document_rows(train, text, cfg.block_size)
         return Corpus(partial(pool_batch, pool, cfg), rows, text, int((pool != text.end).sum()), fingerprint(pool))
-    ids = torch.from_numpy(np.fromiter((i for d in document_ids(train, text) for i in d), dtype=np.int32))
+    ids = token_stream(train, text)
     if len(ids) < cfg.block_size:
         raise UserError(f"{cfg.data} has {len(ids)} training tokens, less than one window of "
                         f"block_size={cfg.block_size}; use more text or a smaller --block_size")
@@ -291,7 +339,7 @@ def load(cfg, text=None):
 
 def fingerprint(ids):
     """Hash (str) of a tensor of ids."""
-    return hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16]
+    return hashlib.sha256(ids.contiguous().numpy()).hexdigest()[:16]
 
 
 def check_same(data, recorded, cfg):
@@ -314,3 +362,106 @@ def make_tokenizer(cfg, texts, documents):
     text = tokenizer.load(cfg.tokenizer)
     print(f"tokenizer {cfg.tokenizer}: {text.mask:,} tokens and MASK (--tokenizer bpe trains one for this run)")
     return text
+
+
+# --- corpora larger than memory: a folder of memory-mapped shards ------------------------------------------------
+
+
+def write_shards(folder, source, text, wanted, settings, progress=lambda tokens: None):
+    """Write documents as token shards into `folder`; returns its index (dict). Goes on where an earlier call stopped.
+
+    source    `open_dataset` and its texts as a function: (dataset with state_dict, dataset -> iterator of str)
+    wanted    training tokens, at least; less where the source ends
+    settings  dict of what the shards are made from; a folder made from something else is refused
+    progress  called with the training tokens so far
+
+    The folder holds tokenizer.json, index.json and, for each shard, train_NNNNN.bin and held_out_NNNNN.bin: ids of
+    uint16 or uint32, `<|endoftext|>` between documents. One document in 200 is held out, by a hash of its text. A shard
+    counts when index.json names it, which is written last, with the source's place: an interruption costs one shard.
+    """
+    dataset, texts = source
+    dtype = np.uint16 if text.vocab_size <= 2**16 else np.uint32
+    index = {"settings": settings, "dtype": np.dtype(dtype).name, "shards": [], "tokens": 0, "documents": 0, "state": None,
+             "ended": False}
+    path = os.path.join(folder, "index.json")
+    try:
+        os.makedirs(folder, exist_ok=True)
+        if os.path.exists(path):
+            index = read_index(folder)
+            for name, value in settings.items():
+                if index["settings"].get(name) != value:
+                    raise UserError(f"{folder} was made with {name}={index['settings'].get(name)}, not {value}; give "
+                                    "another --output")
+            if index["state"]:
+                dataset.load_state_dict(index["state"])
+        else:
+            tokenizer.save(text, os.path.join(folder, "tokenizer.json"))
+        stream = iter(() if index["ended"] else texts(dataset))
+        while index["tokens"] < wanted and not index["ended"]:
+            name, counts = f"{len(index['shards']):05d}.bin", {"train": 0, "held_out": 0}
+            with contextlib.ExitStack() as stack:
+                files = {part: stack.enter_context(open(os.path.join(folder, f"{part}_{name}"), "wb")) for part in counts}
+                goal = min(SHARD_TOKENS, wanted - index["tokens"])
+                while counts["train"] < goal and (documents := list(islice(stream, SHARD_DOCUMENTS))):
+                    index["documents"] += len(documents)
+                    documents = [document for document in documents if document and not document.isspace()]
+                    for document, ids in zip(documents, text.encode(documents, "the corpus")):
+                        part = "held_out" if is_held_out(document, SHARD_HELD_OUT) else "train"
+                        ids = np.array(ids + ([] if text.end is None else [text.end]), dtype)
+                        ids.tofile(files[part])
+                        counts[part] += len(ids)
+                    progress(index["tokens"] + counts["train"])
+                for file in files.values():
+                    file.flush()
+                    os.fsync(file.fileno())
+            index["ended"] = counts["train"] < goal
+            index["tokens"] += counts["train"]
+            if sum(counts.values()):
+                index["shards"].append({"name": name} | counts)
+            index["state"] = dataset.state_dict()
+            with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+                json.dump(index, file, indent=1)
+            os.replace(f"{path}.tmp", path)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error}; the same command goes on from the last whole shard") from None
+    return index
+
+
+def read_index(folder):
+    """index.json of a folder of shards (dict)."""
+    try:
+        with open(os.path.join(folder, "index.json"), encoding="utf-8") as file:
+            return json.load(file)
+    except (OSError, ValueError):
+        raise UserError(f"{folder} is a folder, not a text file, and holds no shards (index.json); scripts/data.py "
+                        "--tokens makes some") from None
+
+
+def load_shards(cfg, text=None):
+    """Corpus of a folder that `write_shards` made, by memory map: each batch reads its own windows only."""
+    index = read_index(cfg.data)
+    own = tokenizer.load(os.path.join(cfg.data, "tokenizer.json"))
+    if text is not None and text.to_json() != own.to_json():
+        raise UserError(f"{cfg.data} was made with another tokenizer than the checkpoint's")
+    if cfg.rows == "document":
+        raise UserError(f"rows=document with {cfg.data}: shards are a stream of tokens; use --rows stream")
+
+    def maps(part):
+        return [np.memmap(os.path.join(cfg.data, f"{part}_{shard['name']}"), dtype=index["dtype"], mode="r")
+                for shard in index["shards"] if shard[part] >= cfg.block_size]
+    shards = maps("train")
+    if not shards:
+        raise UserError(f"{cfg.data} has no shard as long as a window of block_size={cfg.block_size}")
+    held_out, rows = maps("held_out"), max(cfg.eval_rows, cfg.final_rows)
+    held_out = np.concatenate([part[: rows * cfg.block_size] for part in held_out] or [[]])[: rows * cfg.block_size]
+    starts = np.cumsum([0] + [len(shard) - cfg.block_size + 1 for shard in shards])  # windows before each shard
+    return Corpus(partial(shard_batch, shards, starts, cfg), windows(torch.from_numpy(held_out.astype(np.int64)), cfg), own,
+                  index["tokens"], hashlib.sha256(repr(index["shards"]).encode()).hexdigest()[:16])
+
+
+def shard_batch(shards, starts, cfg, step, rows=slice(None)):
+    """Windows at uniformly random places of the shards."""
+    places = torch.randint(int(starts[-1]), (cfg.batch_size,), generator=generator(cfg.seed, "rows", step))[rows].numpy()
+    owner = np.searchsorted(starts, places, side="right") - 1
+    return torch.from_numpy(np.stack([shards[k][p:p + cfg.block_size] for k, p in zip(owner, places - starts[owner])])
+                            .astype(np.int64))

@@ -3,8 +3,6 @@ import math
 
 import torch
 
-from utils.runtime import has_bfloat16
-
 
 def orthogonalise(g, dtype, steps=5):
     """Roughly U V^T of each matrix U S V^T in g (n, rows, columns): Newton-Schulz, the coefficients of Jordan 2024.
@@ -22,14 +20,16 @@ def orthogonalise(g, dtype, steps=5):
 
 
 class Muon(torch.optim.Optimizer):
-    """torch.optim.Muon's update with all matrices of a shape orthogonalised at once, and in float32 where bfloat16 is
-    only emulated; `scripts/bench.py train` times the two, a test compares their steps.
+    """torch.optim.Muon's update with all matrices of a shape orthogonalised at once, and in float32 for runs in float32:
+    bfloat16 turns their last digit into the third. `scripts/bench.py train` times the two, a test compares their steps.
 
-    params are matrices; lr is scaled by sqrt(max(1, rows / columns)), momentum is Nesterov's.
+    params are matrices; lr is scaled by sqrt(max(1, rows / columns)), momentum is Nesterov's; dtype is that of the
+    orthogonalisation.
     """
 
-    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
+    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0, dtype=torch.float32):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self):
@@ -45,17 +45,16 @@ class Muon(torch.optim.Optimizer):
                 buffers, grads = [self.state[p]["momentum_buffer"] for p in params], [p.grad for p in params]
                 torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
                 nesterov = torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"]))
-                dtype = torch.bfloat16 if has_bfloat16(nesterov.device) else torch.float32
-                updates = orthogonalise(nesterov, dtype)
+                updates = orthogonalise(nesterov, self.dtype)
                 if group["weight_decay"]:
                     torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
                 scale = math.sqrt(max(1, shape[0] / shape[1]))
                 torch._foreach_add_(params, list(updates.unbind()), alpha=-group["lr"] * scale)
 
 
-def make_optimizers(model, cfg, muon=Muon):
-    """List of optimizers. Muon (Jordan 2024) moves the block matrices, each step orthogonalised; AdamW moves
-    embeddings, head and vectors. Each group remembers its full learning rate in "peak". bench.py gives another muon."""
+def make_optimizers(model, cfg, dtype=torch.float32):
+    """List of optimizers. Muon (Jordan 2024) moves the block matrices, each step orthogonalised, in bfloat16 if that is
+    the run's dtype; AdamW moves embeddings, head and vectors. Each group remembers its full learning rate in "peak"."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and name.startswith("blocks.")]
     if cfg.optimizer == "adamw":
         matrices = []
@@ -65,7 +64,8 @@ def make_optimizers(model, cfg, muon=Muon):
     optimizers = [torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.lr, betas=(cfg.beta1, cfg.beta2),
                                     fused=True)]
     if matrices:
-        optimizers.append(muon(matrices, lr=cfg.muon_lr, weight_decay=cfg.weight_decay))
+        optimizers.append(Muon(matrices, lr=cfg.muon_lr, weight_decay=cfg.weight_decay,
+                               dtype=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32))
     for group in (g for optimizer in optimizers for g in optimizer.param_groups):
         group["peak"] = group["lr"]
     return optimizers

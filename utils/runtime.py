@@ -143,7 +143,11 @@ def start_ranks(name):
     else:
         raise UserError(f"torchrun works with device=cuda and cpu, not {device.type}")
     if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        store, rank, world = next(dist.rendezvous("env://"))
+        # torchrun keeps the store when it restarts a job; without a prefix the processes look for those that died
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
+                                world_size=world)
     return Ranks(dist.get_rank(), dist.get_world_size()), device
 
 

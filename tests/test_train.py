@@ -1,0 +1,482 @@
+"""Training at scale and in trouble: micro-batches, several processes, shards, kills, full disks, exact resuming."""
+import dataclasses
+import glob
+import json
+import math
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
+
+import pytest
+import torch
+
+import config
+import diffusion
+import toy
+import train
+from config import Config, UserError
+from conftest import ROOT
+from scripts import data as data_script
+from utils import checkpoint, corpus, optim, runtime, tales, tokenizer
+
+TINY = dict(data="tales", rows="document", vocab_size=1024, block_size=67, n_layer=1, n_head=2, n_embd=16, batch_size=4,
+            tie_embeddings=True, max_iters=6, eval_interval=3, eval_rows=4, final_rows=4, final_masks=2, compile="off",
+            device="cpu", dtype="float32", name="tiny")
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def tiny(**changes):
+    return config.merge(Config, TINY, changes)
+
+
+def weights(name, part="model"):
+    return checkpoint.read(f"artifacts/models/{name}.pt")[part]
+
+
+def assert_close(a, b, tolerance):
+    assert a.keys() == b.keys()
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], atol=tolerance, rtol=0)
+
+
+# --- the batch, whoever computes it -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", ({}, {"complementary": True, "optimizer": "adamw"}, {"loss_weighting": "pooled"},
+                                     {"corruption": "bernoulli", "rows": "stream", "block_size": 32}))
+def test_micro_batches_are_the_batch(changes):
+    """Ten steps in fp32: one row at a time, or all at once. With the sum of gradients instead of the mean, or other masks,
+    the weights would differ by their own size."""
+    for name, micro_batch in (("whole", 0), ("parts", 2)):
+        train.train(tiny(name=name, micro_batch=micro_batch, max_iters=10, eval_interval=10, short_rows=0.2, **changes), quiet=True)
+    assert_close(weights("whole"), weights("parts"), 1e-5)
+
+
+def test_ranks_share_the_batch():
+    """Two halves are the whole, and pairs of complementary rows are not torn apart."""
+    for changes in ({}, {"complementary": True}, {"rows": "stream", "corruption": "bernoulli"}):
+        cfg = tiny(batch_size=8, **changes)
+        data = corpus.load(cfg)
+        (whole,), seed = train.prepare(cfg, data, 3, runtime.Ranks(), torch.device("cpu"))
+        halves = [train.prepare(cfg, data, 3, runtime.Ranks(rank, 2), torch.device("cpu")) for rank in (0, 1)]
+        for part in (lambda piece: piece[0], lambda piece: piece[1].masked, lambda piece: piece[1].weight):
+            assert torch.equal(part(whole), torch.cat([part(half[0][0]) for half in halves]))
+        assert len({seed, halves[1][1]}) == 2, "dropout differs"
+
+
+@pytest.mark.parametrize("B, L, given, size, complementary, schedule", (
+    (64, 256, 0, 64, False, "linear"), (64, 256, 0, 16, False, "linear"), (48, 67, 1, 48, False, "linear"),
+    (6, 10, 0, 2, False, "cos"), (64, 256, 0, 16, True, "linear"), (8, 5, 0, 2, True, "linear"), (2, 3, 0, 2, True, "linear")))
+def test_a_layout_has_a_static_bound(B, L, given, size, complementary, schedule):
+    """Each piece of a batch has an index of one length at every step; it lists the masked positions, then -1; and it is
+    hardly longer than needed."""
+    cfg = toy.settings(schedule=schedule, complementary=complementary, rows="document" if given else "stream")
+    lengths, used = set(), []
+    for step in range(200):
+        whole = diffusion.draw_corruption(cfg, B, L, runtime.generator(step))
+        pieces = diffusion.split_corruption(cfg, whole, slice(0, B), size)
+        lengths.add(tuple(len(piece.index) for piece in pieces))
+        for number, piece in enumerate(pieces):
+            masked = whole.masked[number * size:(number + 1) * size]
+            assert torch.equal(piece.index[piece.index >= 0], masked.flatten().nonzero()[:, 0])
+            assert torch.equal(piece.masked, masked)
+        used.append(sum((piece.index >= 0).sum().item() for piece in pieces))
+    assert len(lengths) == 1
+    assert max(used) > sum(*lengths) - B - (L if complementary else 0), "the bound is tight"
+    assert sum(*lengths) <= B + math.ceil((L - given) * (B + 1) / 2) or schedule != "linear" or complementary, "maths.md"
+
+
+def test_an_index_filled_up_changes_no_loss():
+    model, x0 = toy.Lookup(blur=0.2), toy.SEQUENCES[:8]
+    whole = diffusion.draw_corruption(toy.settings(), 8, 4, runtime.generator(1))
+    (piece,) = diffusion.split_corruption(toy.settings(), whole, slice(0, 8), 8)
+    assert (piece.index == -1).any()
+    torch.testing.assert_close(diffusion.loss(model, x0, piece), diffusion.loss(model, x0, whole))
+
+
+def test_complementary_masks():
+    """Each token of a pair's text is hidden in one row or the other (both, if a row has all hidden); the number of masks
+    stays uniform, so that the loss stays the bound: its mean over counts is the exact one on the toy."""
+    cfg, counts = toy.settings(complementary=True), []
+    for step in range(400):
+        masked, weight, _ = diffusion.draw_corruption(cfg, 8, 4, runtime.generator(step))
+        first, second = masked[::2], masked[1::2]
+        assert (first | second).all() and ((first & second).any(1) == first.all(1)).all()
+        assert torch.equal(weight, 4 / masked.sum(1))
+        counts += masked.sum(1).tolist()
+    assert [counts.count(n) / len(counts) for n in range(1, 5)] == pytest.approx([0.25] * 4, abs=0.02)
+
+
+def test_softcap_bounds_the_logits_and_keeps_their_order():
+    torch.manual_seed(0)
+    shape = dict(n_layer=1, n_head=1, n_embd=8, init="normal")
+    plain, capped = (train.Transformer(toy.settings(softcap=cap, **shape), 12) for cap in (0.0, 5.0))
+    plain.head.weight.data.mul_(100)
+    capped.load_state_dict(plain.state_dict())
+    ids = torch.randint(11, (2, 6))
+    a, b = plain(ids), capped(ids)
+    assert a.abs().max() > 5 > b.abs().max() and torch.equal(a.argsort(-1), b.argsort(-1))
+    torch.testing.assert_close(b, 5 * torch.tanh(a / 5))
+
+
+def test_activation_checkpointing_changes_nothing():
+    for name, wanted in (("plain", False), ("again", True)):
+        train.train(tiny(name=name, activation_checkpointing=wanted, dropout=0.1), quiet=True)
+    assert_close(weights("plain"), weights("again"), 0)
+
+
+# --- an average of the weights ----------------------------------------------------------------------------------
+
+
+def test_the_average_of_the_weights():
+    """Warm start: the first step counts for 1 - 1/10, later ones for 1 - decay at least."""
+    average, model = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
+    average.weight.data.fill_(0.0)
+    expected = 0.0
+    for step in range(200):
+        model.weight.data.fill_(float(step))
+        optim.update_average(average, model, 0.9, step)
+        decay = min(0.9, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * step
+    assert average.weight.item() == pytest.approx(expected) == pytest.approx(199 - 9, abs=0.1)
+
+
+def test_what_is_judged_and_sampled_is_the_average():
+    train.train(tiny(ema=0.9), quiet=True)
+    state, best = checkpoint.read("artifacts/models/tiny.pt"), checkpoint.read("artifacts/models/tiny.best.pt")
+    assert best["step"] == 6 and all(torch.equal(best["model"][key], state["ema"][key]) for key in best["model"])
+    assert not torch.equal(state["ema"]["blocks.0.mlp.fc.weight"], state["model"]["blocks.0.mlp.fc.weight"])
+    model, _, _ = checkpoint.restore(state, torch.device("cpu"))
+    assert torch.equal(model.blocks[0].mlp.fc.weight, state["ema"]["blocks.0.mlp.fc.weight"])
+
+
+# --- never losing a step ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", ({"ema": 0.9}, {"complementary": True, "micro_batch": 2}, {"optimizer": "adamw", "ema": 0.95},
+                                     {"weight_decay": 0.1, "softcap": 15.0}))
+def test_resuming_is_exact(changes, monkeypatch):
+    """Any number of stops: weights, optimizer state, average, log and best-so-far are those of a run in one go."""
+    whole = tiny(name="whole", dropout=0.1, short_rows=0.5, save_interval=1, **changes)
+    train.train(whole, quiet=True)
+    cfg, state, stops = dataclasses.replace(whole, name="parts"), None, [2, 3, 5]
+    save = checkpoint.save
+
+    class Crash(Exception):
+        pass
+
+    def save_and_crash(path, data):
+        save(path, data)
+        if path.endswith("parts.pt") and stops and data["step"] >= stops[0]:
+            stops.pop(0)
+            raise Crash
+    monkeypatch.setattr(checkpoint, "save", save_and_crash)
+    while True:
+        try:
+            train.train(cfg, state, quiet=True)
+            break
+        except Crash:
+            cfg, state = train.resumed_config(["--resume", "artifacts/models/parts.pt"])
+    a, b = (checkpoint.read(f"artifacts/models/{name}.pt") for name in ("whole", "parts"))
+    assert_close(a["model"], b["model"], 0)
+    if whole.ema:
+        assert_close(a["ema"], b["ema"], 0)
+    for one, other in zip(a["optimizers"], b["optimizers"]):
+        for number, values in one["state"].items():
+            assert_close({k: torch.as_tensor(v) for k, v in values.items()},
+                         {k: torch.as_tensor(v) for k, v in other["state"][number].items()}, 0)
+    assert a["best"] == b["best"] and a["nll"] == b["nll"] and torch.equal(a["running"], b["running"])
+    logs = [[{k: v for k, v in json.loads(line).items() if k != "minutes"} for line in open(f"artifacts/logs/{name}.jsonl")]
+            for name in ("whole", "parts")]
+    assert logs[0] == logs[1]
+    assert checkpoint.read("artifacts/models/whole.best.pt")["step"] == checkpoint.read("artifacts/models/parts.best.pt")["step"]
+
+
+def test_another_text_is_no_way_to_go_on(tmp_path):
+    (tmp_path / "a.txt").write_text("to be or not to be, that is the question. " * 60)
+    cfg = tiny(data="a.txt", rows="stream", tokenizer="char", block_size=16, name="a")
+    train.train(cfg, quiet=True)
+    (tmp_path / "a.txt").write_text("to be or not to be, that is the squestion. " * 60)
+    cfg, state = train.resumed_config(["--resume", "artifacts/models/a.pt", "--max_iters", "9"])
+    with pytest.raises(UserError, match="a.txt is not the text that a was trained on"):
+        train.train(cfg, state, quiet=True)
+
+
+def forkserver():
+    """Processes that start in milliseconds: forked from one that has imported torch and this project, and no more."""
+    os.environ["PYTHONPATH"] = os.pathsep.join([ROOT, os.path.join(ROOT, "tests")])
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "train", "test_train"])
+    return context
+
+
+def save_for_ever(path):
+    step = checkpoint.read(path)["step"] if os.path.exists(path) else 0
+    while True:
+        step += 1
+        checkpoint.save(path, {"version": config.VERSION, "config": {}, "sample": {}, "tokenizer": "", "step": step,
+                               "model": torch.full((300_000,), float(step))})
+
+
+def test_a_kill_at_any_moment_leaves_a_checkpoint(tmp_path):
+    """24 kills at random moments, most of them inside a save: what is there is whole, and no older than the last save
+    that had ended."""
+    path, dice, steps, unfinished = str(tmp_path / "x.pt"), random.Random(0), [0], 0
+    for _ in range(24):
+        child = forkserver().Process(target=save_for_ever, args=(path,))
+        child.start()
+        deadline = time.time() + 30
+        while (checkpoint.read(path)["step"] if os.path.exists(path) else 0) <= steps[-1] and time.time() < deadline:
+            time.sleep(0.002)
+        seen = checkpoint.read(path)["step"]
+        time.sleep(dice.random() * 0.02)
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+        unfinished += os.path.exists(f"{path}.tmp")
+        state = checkpoint.read(path)
+        assert (state["model"] == state["step"]).all() and len(state["model"]) == 300_000
+        assert state["step"] >= seen > steps[-1]
+        steps.append(state["step"])
+    assert unfinished > 3, "some kills hit a save"
+
+
+def test_a_run_that_is_killed_again_and_again(tmp_path):
+    """kill -9 at three random moments of a run that saves at every step; what it ends with is what it would have been."""
+    long = dict(max_iters=60, eval_interval=20, save_interval=1)
+    train.train(tiny(name="whole", **long), quiet=True)
+    dice, path, cfg, state = random.Random(1), "artifacts/models/parts.pt", tiny(name="parts", **long), None
+    for kill in range(3):
+        child = forkserver().Process(target=train.train, args=(cfg, state, True))
+        child.start()
+        before, deadline = state["step"] if state else 0, time.time() + 60
+        while (checkpoint.read(path)["step"] if os.path.exists(path) else 0) < before + 3 and time.time() < deadline:
+            time.sleep(0.005)
+        time.sleep(dice.random() * 0.05)
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+        cfg, state = train.resumed_config(["--resume", path])
+        assert before < state["step"] < 60
+    train.train(cfg, state, quiet=True)
+    assert_close(weights("whole"), weights("parts"), 0)
+    assert [json.loads(line)["step"] for line in open("artifacts/logs/parts.jsonl")] == [20, 40, 60]
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(monkeypatch):
+    """Files may not grow beyond 100 kB after step 3: the checkpoint (200 kB) cannot be written; then not even the log."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    prepare = train.prepare
+
+    def fill_the_disk(cfg, data, step, *rest):
+        if step == 4:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        return prepare(cfg, data, step, *rest)
+    monkeypatch.setattr(train, "prepare", fill_the_disk)
+    for name, size, what in (("a", 100_000, "models/a"), ("b", 10, "logs/b.jsonl")):
+        try:
+            with pytest.raises(UserError, match=f"cannot write .*{what}"):
+                train.train(tiny(name=name), quiet=True)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert checkpoint.read(f"artifacts/models/{name}.pt")["step"] == 3
+        assert not [file for file in os.listdir("artifacts/models") if file.endswith(".tmp")]
+
+
+def test_a_broken_loss_is_seen_within_ten_steps(monkeypatch):
+    prepare = train.prepare
+
+    def broken(cfg, data, step, *rest):
+        pieces, seed = prepare(cfg, data, step, *rest)
+        return [(x0, c._replace(weight=c.weight * (math.nan if step == 12 else 1))) for x0, c in pieces], seed
+    monkeypatch.setattr(train, "prepare", broken)
+    with pytest.raises(UserError, match="not finite at step 20; nothing was saved"):
+        train.train(tiny(max_iters=100, eval_interval=100), quiet=True)
+
+
+# --- several processes ------------------------------------------------------------------------------------------
+
+CRASH_ONCE = """
+import os, sys
+sys.path.insert(0, ROOT)
+import config, train
+prepare = train.prepare
+def crash(cfg, data, step, ranks, device):
+    if step == 7 and ranks.rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os._exit(1)
+    return prepare(cfg, data, step, ranks, device)
+train.prepare = crash
+config.run(train.main)
+"""
+
+
+def test_two_processes_are_one_and_survive_a_crash(tmp_path):
+    """torchrun with two processes, one of which dies at step 7: it starts again from the checkpoint of step 5 by itself,
+    under the same name, and ends with the weights of one process in one go."""
+    changes = dict(max_iters=10, eval_interval=5, short_rows=0.2, micro_batch=2, ema=0.9, name="tiny")
+    train.train(tiny(**changes), quiet=True)
+    os.rename("artifacts", "alone")
+    (tmp_path / "tiny.py").write_text(f"config = {TINY | changes}")
+    (tmp_path / "crash.py").write_text(CRASH_ONCE.replace("ROOT", repr(ROOT)))
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                           "--max-restarts=1", "crash.py", "tiny.py"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "2 processes" in done.stdout + done.stderr and "resuming tiny at step 5" in done.stdout
+    assert sorted(os.listdir("artifacts/models")) == ["tiny.best.pt", "tiny.pt"]
+    a, b = (checkpoint.read(f"{folder}/models/tiny.pt") for folder in ("alone", "artifacts"))
+    assert a["step"] == b["step"] == 10
+    assert_close(a["model"], b["model"], 1e-5)
+    assert_close(a["ema"], b["ema"], 1e-5)
+    one, two = ([json.loads(line) for line in open(f"{folder}/logs/tiny.jsonl")] for folder in ("alone", "artifacts"))
+    for x, y in zip(one, two, strict=True):
+        assert x["step"] == y["step"]
+        assert x["loss"] == pytest.approx(y["loss"], abs=1e-5) and x["bound"] == pytest.approx(y["bound"], abs=1e-5)
+
+
+# --- shards -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stories(tmp_path, monkeypatch):
+    """A .jsonl of 600 documents, a tokenizer, and shards of 5,000 tokens."""
+    texts = tales.generate("shards", 600)
+    with open("s.jsonl", "w") as file:
+        file.writelines(json.dumps({"body": text}) + "\n" for text in texts)
+    text = tokenizer.train_bpe(texts[:200], 512)
+    tokenizer.save(text, "t.json")
+    monkeypatch.setattr(corpus, "SHARD_TOKENS", 5000)
+    monkeypatch.setattr(corpus, "SHARD_DOCUMENTS", 20)
+    monkeypatch.setattr(corpus, "SHARD_HELD_OUT", 0.05)
+    return texts, text
+
+
+def shards(words, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["data.py", *words.split()])
+    data_script.main(sys.argv[1:])
+
+
+COMMAND = "--dataset s.jsonl --text-column body --tokens 1B --tokenizer t.json --output "
+
+
+def test_shards_hold_every_document_once(stories, monkeypatch, capsys):
+    texts, text = stories
+    shards(COMMAND + "s.bin", monkeypatch)
+    assert "600 documents" in capsys.readouterr().out
+    index = corpus.read_index("s.bin")
+    assert len(index["shards"]) > 5 and index["dtype"] == "uint16" and index["ended"]
+    found = {"train": [], "held_out": []}
+    for part, documents in found.items():
+        for shard in index["shards"]:
+            ids = torch.from_file(f"s.bin/{part}_{shard['name']}", dtype=torch.int16, size=shard[part]).tolist()
+            documents += split_at(ids, text)
+    assert sorted(found["train"] + found["held_out"]) == sorted(texts)
+    assert found["held_out"] == [t for t in texts if corpus.is_held_out(t, 0.05)] != []
+    assert index["tokens"] == sum(shard["train"] for shard in index["shards"])
+
+
+def split_at(ids, text):
+    documents, here = [], []
+    for i in ids:
+        if i == text.end:
+            documents.append(text.decode(here))
+            here = []
+        else:
+            here.append(i)
+    assert not here
+    return documents
+
+
+def test_shards_go_on_after_an_interruption(stories, monkeypatch, capsys):
+    """Stopped in the middle of the third shard, and asked for more later: the same files as in one go."""
+    shards(COMMAND + "whole.bin", monkeypatch)
+    texts_of = corpus.texts_of
+
+    def stops(dataset, *rest):
+        for number, document in enumerate(texts_of(dataset, *rest)):
+            if number == 210:
+                raise KeyboardInterrupt
+            yield document
+    monkeypatch.setattr(corpus, "texts_of", stops)
+    with pytest.raises(KeyboardInterrupt):
+        shards(COMMAND + "parts.bin", monkeypatch)
+    done = corpus.read_index("parts.bin")
+    assert 1 <= len(done["shards"]) < 4 and done["documents"] < 210
+    monkeypatch.setattr(corpus, "texts_of", texts_of)
+    shards(COMMAND + "parts.bin", monkeypatch)
+    whole, parts = (corpus.read_index(folder) for folder in ("whole.bin", "parts.bin"))
+    assert whole["shards"] == parts["shards"] and whole["documents"] == parts["documents"] == 600
+    for shard in whole["shards"]:
+        for part in ("train", "held_out"):
+            assert open(f"whole.bin/{part}_{shard['name']}", "rb").read() == open(f"parts.bin/{part}_{shard['name']}", "rb").read()
+    with pytest.raises(UserError, match="was made with text_column=body, not text"):
+        shards(COMMAND.replace("body", "text") + "parts.bin", monkeypatch)
+
+
+def test_shards_are_written_in_flat_memory(stories, monkeypatch):
+    """Five times as many documents take no more memory: that of a batch of documents."""
+    texts, text = stories
+    monkeypatch.setattr(corpus, "SHARD_TOKENS", 100_000)
+
+    class Source:
+        state_dict = staticmethod(dict)
+    peaks = []
+    for count in (1_000, 5_000):
+        stream = lambda _: (texts[i % len(texts)] + str(i) for i in range(count))
+        tracemalloc.start()
+        corpus.write_shards(f"{count}.bin", (Source, stream), text, 10**9, {})
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.2 * peaks[0] < 10**6 and sum(map(os.path.getsize, glob.glob("5000.bin/*.bin"))) > 500_000
+
+
+def test_training_on_shards(stories, monkeypatch):
+    shards(COMMAND + "s.bin", monkeypatch)
+    texts, text = stories
+    cfg = tiny(data="s.bin", rows="stream", block_size=32, batch_size=8)
+    data = corpus.load(cfg)
+    assert data.text.to_json() == text.to_json() and data.tokens == corpus.read_index("s.bin")["tokens"]
+    known = "".join(t + "|" for t in texts if not corpus.is_held_out(t, 0.05))
+    for row in data.batch(0).tolist():
+        assert "".join("|" if i == text.end else text.decode([i]) for i in row) in known
+    assert torch.equal(data.batch(5)[2:6], data.batch(5, slice(2, 6)))
+    report = train.train(cfg, quiet=True)
+    assert report["bound_bits_per_byte"] > 0
+    with pytest.raises(UserError, match="shards are a stream"):
+        corpus.load(tiny(data="s.bin"))
+
+
+@pytest.mark.parametrize("words, message", (
+    ("--dataset s.jsonl --tokens 1B --output s.bin", "needs --tokenizer"),
+    ("--dataset s.jsonl --tokens many --tokenizer t.json --output s.bin", "expected a number of tokens"),
+    ("--dataset s.jsonl --tokens 1B --tokenizer t.json --output s.txt", "something.bin"),
+    ("--dataset tales --tokens 1B --tokenizer t.json --output s.bin", "fit into memory"),
+    ("--dataset s.jsonl --tokens 1B --tokenizer t.json --output s.bin", "has no column text"),
+    ("--dataset none.jsonl --tokens 1B --tokenizer t.json --output s.bin", "there is no file")))
+def test_mistakes_with_shards(words, message, stories, monkeypatch):
+    with pytest.raises(UserError, match=message):
+        shards(words, monkeypatch)
+
+
+def test_a_folder_is_no_corpus(tmp_path):
+    (tmp_path / "folder").mkdir()
+    for path, message in (("folder", "holds no shards"), ("data/fineweb_edu.bin", "make it with")):
+        with pytest.raises(UserError, match=message):
+            corpus.load(tiny(data=path, rows="stream"))
+
+
+def test_long_documents_are_cut_where_bpe_does_not_join(monkeypatch):
+    text = tokenizer.train_bpe(tales.generate("cut", 300), 400)
+    document = "  ".join(tales.generate("long", 30)) + "\n\n x"
+    whole = text.encode([document])[0]
+    monkeypatch.setattr(corpus, "PIECE", 50)
+    assert len(list(corpus.cut(document))) > 20 and "".join(corpus.cut(document)) == document
+    assert corpus.token_stream([document], text).tolist() == [text.end, *whole, text.end]
+    assert "".join(corpus.cut("x" * 1000)) == "x" * 1000, "and where there is no space, anywhere"
