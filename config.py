@@ -42,8 +42,10 @@ class Config:
     compile: str = field("auto", "torch.compile; auto: on CUDA, and on a CPU for runs that are long enough",
                          choices=("auto", "on", "off"))
 
-    data: str = field("data/stories.txt", "tales (built in), or a .txt, .jsonl or .parquet file", "data")
-    tokenizer: str = field("bpe", "char, bpe (trained on the corpus), or the path of a tokenizer.json")
+    data: str = field("data/stories.txt", "tales (built in), a .txt, .jsonl or .parquet file, or a folder of shards "
+                      "(scripts/data.py --tokens)", "data")
+    tokenizer: str = field("bpe", "char, bpe (trained on the corpus), or the path of a tokenizer.json; shards have "
+                           "their own")
     vocab_size: int = field(2048, "for a bpe trained here, MASK included; char has as many as the text")
     rows: str = field("stream", "stream: windows anywhere in the text; document: one document a row",
                       choices=("stream", "document"))
@@ -125,8 +127,9 @@ class Config:
         if self.complementary and (self.corruption != "count" or self.schedule != "linear" or self.batch_size % 2):
             raise UserError(f"complementary with corruption={self.corruption}, schedule={self.schedule}, batch_size="
                             f"{self.batch_size}: pairs of rows need counts, the linear schedule and an even batch")
-        if self.micro_batch and self.batch_size % self.micro_batch:
-            raise UserError(f"micro_batch={self.micro_batch} does not divide batch_size={self.batch_size}")
+        if self.micro_batch and (self.batch_size % self.micro_batch or self.complementary and self.micro_batch % 2):
+            raise UserError(f"micro_batch={self.micro_batch} must divide batch_size={self.batch_size}"
+                            + (" and be even, since complementary rows are pairs" if self.complementary else ""))
         if not self.max_iters and not self.max_minutes:
             raise UserError("max_iters=0 with max_minutes=0: the run would never end; set one of them")
 
@@ -200,9 +203,9 @@ class SampleConfig:
 # The recipe of the two micro-dLLMs, the yardstick of all comparisons: discrete times, a table of them, AdamW as PyTorch
 # has it. Their sampler is repaired here, and row 0 of the table is for clean text only: theirs decided the last tokens
 # without ever having been trained.
-MICRO = dict(schedule="cos", corruption="bernoulli", diffusion_steps=100, time_conditioning="table", init="normal",
+MICRO = dict(rows="stream", tie_embeddings=False, schedule="cos", corruption="bernoulli", diffusion_steps=100, time_conditioning="table", init="normal",
              optimizer="adamw", lr=3e-4, beta2=0.999, weight_decay=0.01, warmup_iters=0, lr_decay="constant",
-             grad_clip=0.0, short_rows=0.0, max_iters=5000)
+             grad_clip=0.0, short_rows=0.0, dropout=0.0, max_iters=5000)
 
 PRESETS = {
     # The built-in stories. A 2-core CPU trains it in minutes.
@@ -220,10 +223,10 @@ PRESETS = {
     "micro_bpe": MICRO | dict(data="data/stories.txt", tokenizer="artifacts/tokenizer/tokenizer.json",
                               loss_weighting="pooled"),
     # GPT-2 small's shape: 85M parameters in blocks. For a GPU; not measured yet, like all that follow.
-    "gpt2": dict(data="data/fineweb_edu.bin", n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=256,
+    "gpt2": dict(data="data/fineweb_edu.bin", vocab_size=32768, n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=256,
                  micro_batch=32, warmup_iters=250, max_iters=10_000, eval_interval=500),
     # 201M parameters in blocks, for one to many GPUs.
-    "speedrun": dict(data="data/fineweb_edu.bin", n_layer=16, n_head=8, n_embd=1024, block_size=1024, batch_size=512,
+    "speedrun": dict(data="data/fineweb_edu.bin", vocab_size=32768, n_layer=16, n_head=8, n_embd=1024, block_size=1024, batch_size=512,
                      micro_batch=32, warmup_iters=250, max_iters=10_000, eval_interval=500),
     # The standard benchmarks in bits per character: 100 MB each, the last tenth is held out (its first half is what the
     # papers call validation, its second half is their test). enwik8 is counted in bytes: a BPE without merges.
@@ -394,8 +397,8 @@ def run(main):
     try:
         main(sys.argv[1:])
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":  # torchrun's other processes have the same to say
-            print(f"error: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")  # torchrun's number of this process
+        print(f"{'' if rank == '0' else f'process {rank}: '}error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

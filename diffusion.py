@@ -175,7 +175,8 @@ def counts_of(cfg, u, n):
 
 
 def split_corruption(cfg, whole, rows, size):
-    """The part of `whole`, a batch's Corruption, that belongs to rows (a slice), in pieces of `size` rows.
+    """The part of `whole`, a batch's Corruption, that belongs to rows (a slice), in pieces of `size` rows (whole pairs,
+    with complementary masks).
 
     With counts, each piece gets an index of the same length at every step, filled up with -1: what its rows can mask at
     most. The strata and their order are fixed, so that is hardly more than what they mask on average.
@@ -188,7 +189,7 @@ def split_corruption(cfg, whole, rows, size):
             most = torch.where(most == n, n, n / 2).repeat_interleave(2)
     pieces = []
     for start in range(rows.start, rows.stop, size):
-        part = slice(start, start + size)
+        part = slice(start, min(start + size, rows.stop))
         index = whole.masked[part].flatten().nonzero()[:, 0]
         if cfg.corruption == "count":
             bound = math.ceil(most[part].sum().item())

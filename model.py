@@ -212,7 +212,7 @@ class Transformer(nn.Module):
         if select is not None:
             x = x.flatten(0, 1)[select]
         logits = F.linear(x, self.head.weight[: self.vocab_size - 1])
-        return self.cfg.softcap * torch.tanh(logits / self.cfg.softcap) if self.cfg.softcap else logits
+        return self.cfg.softcap * torch.tanh(logits.float() / self.cfg.softcap) if self.cfg.softcap else logits
 
     def num_parameters(self):
         return sum(p.numel() for p in self.parameters())

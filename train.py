@@ -49,10 +49,11 @@ def resumed_config(argv):
     if "optimizers" not in state:
         raise UserError(f"{path} holds weights only and cannot be resumed; use the run's last checkpoint "
                         f"({path.replace('.best.pt', '.pt')}), or --init_from {path} to start a new run from it")
+    before = dataclasses.asdict(config.merge(Config, state["config"]))
     for key, value in overrides.items():
-        if key not in MAY_CHANGE and value != state["config"][key]:
-            raise UserError(f"--{key} {value} differs from the run's {state['config'][key]}, and a resumed run cannot "
-                            f"change it; --init_from {path} starts a new run")
+        if key not in MAY_CHANGE and value != before[key]:
+            raise UserError(f"--{key} {value} differs from the run's {before[key]}, and a resumed run cannot change it; "
+                            f"--init_from {path} starts a new run")
     folder, file = os.path.split(os.path.abspath(path))
     if os.path.basename(folder) != "models":
         raise UserError(f"{path} is not in a folder models/; to go on with it, move it to {Config.out_dir}/models/")
@@ -61,9 +62,9 @@ def resumed_config(argv):
     elif "max_iters" in overrides:
         overrides["max_minutes"] = 0.0
     place = {"out_dir": os.path.relpath(os.path.dirname(folder)), "name": file.removesuffix(".pt")}
-    cfg = config.merge(Config, state["config"], overrides, place)
-    changed = [f"{k} {state['config'][k]} -> {v}" for k, v in overrides.items()
-               if k not in ("resume", "out_dir") and v != state["config"][k]]
+    cfg = config.merge(Config, before, overrides, place)
+    changed = [f"{k} {before[k]} -> {v}" for k, v in overrides.items()
+               if k not in ("resume", "out_dir") and v != before[k]]
     if runtime.is_first():
         print(f"resuming {cfg.name} at step {state['step']:,}" + (f", with {', '.join(changed)}" if changed else ""))
     if 0 < cfg.max_iters <= state["step"] or 0 < cfg.max_minutes <= state["minutes"]:
@@ -77,11 +78,12 @@ def make_model(cfg, text, given):
     torch.manual_seed(cfg.seed)
     model = Transformer(cfg, text.vocab_size)
     if given:
+        theirs = config.merge(Config, given["config"])
         for name in SHAPE:  # some of these leave the shapes of the weights alone, so loading would not notice
-            if getattr(cfg, name) != given["config"][name]:
-                raise UserError(f"--init_from {cfg.init_from} was trained with {name}={given['config'][name]}, not "
-                                f"{getattr(cfg, name)}; give --{name} {given['config'][name]}")
-        model.load_state_dict(given["model"])
+            if getattr(cfg, name) != getattr(theirs, name):
+                raise UserError(f"--init_from {cfg.init_from} was trained with {name}={getattr(theirs, name)}, not "
+                                f"{getattr(cfg, name)}; give --{name} {getattr(theirs, name)}")
+        model.load_state_dict(given.get("ema") or given["model"])
     return model
 
 
@@ -89,7 +91,7 @@ def prepare(cfg, data, step, ranks, device):
     """(this rank's part of the step's global batch: a list of (x0 (b, L), Corruption), on the CPU; seed of its dropout).
 
     Everything random is a function of (seed, step), drawn for the whole batch and cut by row: so the number of ranks and
-    of micro-batches changes nothing, and a resumed run needs no generator's state.
+    of micro-batches changes nothing (but what dropout drops), and a resumed run needs no generator's state.
     """
     random, L = runtime.generator(cfg.seed, "masks", step), cfg.block_size
     if torch.rand((), generator=random) < cfg.short_rows:  # as LLaDA: canvases can be shorter than the window
@@ -102,7 +104,7 @@ def prepare(cfg, data, step, ranks, device):
     x0 = data.batch(step, rows)[:, :L]
     if cfg.complementary:
         x0 = x0[::2].repeat_interleave(2, 0)
-    pieces = list(zip(x0.split(size), diffusion.split_corruption(cfg, whole, rows, size)))
+    pieces = list(zip(x0.split(size), diffusion.split_corruption(cfg, whole, rows, size), strict=True))
     if device.type == "cuda":
         pieces = [(x.pin_memory(), diffusion.Corruption(*(part.pin_memory() for part in c))) for x, c in pieces]
     return pieces, seed
@@ -150,8 +152,10 @@ def train(cfg, state=None, quiet=False):
         raise UserError("the run has no name; give it one with --name")
     runtime.keep_memory()
     ranks, device = runtime.start_ranks(cfg.device)
-    if cfg.batch_size % (ranks.world * (2 if cfg.complementary else 1)):
-        raise UserError(f"batch_size={cfg.batch_size} cannot be shared among {ranks.world} processes")
+    share = cfg.micro_batch or (2 if cfg.complementary else 1)
+    if cfg.batch_size % (ranks.world * share):
+        raise UserError(f"batch_size={cfg.batch_size} cannot be shared among {ranks.world} processes"
+                        + (f" in pieces of {share} rows" if share > 1 else ""))
     quiet = quiet or ranks.rank > 0
     say = (lambda *_: None) if quiet else lambda line: tqdm.write(line)
     dtype = runtime.choose_dtype(cfg.dtype, device)
@@ -165,9 +169,10 @@ def train(cfg, state=None, quiet=False):
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     step, best, minutes, nll, running, counted = 0, math.inf, 0.0, math.inf, torch.zeros((), device=device), 0
     if state:
-        corpus.check_same(data, state["corpus"], cfg)
+        corpus.check_same(data, state.get("corpus"), cfg)
         step, best, minutes, nll = state["step"], state["best"], state["minutes"], state["nll"]
         running, counted = state["running"].to(device) / ranks.world, state["counted"]  # loss since the last evaluation
+        model.load_state_dict(state["model"])
         if ema:
             ema.load_state_dict(state["ema"])
         for optimizer, saved in zip(optimizers, state["optimizers"]):
@@ -192,28 +197,34 @@ def train(cfg, state=None, quiet=False):
     model.train()
     tokens_a_step, left = cfg.batch_size * cfg.block_size, cfg.max_minutes - minutes
 
-    def timed(network, **compiled):
+    full_rows = dataclasses.replace(cfg, short_rows=0.0)
+
+    def timed(network, token_nll=diffusion.token_nll):
         """Seconds of a pass forward and backward (the least of the last two of four); leaves no gradient."""
         times = []
         for _ in range(4):
             start = time.perf_counter()
-            gradients(network, cfg, *prepare(cfg, data, step, ranks, device), ranks, device, dtype, **compiled)
+            batch = prepare(full_rows, data, step, ranks, device)
+            gradients(network, cfg, *batch, ranks, device, dtype, token_nll)
             model.zero_grad()
             runtime.synchronise(device)
             times.append(time.perf_counter() - start)
-        return runtime.agree(ranks, min(times[2:]))
+        return min(times[2:])
 
-    seconds = timed(model)
+    seconds = runtime.agree(ranks, timed(model))
     whole = min((cfg.max_iters or math.inf) * seconds - step * seconds, 60 * left if cfg.max_minutes else math.inf)
-    forward, token_nll = runtime.maybe_compile(model, diffusion.token_nll, cfg, device, whole, timed)
-    seconds = seconds if forward is model else timed(forward, token_nll=token_nll)
+    forward, token_nll, compiled_seconds = runtime.maybe_compile(model, diffusion.token_nll, cfg, device, whole, timed)
+    if runtime.sum_over_ranks(ranks, torch.tensor(float(forward is model))):  # all compile, or none
+        forward, token_nll = model, diffusion.token_nll
+    else:
+        seconds = runtime.agree(ranks, compiled_seconds)
     network = runtime.distribute(forward, ranks, device)
     # what auto meant is kept, so that a resumed run decides the same
     cfg = dataclasses.replace(cfg, device=device.type, dtype=str(dtype).removeprefix("torch."),
                               compile="off" if forward is model else "on")
     left -= (time.perf_counter() - started) / 60
     total = min(cfg.max_iters or math.inf, step + max(1, int(60 * left / seconds)) if cfg.max_minutes else math.inf)
-    memory = runtime.peak_memory(device) + (8 + 4 * bool(ema)) * model.num_parameters()
+    memory = runtime.peak_memory(device) + 8 * model.num_parameters()  # and the optimizers' averages
     say(f"{cfg.name}: {model.num_parameters():,} parameters, vocabulary {data.text.vocab_size:,} | "
         f"{f'{data.tokens:,} training tokens' if data.tokens else 'fresh stories every step'}, "
         f"{len(data.held_out):,} held-out rows of {cfg.block_size}")
@@ -233,10 +244,11 @@ def train(cfg, state=None, quiet=False):
         used = minutes + (time.perf_counter() - started) / 60
         used, stopped = runtime.agree(ranks, (used, bool(stop)))
         progress = max(step / cfg.max_iters if cfg.max_iters else 0, used / cfg.max_minutes if cfg.max_minutes else 0)
-        done = stopped or progress >= 1 and step > begun  # at least one step, however short the time
+        finished = progress >= 1 and step > begun  # at least one step, however short the time
+        done = finished or stopped
 
         # -- once in a while, and at the end: held-out bound, log, sample, checkpoint; nothing here changes the run
-        evaluate = step != written and (step % cfg.eval_interval == 0 or done)
+        evaluate = step != written and (step % cfg.eval_interval == 0 or finished)
         save = step != written and (step % (cfg.save_interval or cfg.eval_interval) == 0 or done)
         if evaluate or save:
             so_far = runtime.sum_over_ranks(ranks, running)
@@ -295,17 +307,18 @@ def train(cfg, state=None, quiet=False):
         step, counted = step + 1, counted + 1
         bar.update()
         if counted % 10 == 0:  # reading the loss waits for the GPU, so not at every step
-            if not running.isfinite():
-                check_finite(running, model, step, cfg)
+            so_far = runtime.sum_over_ranks(ranks, running)
+            if not so_far.isfinite():
+                check_finite(so_far, model, step, cfg)
             rate = bar.format_dict["rate"] or 0
-            bar.set_postfix_str(f"loss {running.item() * ranks.world / counted:.4f}, {rate * tokens_a_step:,.0f} tokens/s")
+            bar.set_postfix_str(f"loss {so_far.item() / counted:.4f}, {rate * tokens_a_step:,.0f} tokens/s")
 
     bar.close()
     if log:
         log.close()
     if previous:
         runtime.restore_signals(previous)
-    if stopped:
+    if not finished:
         say(f"stopped at step {step:,}; " + (f"go on with: python train.py --resume {path['last']}" if step else
                                              "nothing was done yet"))
         return {}

@@ -9,7 +9,9 @@ Writes artifacts/ablations/NAME.csv, .md and .png. To add a comparison, add a fu
 """
 import csv
 import dataclasses
+import hashlib
 import json
+import math
 import os
 import statistics
 import sys
@@ -133,8 +135,9 @@ SMALL = dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=64, drop
 
 def recipe(options):
     """The sources' recipe and ours; ours shorter and longer, without each of its parts, and with what it leaves out."""
-    shape = SMALL if not options.base else {}
-    yardstick = config.MICRO | {"loss_weighting": "full", "dropout": 0.0, "dtype": "float32", "compile": "off"} | shape
+    # the loss as in the two micro-dLLMs
+    loss = "full" if config.merge(Config, base_config(options)).tokenizer == "char" else "pooled"
+    yardstick = config.MICRO | {"loss_weighting": loss, "dtype": "float32", "compile": "off"}
     return {f"the sources' recipe, {options.yardstick_iters} steps": yardstick | {"max_iters": options.yardstick_iters}} | {
         f"our recipe, {share:g} of the steps": {"max_iters": round(share * options.iters)}
         for share in (0.4, 0.6, 0.8, 1.5, 2)} | {"our recipe": {}} | {
@@ -157,6 +160,21 @@ def recipe(options):
     }
 
 
+def batch_size(options):
+    """As many rows in more or fewer steps, with the same learning rates and with their square root law."""
+    base, variants = config.merge(Config, base_config(options)), {}
+    for scaled in (False, True):
+        for share in (0.25, 0.5, 1, 2, 4):
+            rows = round(base.batch_size * share)
+            changes = {"batch_size": rows, "max_iters": max(1, round(options.iters / share))}
+            if scaled and share != 1:
+                variants[f"{rows} rows, learning rates {share**0.5:.2g} times"] = changes | {
+                    "lr": base.lr * share**0.5, "muon_lr": base.muon_lr * share**0.5}
+            elif not scaled:
+                variants[f"{rows} rows"] = changes
+    return variants
+
+
 TRAINED = {
     "recipe": recipe,
     "optimizer": lambda options: {f"Muon {muon:g}, AdamW {lr:g}": {"muon_lr": muon, "lr": lr}
@@ -169,11 +187,7 @@ TRAINED = {
                                           "adaln": {"time_conditioning": "adaln"},
                                           "table of 100": DISCRETE | {"time_conditioning": "table", "diffusion_steps": 100},
                                           "none, the same masks as the table": DISCRETE | {"diffusion_steps": 100}},
-    "batch_size": lambda options: {f"{rows} rows": {"batch_size": rows, "max_iters": max(1, options.iters * 64 // rows)}
-                                   for rows in (16, 32, 64, 128, 256)} | {
-        f"{rows} rows, learning rates {factor:.2g} times": {
-            "batch_size": rows, "max_iters": max(1, options.iters * 64 // rows), "lr": 3e-3 * factor,
-            "muon_lr": 0.02 * factor} for rows in (16, 32, 128, 256) for factor in [(rows / 64) ** 0.5]},
+    "batch_size": batch_size,
     "diffusion_steps": lambda options: {f"T = {T}": DISCRETE | {"diffusion_steps": T} for T in (10, 30, 50, 100, 300, 1000)} | {
         "continuous": DISCRETE, "continuous, counts": {}},
     "ema": lambda options: {"none": {}} | {f"{decay:g}": {"ema": decay} for decay in (0.9, 0.95, 0.98, 0.99, 0.995, 0.999)} | {
@@ -202,29 +216,44 @@ def train_variants(comparison, options):
     def measure(setting):
         cfg = config.merge(Config, base, variants[setting["variant"]], {"seed": setting["seed"]})
         with tempfile.TemporaryDirectory() as folder:
-            report = train.train(dataclasses.replace(cfg, out_dir=folder, save_interval=10**9), quiet=True)
+            try:
+                report = train.train(dataclasses.replace(cfg, out_dir=folder, save_interval=10**9), quiet=True)
+            except UserError as error:
+                if "not finite" not in str(error):
+                    raise
+                return dict.fromkeys(FIGURES, math.nan) | {"curve": ""}
             with open(os.path.join(folder, "logs", f"{cfg.name}.jsonl"), encoding="utf-8") as log:
                 entries = [json.loads(line) for line in log]
         return {"bound": report["bound_nats_per_token"], "se_rows": report["bound_se_rows"],
                 "se_masks": report["bound_se_masks"], "last_bound": entries[-1]["bound"], "steps": report["steps"],
                 "minutes": report["minutes"], "ms_a_step": 1000 * report["seconds_a_step"],
-                "parameters": report["parameters"],
+                "rows_a_step": cfg.batch_size, "parameters": report["parameters"],
                 "curve": " ".join(f"{e['step']}:{e['minutes']:.2f}:{e['bound']:.4f}" for e in entries)}
-    what = {name: base[name] for name in ("data", "n_layer", "n_embd", "block_size", "max_iters")}
+    cfg = config.merge(Config, base)
+    device = runtime.choose_device(cfg.device)
+    what = {name: getattr(cfg, name) for name in ("data", "n_layer", "n_embd", "block_size", "max_iters")}
+    what |= {"device": device.type, "dtype": str(runtime.choose_dtype(cfg.dtype, device)).removeprefix("torch."),
+             "base": hashlib.sha256(repr(cfg).encode()).hexdigest()[:8]}  # all other settings that they share
     return measure, what
+
+
+FIGURES = ("bound", "se_rows", "se_masks", "last_bound", "steps", "minutes", "ms_a_step", "rows_a_step", "parameters")
 
 
 def over_seeds(rows):
     """One row for each variant: means over its seeds, and the standard error of the bound over them."""
     groups = {}
     for row in rows:
-        key = {name: row[name] for name in ("variant", "data", "n_layer", "n_embd", "block_size")}
+        key = {name: row[name] for name in row if name not in (*FIGURES, "seed", "curve")}
         groups.setdefault(tuple(key.items()), []).append(row)
     out = []
     for key, runs in groups.items():
         mean = lambda name: statistics.fmean(float(run[name]) for run in runs)
-        spread = statistics.stdev(float(run["bound"]) for run in runs) / len(runs) ** 0.5 if len(runs) > 1 else None
-        out.append(dict(key) | {"seeds": len(runs), "steps": runs[0]["steps"]} | {
+        bounds = [float(run["bound"]) for run in runs]
+        several = len(runs) > 1 and not any(map(math.isnan, bounds))
+        spread = statistics.stdev(bounds) / len(runs) ** 0.5 if several else None
+        key = {name: value for name, value in key if name not in ("base", "max_iters", "device", "dtype")}
+        out.append(key | {"seeds": len(runs), "steps": runs[0]["steps"]} | {
             name: rounded(value) for name, value in (
                 ("bound", mean("bound")), ("se_seeds", spread), ("se_rows", mean("se_rows")), ("ms_a_step", mean("ms_a_step")),
                 ("minutes", mean("minutes")))})
@@ -233,7 +262,7 @@ def over_seeds(rows):
 
 COMPARISONS = {
     "samplers": Comparison(sampler_settings, judge_samplers, plots.quality_against_cost),
-} | {name: Comparison(partial(train_settings, name), partial(train_variants, name), plots.bound_over_rows, over_seeds)
+} | {name: Comparison(partial(train_settings, name), partial(train_variants, name), plots.bound_over_cost, over_seeds)
      for name in TRAINED}
 
 

@@ -1,4 +1,4 @@
-"""Time what users wait for. Machines are noisy: everything is timed in turn in one process and given as medians.
+"""Time what users wait for. Machines are noisy: everything is timed in turn in one run and given as medians.
 
     python scripts/bench.py train shakespeare               tokens/s of a preset, beside the sources' recipe
     python scripts/bench.py train tales --rounds 9 --json train.json
@@ -57,8 +57,8 @@ class BenchConfig:
 
 
 def training_step(cfg, vocab_size, device, dtype=torch.float32, compiled=False, torchs_muon=False):
-    """A function that does one training step of `cfg` on random tokens, with train.py's code, optimizer included; it
-    returns how many positions are scored."""
+    """(function that does one training step of `cfg` on random tokens, with train.py's code, optimizer included, and
+    returns how many positions are scored; parameters)."""
     torch.manual_seed(0)
     model = Transformer(cfg, vocab_size).to(device).train()
     optimizers, numbers, ranks = optim.make_optimizers(model, cfg, dtype), iter(range(10**9)), runtime.Ranks()
@@ -77,19 +77,51 @@ def training_step(cfg, vocab_size, device, dtype=torch.float32, compiled=False, 
         runtime.synchronise(device)
         return x0.numel() if cfg.loss_weighting == "full" else sum(len(c.index) for _, c in pieces)
 
-    network, token_nll = runtime.maybe_compile(model, diffusion.token_nll, dataclasses.replace(
+    network, token_nll, _ = runtime.maybe_compile(model, diffusion.token_nll, dataclasses.replace(
         cfg, compile="on" if compiled else "off"), device, 0, step)
-    return lambda: step(network, token_nll)
+    if compiled and network is model:
+        raise UserError("torch.compile does not work here, so there is nothing compiled to time; choose with --variants")
+    return partial(step, network, token_nll), model.num_parameters()
 
 
-def yardstick(pipe, cfg, vocab_size, device):
-    """Serve steps of the sources' recipe for the shape of `cfg`, in a process of its own, whose memory is managed as a
-    plain script's is: float32, eager, head and loss at all positions, AdamW."""
-    shape = {name: getattr(cfg, name) for name in ("n_layer", "n_head", "n_embd", "block_size", "batch_size")}
-    recipe = config.merge(Config, config.MICRO, shape, {"loss_weighting": "full"})
-    step = training_step(recipe, vocab_size, device)
-    while pipe.recv():
-        pipe.send(seconds_of(step))
+def serve(pipe, keep_memory, *setting):
+    """A process of its own for each variant, so that none profits or suffers from another's memory: does a step for
+    every True that it receives, and sends its seconds, positions scored, parameters, and peak memory so far."""
+    if keep_memory:
+        runtime.keep_memory()
+    try:
+        step, parameters = training_step(*setting)
+        while pipe.recv():
+            start = time.perf_counter()
+            scored = step()
+            pipe.send((time.perf_counter() - start, scored, parameters, runtime.peak_memory(setting[2])))
+    except (UserError, RuntimeError) as error:  # a GPU's memory that is too small, say
+        pipe.send(config.reason(error))
+
+
+class Variant:
+    """A process that runs `serve`."""
+
+    def __init__(self, label, *setting):
+        self.label, context = label, multiprocessing.get_context("spawn")
+        self.pipe, there = context.Pipe()
+        self.process = context.Process(target=serve, args=(there, *setting), daemon=True)
+        self.process.start()
+        there.close()
+
+    def step(self):
+        try:
+            self.pipe.send(True)
+            answer = self.pipe.recv()
+        except (EOFError, OSError):
+            answer = "its process died; it may lack memory"
+        if isinstance(answer, str):
+            raise UserError(f"{self.label}: {answer}")
+        return answer
+
+    def end(self):
+        self.pipe.send(False)
+        self.process.join()
 
 
 def device_name(device):
@@ -121,55 +153,59 @@ def model_flops(cfg, vocab_size, scored):
     return (6 * blocks + 12 * cfg.n_layer * cfg.n_embd * cfg.block_size) * tokens + 6 * cfg.n_embd * (vocab_size - 1) * scored
 
 
+def training_variants(cfg, dtype):
+    """Label -> (whether memory is kept, Config, dtype, whether compiled, whether with torch.optim.Muon), in order."""
+    shape = {name: getattr(cfg, name) for name in ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "micro_batch")}
+    recipe = config.merge(Config, config.MICRO, shape, {"loss_weighting": "full"})  # head and loss at all positions
+    label, full = str(dtype).removeprefix("torch."), torch.float32
+    variants = {SOURCE: (False, recipe, full, False, False),
+                "the same, memory kept": (True, recipe, full, False, False),
+                "float32 eager": (True, cfg, full, False, False), "float32 compiled": (True, cfg, full, True, False)}
+    if dtype != full:
+        variants |= {f"{label} eager": (True, cfg, dtype, False, False), f"{label} compiled": (True, cfg, dtype, True, False)}
+    if cfg.optimizer == "muon":
+        variants[f"{label} compiled, torch.optim.Muon"] = (True, cfg, dtype, True, True)
+    return variants
+
+
 def bench_train(name, options):
     """Figures (dict) for one preset: the sources' recipe, and what this machine's own choices give, step by step."""
     cfg = dataclasses.replace(config.merge(Config, config.preset(name)), short_rows=0.0)
     device = runtime.choose_device(options.device)
     dtype = runtime.choose_dtype("auto", device)
     vocab_size = 66 if cfg.tokenizer == "char" else cfg.vocab_size  # of Tiny Shakespeare, or what BPE is trained to
-    runtime.keep_memory()
-    variants = {"float32 eager": {}, "float32 compiled": dict(compiled=True)}
-    label = str(dtype).removeprefix("torch.")
-    if dtype != torch.float32:
-        variants |= {f"{label} eager": dict(dtype=dtype), f"{label} compiled": dict(dtype=dtype, compiled=True)}
-    best = list(variants)[-1]  # what train.py chooses for a long run
-    if cfg.optimizer == "muon":
-        variants[f"{best}, torch.optim.Muon"] = variants[best] | dict(torchs_muon=True)
-    variants = {label: variant for label, variant in variants.items() if options.variants in label}
-    here, there = multiprocessing.get_context("spawn").Pipe()
-    source = multiprocessing.get_context("spawn").Process(
-        target=yardstick, args=(there, cfg, vocab_size, device), daemon=True)
-    source.start()
-
-    def source_seconds():
-        here.send(True)
-        return here.recv()
-
-    steps = {label: training_step(cfg, vocab_size, device, **variant) for label, variant in variants.items()}
-    turns = {SOURCE: source_seconds} | {label: partial(seconds_of, step) for label, step in steps.items()}
-    times, rates = {label: [] for label in turns}, []
-    scored = next(iter(steps.values()))()
-    for number in range(options.rounds + options.warm_up):
-        rate = matrix_rate(device, dtype, 8192 if device.type == "cuda" else 2048)
-        for label, turn in turns.items():
-            seconds = turn()
+    variants = {label: setting for label, setting in training_variants(cfg, dtype).items()
+                if label == SOURCE or options.variants in label}
+    if len(variants) == 1:
+        raise UserError(f"variants={options.variants}: no variant's name holds this; known: "
+                        f"{', '.join(training_variants(cfg, dtype))}")
+    # in turn where a machine's speed drifts; one after the other on a GPU, whose memory they would have to share
+    groups = [list(variants)] if device.type == "cpu" else [[label] for label in variants]
+    answers, rates = {label: [] for label in variants}, []
+    for group in groups:
+        processes = [Variant(label, variants[label][0], variants[label][1], vocab_size, device, *variants[label][2:])
+                     for label in group]
+        for number in range(options.rounds + options.warm_up):
+            rate = matrix_rate(device, dtype, 8192 if device.type == "cuda" else 2048)
+            round_of = [(process.label, process.step()) for process in processes]
             if number >= options.warm_up:
-                times[label].append(seconds)
-        if number >= options.warm_up:
-            rates.append(rate)
-    here.send(False)
-    source.join()
-    tokens, flops, rate = cfg.batch_size * cfg.block_size, model_flops(cfg, vocab_size, scored), statistics.median(rates)
-    figures = {label: {"median_step_seconds": statistics.median(seconds),
-                       "tokens_per_second": tokens / statistics.median(seconds),
-                       "speed_up": statistics.median(b / s for b, s in zip(times[SOURCE], seconds)),
-                       "model_flops_per_second": flops / statistics.median(seconds),
-                       "share_of_matrix_rate": flops / statistics.median(seconds) / rate}
-               for label, seconds in times.items()}
+                rates.append(rate)
+                for label, answer in round_of:
+                    answers[label].append(answer)
+        for process in processes:
+            process.end()
+    tokens, rate, figures = cfg.batch_size * cfg.block_size, statistics.median(rates), {}
+    for label, rows in answers.items():
+        seconds = statistics.median(row[0] for row in rows)
+        flops = model_flops(cfg, vocab_size, rows[-1][1]) / seconds
+        figures[label] = {"median_step_seconds": seconds, "tokens_per_second": tokens / seconds,
+                          "speed_up": statistics.median(a[0] / b[0] for a, b in zip(answers[SOURCE], rows)),
+                          "model_flops_per_second": flops, "share_of_matrix_rate": flops / rate,
+                          "peak_memory_gb": rows[-1][3] / 2**30, "parameters": rows[-1][2]}
     return {"preset": name, "device": device_name(device), "torch": torch.__version__, "threads": torch.get_num_threads(),
-            "batch_size": cfg.batch_size, "block_size": cfg.block_size, "rounds": options.rounds,
-            "matrix_product_dtype": label, "matrix_product_flops_per_second": rate,
-            "peak_memory_gb": runtime.peak_memory(device) / 2**30, "variants": figures}
+            "batch_size": cfg.batch_size, "block_size": cfg.block_size, "vocab_size": vocab_size, "rounds": options.rounds,
+            "matrix_product_dtype": str(dtype).removeprefix("torch."), "matrix_product_flops_per_second": rate,
+            "variants": figures}
 
 
 @torch.no_grad()
@@ -285,11 +321,11 @@ def show_video(report):
 
 def show_train(report):
     print(f"{report['preset']} on {report['device']}, {report['threads']} threads; {report['matrix_product_dtype']} matrix "
-          f"products: {report['matrix_product_flops_per_second'] / 1e9:,.0f} GFLOP/s; {report['peak_memory_gb']:.1f} GB")
+          f"products: {report['matrix_product_flops_per_second'] / 1e9:,.0f} GFLOP/s")
     for label, f in report["variants"].items():
         print(f"  {label:<38} {f['median_step_seconds'] * 1000:8.0f} ms a step {f['tokens_per_second']:10,.0f} tokens/s"
               f"  x{f['speed_up']:.2f} {f['model_flops_per_second'] / 1e9:10,.0f} GFLOP/s "
-              f"{f['share_of_matrix_rate']:6.1%}")
+              f"{f['share_of_matrix_rate']:6.1%} {f['peak_memory_gb']:6.1f} GB")
 
 
 BENCHES = {"train": (bench_train, show_train, "tales"), "sample": (bench_sample, show_sample, "stories"),

@@ -57,19 +57,22 @@ def number(text):
     digits, unit = text[:-1], {"K": 10**3, "M": 10**6, "B": 10**9}.get(text[-1].upper(), 0)
     try:
         value = int(float(digits) * unit) if unit else int(text)
-    except ValueError:
+    except (ValueError, OverflowError):
         value = 0
     if value < 1:
         raise UserError(f"tokens={text}: expected a number of tokens, as in 500M or 10B")
     return value
 
 
-def write_shards(cfg, output):
+def write_shards(cfg, output, given):
+    for name in ("num_stories", "seed", "shuffle_buffer", "separator"):
+        if name in given:
+            raise UserError(f"{name}={given[name]} with tokens={cfg.tokens}: shards hold the whole source, in its order")
     if not output.endswith(".bin"):
         raise UserError(f"output={output} with tokens={cfg.tokens}: name the folder of shards something.bin")
     if not cfg.tokenizer:
         raise UserError(f"tokens={cfg.tokens} needs --tokenizer FILE; scripts/train_tokenizer.py makes one")
-    if cfg.dataset in ("shakespeare", "tales") or cfg.dataset.endswith(".txt"):
+    if cfg.dataset in (*DOWNLOADS, "tales") or cfg.dataset.endswith(".txt"):
         raise UserError(f"dataset={cfg.dataset} with tokens={cfg.tokens}: shards are made from .jsonl, .parquet and hub "
                         "datasets; others fit into memory")
     wanted, text = number(cfg.tokens), tokenizer.load(cfg.tokenizer)
@@ -77,7 +80,8 @@ def write_shards(cfg, output):
     texts = lambda dataset: map(clean, corpus.texts_of(dataset, cfg.dataset, cfg.text_column))
     settings = {name: getattr(cfg, name) for name in ("dataset", "split", "config", "text_column", "clean_mojibake")}
     settings["tokenizer"] = hashlib.sha256(text.to_json().encode()).hexdigest()[:16]
-    with tqdm(total=wanted, unit="token", unit_scale=True, disable=None) as bar:
+    done = corpus.read_index(output)["tokens"] if os.path.exists(os.path.join(output, "index.json")) else 0
+    with tqdm(total=wanted, initial=done, unit="token", unit_scale=True, disable=None) as bar:
         index = corpus.write_shards(output, (corpus.open_dataset(cfg.dataset, cfg.split, cfg.config), texts), text, wanted,
                                     settings, lambda tokens: bar.update(tokens - bar.n))
     print(f"{output} has {index['tokens']:,} training tokens of {index['documents']:,} documents in {len(index['shards'])} "
@@ -109,7 +113,7 @@ def main(argv):
         raise UserError(f"there is no file {cfg.dataset}")
     output = cfg.output or (f"data/{cfg.dataset}.txt" if cfg.dataset in DOWNLOADS else "data/stories.txt")
     if cfg.tokens:
-        return write_shards(cfg, output)
+        return write_shards(cfg, output, overrides)
     stream = islice(documents(cfg), cfg.num_stories)
     if cfg.clean_mojibake:
         stream = map(corpus.repair_mojibake, stream)

@@ -511,13 +511,13 @@ def test_evaluate(tales_run, monkeypatch, capsys):
 
 
 def test_bench(monkeypatch, capsys):
-    """Every variant of a training step runs and is reported; compiling is left out, it takes a minute."""
-    monkeypatch.setattr(bench.runtime, "maybe_compile", lambda model, token_nll, *_: (model, token_nll))
+    """A training step is timed beside the sources' recipe; compiling is left out, it takes a minute."""
     open("tiny.py", "w").write("config = {'preset': 'tales', 'n_layer': 1, 'n_head': 1, 'n_embd': 8, 'batch_size': 2}")
-    code, out, err = run(bench.main, "train tiny.py --rounds 2 --device cpu --json b.json", monkeypatch, capsys)
+    code, out, err = run(bench.main, "train tiny.py --rounds 2 --device cpu --variants eager --json b.json", monkeypatch, capsys)
     assert code == 0, err
     report = json.load(open("b.json"))[0]
-    assert report["batch_size"] == 2 and report["rounds"] == 2 and len(report["variants"]) >= 4
+    assert report["batch_size"] == 2 and report["rounds"] == 2
+    assert {bench.SOURCE, "float32 eager"} <= set(report["variants"])
     for name, figures in report["variants"].items():
         assert name in out and figures["median_step_seconds"] > 0
         assert figures["tokens_per_second"] == pytest.approx(2 * 67 / figures["median_step_seconds"])
@@ -545,6 +545,37 @@ def test_bench_video(monkeypatch, capsys):
     open("tiny.py", "w").write("config = {'preset': 'tales', 'n_layer': 1, 'n_head': 1, 'n_embd': 8}")
     code, out, err = run(bench.main, "video tiny.py --rounds 1 --json b.json", monkeypatch, capsys)
     assert code == 0 and json.load(open("b.json"))[0]["frames"] == 101 and "256 tokens x 101 frames" in out, err
+
+
+@pytest.mark.parametrize("name", ablate.TRAINED)
+def test_every_variant_of_a_training_comparison_is_allowed(name):
+    options = config.merge(ablate.AblateConfig, {})
+    for base in ("", "tales", "stories"):
+        options = dataclasses.replace(options, base=base)
+        for changes in ablate.TRAINED[name](options).values():
+            config.merge(Config, ablate.base_config(options), changes)
+
+
+def test_ablate_trains_each_variant_once(monkeypatch, capsys):
+    """Two seeds each, one variant diverges; the second call finds all done; another length is another group."""
+    open("tiny.py", "w").write(f"config = {{'preset': 'tales', 'n_layer': 1, 'n_head': 1, 'n_embd': 8, 'batch_size': 4}}")
+    monkeypatch.setitem(ablate.TRAINED, "weighting", lambda options: {
+        "elbo": {}, "flat": {"loss_weighting": "flat"}, "mad": {"lr": 1e38, "grad_clip": 0.0}})
+    base = ablate.base_config
+    monkeypatch.setattr(ablate, "base_config", lambda options: base(options) | {"eval_rows": 4, "final_rows": 8})
+    words = "weighting --base tiny.py --iters 3 --seeds 2 --out_dir out --device cpu --dtype float32"
+    code, out, err = run(ablate.main, words, monkeypatch, capsys)
+    assert code == 0 and "6 of 6" in out, err
+    rows = ablate.read_table("out/weighting.csv")
+    assert len(rows) == 6 and {row["seed"] for row in rows} == {"1", "2"} and rows[0]["bound"] != rows[1]["bound"]
+    assert [row["bound"] == "nan" for row in rows] == [False] * 4 + [True] * 2
+    table = open("out/weighting.md").read().splitlines()
+    assert len(table) == 2 + 3 and " nan " in table[-1] and os.path.getsize("out/weighting.png") > 10_000
+    mean = (float(rows[0]["bound"]) + float(rows[1]["bound"])) / 2
+    assert f"| {mean:.4g} |" in table[2]
+    monkeypatch.setattr(train, "train", None)
+    code, out, _ = run(ablate.main, words, monkeypatch, capsys)
+    assert code == 0 and "of 6" not in out
 
 
 def test_ablate_samplers(tales_run, monkeypatch, capsys):

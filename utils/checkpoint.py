@@ -3,6 +3,7 @@
 Tensors, numbers, strings, lists and dicts only, and loaded with weights_only=True, so that opening a stranger's file
 runs no code. Written beside the old file and then renamed, so that a crash at any moment leaves the old file whole.
 """
+import contextlib
 import dataclasses
 import os
 import re
@@ -25,15 +26,17 @@ def save(path, state):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        if hasattr(os, "O_DIRECTORY"):  # the new name is on disk too
-            folder = os.open(os.path.dirname(path) or ".", os.O_DIRECTORY)
-            os.fsync(folder)
-            os.close(folder)
     except (OSError, RuntimeError) as error:  # torch's zip writer turns a failed write into RuntimeError
         if os.path.exists(temporary):
             os.remove(temporary)
         raise UserError(f"cannot write {path}: {reason(error)}; what was there before is untouched") \
             from None
+    with contextlib.suppress(OSError, AttributeError):  # the new name on the disk too, where the system can
+        folder = os.open(os.path.dirname(path) or ".", os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def read(path):
@@ -76,14 +79,14 @@ def unused_name(out_dir, name):
 
 
 def interrupted(out_dir, name):
-    """Path of the checkpoint to go on with where torchrun has started this process anew: that of the newest run called
-    `name`, name-2, ..., if this job wrote it; else ""."""
+    """Path of the checkpoint to go on with where torchrun has started this process anew: that of the run called `name`,
+    name-2, ..., that this job wrote; "" if there is none."""
     folder = os.path.join(out_dir, "models")
     if not runtime.restarted() or not os.path.isdir(folder):
         return ""
-    runs = [f for f in os.listdir(folder) if re.fullmatch(rf"{re.escape(name)}(-\d+)?\.pt", f)]
-    path = max((os.path.join(folder, f) for f in runs), key=os.path.getmtime, default="")
-    return path if path and read(path).get("job") == runtime.torchrun_job() else ""
+    runs = [os.path.join(folder, f) for f in os.listdir(folder) if re.fullmatch(rf"{re.escape(name)}(-\d+)?\.pt", f)]
+    newest_first = sorted(runs, key=os.path.getmtime, reverse=True)
+    return next((path for path in newest_first if read(path).get("job") == runtime.torchrun_job()), "")
 
 
 def snapshot(cfg, text, model, step, nll, **more):

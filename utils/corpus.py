@@ -7,6 +7,7 @@ corpus, as is usual: it has nothing to learn from frequencies.)
 """
 import contextlib
 import hashlib
+import http.client
 import io
 import json
 import os
@@ -122,10 +123,10 @@ def download(name):
     try:
         with urllib.request.urlopen(url, timeout=60) as response:
             content = response.read()
-    except OSError as error:
+        return (content if name == "shakespeare" else zipfile.ZipFile(io.BytesIO(content)).read(name)).decode()
+    except (OSError, http.client.HTTPException, zipfile.BadZipFile, KeyError, UnicodeDecodeError) as error:
         raise UserError(f"cannot fetch {name} ({error}); without a network put a copy at data/{name}.txt, or train on the "
                         "built-in tales: python train.py tales") from None
-    return (content if name == "shakespeare" else zipfile.ZipFile(io.BytesIO(content)).read(name)).decode()
 
 
 _TAIL = {chr(b): b for b in range(0x80, 0xC0)} | {
@@ -211,22 +212,24 @@ def split(documents):
 def cut(document):
     """A document in pieces of some PIECE characters. A cut is made before a single space, where byte-level BPE never
     joins; in a text without spaces, anywhere."""
-    start = 0
+    start, space = 0, re.compile(r"(?<=\S) (?=\S)")
     while start < len(document):
         end = start + PIECE
-        space = re.compile(r"(?<=\S) (?=\S)").search(document, end)
-        end = space.start() if space and space.start() < end + PIECE else end
+        found = space.search(document, end, end + PIECE)
+        end = found.start() if found else end
         yield document[start:end]
         start = end
 
 
 def token_stream(documents, text):
     """The documents one after the other, (N,) int32; with an end token, one before the first and one after each."""
-    end = [] if text.end is None else [text.end]
-    parts = [end]
-    for document in documents:
-        parts += [np.array(text.encode([piece], "the corpus")[0], np.int32) for piece in cut(document)] + [end]
-    return torch.from_numpy(np.concatenate(parts).astype(np.int32))
+    end = np.array([] if text.end is None else [text.end], np.int32)
+    pieces = ((piece, number == 0) for document in documents for number, piece in enumerate(cut(document)))
+    parts = []
+    while several := list(islice(pieces, SHARD_DOCUMENTS)):
+        for ids, (_, first) in zip(text.encode([piece for piece, _ in several], "the corpus"), several):
+            parts += [end] * first + [np.array(ids, np.int32)]
+    return torch.from_numpy(np.concatenate([*parts, end]))
 
 
 def document_rows(documents, text, block_size):
@@ -343,8 +346,9 @@ def fingerprint(ids):
 
 
 def check_same(data, recorded, cfg):
-    """Refuse to go on with a run on other training tokens than those whose fingerprint its checkpoint recorded."""
-    if data.fingerprint != recorded:
+    """Refuse to go on with a run on other training tokens than those whose fingerprint its checkpoint recorded (None: it
+    recorded none)."""
+    if recorded and data.fingerprint != recorded:
         raise UserError(f"{cfg.data} is not the text that {cfg.name} was trained on (fingerprint {recorded}, now "
                         f"{data.fingerprint}; {data.tokens:,} training tokens); restore it, or start a new run with "
                         "--init_from")
@@ -421,6 +425,8 @@ def write_shards(folder, source, text, wanted, settings, progress=lambda tokens:
             index["state"] = dataset.state_dict()
             with open(f"{path}.tmp", "w", encoding="utf-8") as file:
                 json.dump(index, file, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(f"{path}.tmp", path)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error}; the same command goes on from the last whole shard") from None
@@ -447,8 +453,15 @@ def load_shards(cfg, text=None):
         raise UserError(f"rows=document with {cfg.data}: shards are a stream of tokens; use --rows stream")
 
     def maps(part):
-        return [np.memmap(os.path.join(cfg.data, f"{part}_{shard['name']}"), dtype=index["dtype"], mode="r")
-                for shard in index["shards"] if shard[part] >= cfg.block_size]
+        found = []
+        for shard in index["shards"]:
+            path = os.path.join(cfg.data, f"{part}_{shard['name']}")
+            size = os.path.getsize(path) if os.path.exists(path) else 0
+            if size != shard[part] * np.dtype(index["dtype"]).itemsize:
+                raise UserError(f"{path} has {size:,} bytes, not what index.json says; copy it again")
+            if shard[part] >= cfg.block_size:
+                found.append(np.memmap(path, dtype=index["dtype"], mode="r"))
+        return found
     shards = maps("train")
     if not shards:
         raise UserError(f"{cfg.data} has no shard as long as a window of block_size={cfg.block_size}")

@@ -29,33 +29,33 @@ def loss_curves(logs, path):
     plt.close(figure)
 
 
-def bound_over_rows(rows, title, path):
-    """Held-out bound of training runs over the steps done, and over the time taken: the mean over seeds of each variant.
+def bound_over_cost(rows, title, path):
+    """Held-out bound of training runs over the rows seen and over the minutes taken, and where each variant ends.
 
-    rows are those of scripts/ablate.py's training comparisons (dicts of str); a PNG at `path`.
+    rows are those of scripts/ablate.py's training comparisons (dicts of str); every seed is a curve. A PNG at `path`.
     """
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     variants = {}
     for row in rows:
-        points = [tuple(map(float, point.split(":"))) for point in row["curve"].split()]
-        variants.setdefault(row["variant"], []).append((points, float(row["bound"]), float(row["se_rows"])))
-    figure, axes = plt.subplots(1, 2, figsize=(13, 5 + 0.12 * len(variants)), layout="constrained", width_ratios=(1, 1))
-    ends = {name: sum(bound for _, bound, _ in runs) / len(runs) for name, runs in variants.items()}
+        if row["curve"]:  # not of a run that diverged
+            variants.setdefault(row["variant"], []).append(row)
+    ends = {name: sum(float(row["bound"]) for row in runs) / len(runs) for name, runs in variants.items()}
     order = sorted(ends, key=ends.get)
-    styles = {name: (OKABE_ITO[n % 7], ("-", "--", ":", "-.")[n // 7 % 4]) for n, name in enumerate(order)}
-    for name in order:
-        for number, (points, _, _) in enumerate(variants[name]):
-            axes[0].plot([p[0] for p in points], [p[2] for p in points], color=styles[name][0], ls=styles[name][1], lw=1.2,
-                         label=name if not number else None)
-    for place, name in enumerate(reversed(order)):
-        for _, bound, error in variants[name]:
-            axes[1].errorbar(bound, place, xerr=error, fmt="o", ms=4, color=styles[name][0])
-    axes[1].set_yticks(range(len(order)), list(reversed(order)))
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4 + 0.15 * len(order)), layout="constrained")
+    for place, name in enumerate(order):
+        style = dict(color=OKABE_ITO[place % 7], ls=("-", "--", ":", "-.")[place // 7 % 4], lw=1.2)
+        for row in variants[name]:
+            points = [tuple(map(float, point.split(":"))) for point in row["curve"].split()]
+            axes[0].plot([step * float(row["rows_a_step"]) for step, _, _ in points], [p[2] for p in points], **style)
+            axes[1].plot([minutes for _, minutes, _ in points], [p[2] for p in points], **style)
+            axes[2].errorbar(float(row["bound"]), -place, xerr=float(row["se_rows"]), fmt="o", ms=4, color=style["color"])
+    axes[2].set_yticks([-place for place in range(len(order))], order)
     low = min(ends.values())
-    axes[0].set(xlabel="step", ylabel="held-out bound, nats a token", ylim=(low - 0.05, low + 1.5), xscale="log")
-    axes[1].set(xlabel="held-out bound of the best checkpoint, nats a token (± s.e. over rows, of all variants alike)")
+    for axis, cost in zip(axes, ("rows seen", "minutes")):
+        axis.set(xlabel=cost, ylabel="held-out bound, nats a token", ylim=(low - 0.05, low + 1.2), xscale="log")
+    axes[2].set(xlabel="held-out bound of the best checkpoint, nats a token\n(± s.e. over rows, the same rows for all)")
     for axis in axes:
         axis.grid(alpha=0.3)
     figure.suptitle(title)

@@ -88,16 +88,17 @@ COMPILE_PAYS = 300  # seconds of eager CPU training: compiling takes up to a min
 
 
 def maybe_compile(model, token_nll, cfg, device, seconds, try_out):
-    """(`model` with compiled blocks, sharing its weights; compiled token_nll), or both as they are where it does not pay.
+    """(`model` with compiled blocks, sharing its weights; compiled token_nll; what try_out returned), or both as they are
+    and None where it does not pay.
 
-    seconds is how long the run would take without; try_out(model, token_nll=...) runs a training pass, in which the
+    seconds is how long the run would take without; try_out(model, token_nll) runs training passes, in which the
     compilation happens. auto: on CUDA, and for a CPU run that earns the compilation back. Only the blocks and the last
     function are compiled: one compilation serves all blocks. Without a working compiler: eager, and a line.
     """
     wanted = cfg.compile == "on" or cfg.compile == "auto" and (
         device.type == "cuda" or device.type == "cpu" and seconds > COMPILE_PAYS)
     if not wanted:
-        return model, token_nll
+        return model, token_nll, None
     compiled = copy.copy(model)
     compiled._modules = dict(model._modules)
     # on a CPU the compiler's own random numbers, for dropout, are slower than PyTorch's
@@ -105,13 +106,13 @@ def maybe_compile(model, token_nll, cfg, device, seconds, try_out):
     compiled.blocks = torch.nn.ModuleList(torch.compile(block, options=options) for block in model.blocks)
     compiled_nll = torch.compile(token_nll, options=options)
     try:
-        try_out(compiled, token_nll=compiled_nll)
+        result = try_out(compiled, compiled_nll)
     except Exception as error:  # noqa: BLE001 - whatever the compiler lacks (Triton, g++, headers), eager works
         model.zero_grad()  # of the pass that failed
         print(f"torch.compile does not work here ({reason(error)}); going on without it")
         torch._dynamo.reset()
-        return model, token_nll
-    return compiled, compiled_nll
+        return model, token_nll, None
+    return compiled, compiled_nll, result
 
 
 # --- several processes, one a GPU, started by torchrun ------------------------------------------------------------
@@ -144,8 +145,8 @@ def start_ranks(name):
         raise UserError(f"torchrun works with device=cuda and cpu, not {device.type}")
     if not dist.is_initialized():
         store, rank, world = next(dist.rendezvous("env://"))
-        # torchrun keeps the store when it restarts a job; without a prefix the processes look for those that died
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        if restarted():  # torchrun keeps the store; without a prefix the processes would look for those that died
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
                                 world_size=world)
     return Ranks(dist.get_rank(), dist.get_world_size()), device
@@ -158,17 +159,20 @@ def torchrun_job():
 
 
 def restarted():
-    """Whether torchrun has started this process anew, after a crash."""
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    """Whether torchrun has started all processes anew, after a crash. On one node: several count for themselves, and
+    have to be started again with --resume."""
+    return (os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+            and os.environ["WORLD_SIZE"] == os.environ["LOCAL_WORLD_SIZE"])
 
 
 @contextlib.contextmanager
 def first_rank_first(ranks):
-    """The first process goes through alone, then all others: it makes the files that the others find."""
-    if ranks.world > 1 and ranks.rank:
+    """The first process of each machine goes through, then the others: it makes the files that these find."""
+    local = int(os.environ["LOCAL_RANK"]) if ranks.world > 1 else 0
+    if local:
         dist.barrier()
     yield
-    if ranks.world > 1 and not ranks.rank:
+    if ranks.world > 1 and not local:
         dist.barrier()
 
 
