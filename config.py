@@ -70,7 +70,6 @@ class Config:
     diffusion_steps: int = field(0, "0: continuous time; T: T discrete times (and rows of the time table)")
     loss_weighting: str = field("elbo", "weight of a masked token in the training loss; the bound is always the ELBO",
                                 choices=("elbo", "flat", "clip", "pooled", "full"))
-
     complementary: bool = field(False, "rows in pairs: the same text, masked where the other is not")
 
     batch_size: int = field(64, "rows a step, of all devices together", "optimisation")
@@ -203,9 +202,9 @@ class SampleConfig:
 # The recipe of the two micro-dLLMs, the yardstick of all comparisons: discrete times, a table of them, AdamW as PyTorch
 # has it. Their sampler is repaired here, and row 0 of the table is for clean text only: theirs decided the last tokens
 # without ever having been trained.
-MICRO = dict(rows="stream", tie_embeddings=False, schedule="cos", corruption="bernoulli", diffusion_steps=100, time_conditioning="table", init="normal",
-             optimizer="adamw", lr=3e-4, beta2=0.999, weight_decay=0.01, warmup_iters=0, lr_decay="constant",
-             grad_clip=0.0, short_rows=0.0, dropout=0.0, max_iters=5000)
+MICRO = dict(rows="stream", tie_embeddings=False, schedule="cos", corruption="bernoulli", diffusion_steps=100,
+             time_conditioning="table", init="normal", optimizer="adamw", lr=3e-4, beta2=0.999, weight_decay=0.01,
+             warmup_iters=0, lr_decay="constant", grad_clip=0.0, short_rows=0.0, dropout=0.0, max_iters=5000)
 
 PRESETS = {
     # The built-in stories. A 2-core CPU trains it in minutes.
@@ -223,11 +222,11 @@ PRESETS = {
     "micro_bpe": MICRO | dict(data="data/stories.txt", tokenizer="artifacts/tokenizer/tokenizer.json",
                               loss_weighting="pooled"),
     # GPT-2 small's shape: 85M parameters in blocks. For a GPU; not measured yet, like all that follow.
-    "gpt2": dict(data="data/fineweb_edu.bin", vocab_size=32768, n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=256,
-                 micro_batch=32, warmup_iters=250, max_iters=10_000, eval_interval=500),
+    "gpt2": dict(data="data/fineweb_edu.bin", vocab_size=32768, n_layer=12, n_head=12, n_embd=768, block_size=1024,
+                 batch_size=256, micro_batch=32, warmup_iters=250, max_iters=10_000, eval_interval=500),
     # 201M parameters in blocks, for one to many GPUs.
-    "speedrun": dict(data="data/fineweb_edu.bin", vocab_size=32768, n_layer=16, n_head=8, n_embd=1024, block_size=1024, batch_size=512,
-                     micro_batch=32, warmup_iters=250, max_iters=10_000, eval_interval=500),
+    "speedrun": dict(data="data/fineweb_edu.bin", vocab_size=32768, n_layer=16, n_head=8, n_embd=1024, block_size=1024,
+                     batch_size=512, micro_batch=32, warmup_iters=250, max_iters=10_000, eval_interval=500),
     # The standard benchmarks in bits per character: 100 MB each, the last tenth is held out (its first half is what the
     # papers call validation, its second half is their test). enwik8 is counted in bytes: a BPE without merges.
     "text8": dict(data="data/text8.txt", tokenizer="char", n_layer=12, n_head=12, n_embd=768, batch_size=256,

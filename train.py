@@ -338,7 +338,8 @@ def finish(cfg, data, device, dtype, step, minutes, seconds_a_step, path, say):
     with runtime.autocast(device, dtype):
         report = metrics.held_out(model, cfg, data, device)
     report |= {"name": cfg.name, "parameters": model.num_parameters(), "steps": step, "minutes": minutes,
-               "seconds_a_step": seconds_a_step, "tokens_per_second": cfg.batch_size * cfg.block_size / seconds_a_step if seconds_a_step else None}
+               "seconds_a_step": seconds_a_step,
+               "tokens_per_second": cfg.batch_size * cfg.block_size / seconds_a_step if seconds_a_step else None}
     runtime.write_json(path["metrics"], report)
     say(metrics.show(report))
     plots.loss_curves([path["log"]], path["plot"])

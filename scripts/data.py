@@ -22,8 +22,6 @@ import config
 from config import UserError, field
 from utils import corpus, tales, tokenizer
 
-DOWNLOADS = ("shakespeare", "text8", "enwik8")
-
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -72,7 +70,7 @@ def write_shards(cfg, output, given):
         raise UserError(f"output={output} with tokens={cfg.tokens}: name the folder of shards something.bin")
     if not cfg.tokenizer:
         raise UserError(f"tokens={cfg.tokens} needs --tokenizer FILE; scripts/train_tokenizer.py makes one")
-    if cfg.dataset in (*DOWNLOADS, "tales") or cfg.dataset.endswith(".txt"):
+    if cfg.dataset in (*corpus.DOWNLOADS, "tales") or cfg.dataset.endswith(".txt"):
         raise UserError(f"dataset={cfg.dataset} with tokens={cfg.tokens}: shards are made from .jsonl, .parquet and hub "
                         "datasets; others fit into memory")
     wanted, text = number(cfg.tokens), tokenizer.load(cfg.tokenizer)
@@ -92,7 +90,7 @@ def documents(cfg):
     """Iterator of str."""
     if cfg.dataset == "tales":
         return iter(tales.generate(f"data {cfg.seed}", cfg.num_stories))
-    if cfg.dataset in DOWNLOADS:
+    if cfg.dataset in corpus.DOWNLOADS:
         return iter([corpus.download(cfg.dataset)])
     if cfg.dataset.endswith(".txt"):
         return iter(corpus.read_documents(cfg.dataset))
@@ -111,7 +109,7 @@ def main(argv):
                         if not (name == "dataset" and value in SOURCES)})
     if cfg.dataset.endswith(corpus.LOCAL) and not os.path.exists(cfg.dataset):
         raise UserError(f"there is no file {cfg.dataset}")
-    output = cfg.output or (f"data/{cfg.dataset}.txt" if cfg.dataset in DOWNLOADS else "data/stories.txt")
+    output = cfg.output or (f"data/{cfg.dataset}.txt" if cfg.dataset in corpus.DOWNLOADS else "data/stories.txt")
     if cfg.tokens:
         return write_shards(cfg, output, overrides)
     stream = islice(documents(cfg), cfg.num_stories)

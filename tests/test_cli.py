@@ -15,6 +15,7 @@ import diffusion
 import inference
 import train
 from config import Config, SampleConfig, UserError
+from conftest import interrupt
 from scripts import data as data_script
 from scripts import ablate, bench, evaluate, train_tokenizer
 from utils import checkpoint, corpus, tales, trace
@@ -232,20 +233,8 @@ def test_resume_by_command_line(monkeypatch, capsys):
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(monkeypatch, capsys):
-    batches, before = [], signal.getsignal(signal.SIGINT)  # ignored where a shell runs the tests in the background
-
-    def batch_and_interrupt(load=corpus.load):
-        def loading(*args):
-            data = load(*args)
-
-            def batch(step, rows):
-                batches.append(step)
-                if step == 2 and batches.count(2) == 1:
-                    os.kill(os.getpid(), signal.SIGINT)
-                return data.batch(step, rows)
-            return data._replace(batch=batch)
-        return loading
-    monkeypatch.setattr(corpus, "load", batch_and_interrupt())
+    before = signal.getsignal(signal.SIGINT)  # ignored where a shell runs the tests in the background
+    interrupt(monkeypatch, 2, signal.SIGINT)
     code, out, _ = run(train.main, ["tales", *TINY], monkeypatch, capsys)
     assert code == 0 and "stopped at step 3; go on with: python train.py --resume artifacts/models/tales.pt" in out
     assert checkpoint.read("artifacts/models/tales.pt")["step"] == 3

@@ -19,7 +19,7 @@ import diffusion
 import toy
 import train
 from config import Config, UserError
-from conftest import ROOT
+from conftest import ROOT, interrupt
 from scripts import data as data_script
 from utils import checkpoint, corpus, optim, runtime, tales, tokenizer
 
@@ -216,18 +216,7 @@ def test_a_stop_between_evaluations_leaves_no_trace(monkeypatch):
     """Ctrl-C after step 4 of 6, evaluations at 3 and 6: saved and not evaluated, so that log and best stay the same."""
     whole = tiny(name="whole")
     train.train(whole, quiet=True)
-    batch, load = [], corpus.load
-
-    def interrupting(*args):
-        data = load(*args)
-
-        def batch_of(step, rows):
-            batch.append(step)
-            if step == 3 and batch.count(3) == 1:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return data.batch(step, rows)
-        return data._replace(batch=batch_of)
-    monkeypatch.setattr(corpus, "load", interrupting)
+    interrupt(monkeypatch, 3, signal.SIGTERM)
     train.train(dataclasses.replace(whole, name="parts"))
     assert checkpoint.read("artifacts/models/parts.pt")["step"] == 4
     assert [json.loads(line)["step"] for line in open("artifacts/logs/parts.jsonl")] == [3]

@@ -30,6 +30,7 @@ SHORTEST_TALE = 60  # tokens; a tale has 65 words and punctuation marks, which n
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 STORIES = "roneneldan/TinyStories"
 BENCHMARK = "http://mattmahoney.net/dc/{}.zip"  # enwik8 and text8, the first 100 MB of Wikipedia as it was in 2006
+DOWNLOADS = ("shakespeare", "text8", "enwik8")
 LOCAL = (".jsonl", ".json", ".parquet")
 SHARD_TOKENS, SHARD_DOCUMENTS, SHARD_HELD_OUT = 100_000_000, 1000, 0.005  # of prepared shards; documents at once
 PIECE = 1_000_000  # characters of a long document that are encoded at once
@@ -171,7 +172,7 @@ def write_documents(path, documents, separator=None):
 
 def prepare(path):
     """Make the missing corpus of a preset; any other missing file is left to `read_documents`."""
-    if path in ("data/shakespeare.txt", "data/enwik8.txt", "data/text8.txt"):
+    if path in (f"data/{name}.txt" for name in DOWNLOADS):
         write_documents(path, [download(os.path.basename(path).removesuffix(".txt"))])
     elif path.endswith(".bin"):
         raise UserError(f"there is no {path}; make it with: python scripts/data.py --dataset fineweb-edu --tokens 10B "

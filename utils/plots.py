@@ -52,7 +52,7 @@ def bound_over_cost(rows, title, path):
             axes[1].plot([minutes for _, minutes, _ in points], [p[2] for p in points], **style)
             axes[2].errorbar(float(row["bound"]), -place, xerr=float(row["se_rows"]), fmt="o", ms=4, color=style["color"])
     axes[2].set_yticks([-place for place in range(len(order))], order)
-    low = min(ends.values())
+    low = min(ends.values(), default=0)
     for axis, cost in zip(axes, ("rows seen", "minutes")):
         axis.set(xlabel=cost, ylabel="held-out bound, nats a token", ylim=(low - 0.05, low + 1.2), xscale="log")
     axes[2].set(xlabel="held-out bound of the best checkpoint, nats a token\n(± s.e. over rows, the same rows for all)")
