@@ -191,23 +191,29 @@ class Transformer(nn.Module):
         select       flat indices (N,) into the B * L positions
         returns      (B, L, V), or (N, V) with `select`; MASK has no column, so it can never be predicted
         """
-        B, L = ids.shape
         if positions is None:
-            positions = torch.arange(L, device=ids.device)
+            positions = torch.arange(ids.size(1), device=ids.device)
         cos, sin = rotary_table(positions, self.cfg.n_embd // self.cfg.n_head)
-        x = self.embedding(ids)
+        x, condition = self.enter(self.embedding(ids), noise_level)
+        for layer, block in enumerate(self.blocks):
+            run = partial(checkpoint, block, use_reentrant=False) if self.cfg.activation_checkpointing else block
+            x = run(x, cos, sin, attention, condition, cache and partial(cache, layer))
+        return self.leave(x, select)
+
+    def enter(self, x, noise_level):
+        """What the first block reads, (B, L, C), and what adaLN is told, (B, 1 or L, C) or None."""
         condition = None
         if self.noise is not None:
             if noise_level is None:
                 raise ValueError(f"time_conditioning={self.cfg.time_conditioning} needs noise_level")
             condition = self.noise(noise_level.float())
-            condition = condition if condition.dim() == 3 else condition[:, None]  # (B, 1 or L, C)
+            condition = condition if condition.dim() == 3 else condition[:, None]
             if self.cfg.time_conditioning != "adaln":
                 x = x + condition
-        x = self.dropout(norm(x))
-        for layer, block in enumerate(self.blocks):
-            run = partial(checkpoint, block, use_reentrant=False) if self.cfg.activation_checkpointing else block
-            x = run(x, cos, sin, attention, condition, cache and partial(cache, layer))
+        return self.dropout(norm(x)), condition
+
+    def leave(self, x, select):
+        """Logits of what the last block wrote."""
         x = norm(x)
         if select is not None:
             x = x.flatten(0, 1)[select]

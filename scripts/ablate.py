@@ -5,7 +5,7 @@
     python scripts/ablate.py samplers                                  the newest tales run
     python scripts/ablate.py samplers --checkpoint artifacts/models/tales.best.pt --num_samples 200
 
-Writes artifacts/ablations/NAME.csv, .md and .png. To add a comparison, add a function and an entry to COMPARISONS.
+Writes artifacts/ablations/NAME.csv, .md and .png (NAME_BASE with --base). To add a comparison, add a function and an entry to COMPARISONS.
 """
 import csv
 import dataclasses
@@ -56,7 +56,7 @@ class AblateConfig:
 
 
 class Comparison(NamedTuple):
-    settings: Callable  # options -> list of dicts: the settings that are compared, in order
+    settings: Callable  # options -> list of dicts: the settings that are compared, in order, first their name
     measure: Callable   # options -> (function from such a dict to a dict of figures, dict of what else they depend on)
     plot: Callable      # (rows of the table, title, path) -> None
     summary: Callable = lambda rows: rows  # rows of the table -> those of the Markdown table
@@ -135,15 +135,16 @@ SMALL = dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=64, drop
 
 def recipe(options):
     """The sources' recipe and ours; ours shorter and longer, without each of its parts, and with what it leaves out."""
-    # the loss as in the two micro-dLLMs
+    # their loss as in the two micro-dLLMs
     loss = "full" if config.merge(Config, base_config(options)).tokenizer == "char" else "pooled"
     yardstick = config.MICRO | {"loss_weighting": loss, "dtype": "float32", "compile": "off"}
     return {f"the sources' recipe, {options.yardstick_iters} steps": yardstick | {"max_iters": options.yardstick_iters}} | {
         f"our recipe, {share:g} of the steps": {"max_iters": round(share * options.iters)}
         for share in (0.4, 0.6, 0.8, 1.5, 2)} | {"our recipe": {}} | {
         "the sources' optimizer: AdamW 3e-4, constant": {
-            name: config.MICRO[name] for name in ("optimizer", "lr", "beta2", "weight_decay", "warmup_iters", "lr_decay")},
-        "AdamW for all, 3e-3": {"optimizer": "adamw"},
+            name: config.MICRO[name] for name in ("optimizer", "lr", "beta1", "beta2", "weight_decay", "warmup_iters", "lr_decay")},
+        "AdamW for all, 3e-3": {"optimizer": "adamw", "lr": 3e-3},
+        "the bound as loss": {"loss_weighting": "elbo"},
         "no warm-up": {"warmup_iters": 0},
         "no decay": {"lr_decay": "constant"},
         "decay over the whole run": {"decay_share": 1.0},
@@ -178,11 +179,11 @@ def batch_size(options):
 TRAINED = {
     "recipe": recipe,
     "optimizer": lambda options: {f"Muon {muon:g}, AdamW {lr:g}": {"muon_lr": muon, "lr": lr}
-                                  for muon in (0.01, 0.02, 0.04) for lr in (1e-3, 3e-3, 1e-2)} | {
-        f"AdamW {lr:g}": {"optimizer": "adamw", "lr": lr} for lr in (3e-4, 1e-3, 2e-3, 3e-3, 6e-3, 1e-2)},
+                                  for muon in (0.01, 0.02, 0.03, 0.04) for lr in (3e-3, 1e-2, 2e-2)} | {
+        f"AdamW {lr:g}": {"optimizer": "adamw", "lr": lr} for lr in (3e-4, 1e-3, 3e-3, 6e-3, 1e-2)},
     "weighting": lambda options: {name: {"loss_weighting": name} for name in ("elbo", "flat", "clip", "pooled", "full")},
     "schedule": lambda options: {name: {"schedule": name} for name in diffusion.SCHEDULES} | {
-        f"{name}, pooled": {"schedule": name, "loss_weighting": "pooled"} for name in diffusion.SCHEDULES},
+        f"{name}, the bound as loss": {"schedule": name, "loss_weighting": "elbo"} for name in diffusion.SCHEDULES},
     "time_conditioning": lambda options: {"none": {}, "sinusoidal": {"time_conditioning": "sinusoidal"},
                                           "adaln": {"time_conditioning": "adaln"},
                                           "table of 100": DISCRETE | {"time_conditioning": "table", "diffusion_steps": 100},
@@ -200,41 +201,48 @@ DISCRETE = dict(corruption="bernoulli")
 
 def base_config(options):
     base = config.PRESETS["shakespeare"] | SMALL if not options.base else config.preset(options.base)
-    return {"name": "run"} | base | {"max_iters": options.iters, "eval_interval": max(1, options.iters // 15),
-                                     "device": options.device, "dtype": options.dtype, "eval_rows": 256,
-                                     "final_rows": 1024, "final_masks": 2}
+    return {"name": "run"} | base | {"max_iters": options.iters, "device": options.device, "dtype": options.dtype,
+                                     "eval_rows": 256, "final_rows": 1024, "final_masks": 2}
+
+
+def variant_config(comparison, options, variant, seed):
+    cfg = config.merge(Config, base_config(options), TRAINED[comparison](options)[variant], {"seed": seed})
+    return dataclasses.replace(cfg, eval_interval=max(1, cfg.max_iters // 15), save_interval=10**9)
 
 
 def train_settings(comparison, options):
-    return [{"variant": name, "seed": seed} for name in TRAINED[comparison](options) for seed in range(1, options.seeds + 1)]
+    """One training run each. "config" tells runs apart that differ in anything but their names."""
+    def fingerprint(cfg):  # of what is switched on, so that a setting which is added to config.py changes nothing
+        return hashlib.sha256(repr([(k, v) for k, v in dataclasses.asdict(cfg).items() if v]).encode()).hexdigest()[:8]
+    return [{"variant": name, "seed": seed, "config": fingerprint(variant_config(comparison, options, name, seed))}
+            for name in TRAINED[comparison](options) for seed in range(1, options.seeds + 1)]
 
 
 def train_variants(comparison, options):
     """(function from a setting to the figures of its training run; what they depend on besides)."""
-    base, variants = base_config(options), TRAINED[comparison](options)
-
     def measure(setting):
-        cfg = config.merge(Config, base, variants[setting["variant"]], {"seed": setting["seed"]})
+        cfg = variant_config(comparison, options, setting["variant"], setting["seed"])
         with tempfile.TemporaryDirectory() as folder:
             try:
-                report = train.train(dataclasses.replace(cfg, out_dir=folder, save_interval=10**9), quiet=True)
+                report = train.train(dataclasses.replace(cfg, out_dir=folder), quiet=True)
             except UserError as error:
                 if "not finite" not in str(error):
                     raise
                 return dict.fromkeys(FIGURES, math.nan) | {"curve": ""}
             with open(os.path.join(folder, "logs", f"{cfg.name}.jsonl"), encoding="utf-8") as log:
                 entries = [json.loads(line) for line in log]
+        # minutes of training steps alone: starting, compiling and evaluating cost all variants alike
+        minutes = lambda steps: steps * report["seconds_a_step"] / 60
         return {"bound": report["bound_nats_per_token"], "se_rows": report["bound_se_rows"],
                 "se_masks": report["bound_se_masks"], "last_bound": entries[-1]["bound"], "steps": report["steps"],
-                "minutes": report["minutes"], "ms_a_step": 1000 * report["seconds_a_step"],
+                "minutes": minutes(report["steps"]), "ms_a_step": 1000 * report["seconds_a_step"],
                 "rows_a_step": cfg.batch_size, "parameters": report["parameters"],
-                "curve": " ".join(f"{e['step']}:{e['minutes']:.2f}:{e['bound']:.4f}" for e in entries)}
-    cfg = config.merge(Config, base)
+                "curve": " ".join(f"{e['step']}:{minutes(e['step']):.3f}:{e['bound']:.4f}" for e in entries)}
+    cfg = config.merge(Config, base_config(options))
     device = runtime.choose_device(cfg.device)
-    what = {name: getattr(cfg, name) for name in ("data", "n_layer", "n_embd", "block_size", "max_iters")}
-    what |= {"device": device.type, "dtype": str(runtime.choose_dtype(cfg.dtype, device)).removeprefix("torch."),
-             "base": hashlib.sha256(repr(cfg).encode()).hexdigest()[:8]}  # all other settings that they share
-    return measure, what
+    what = {name: getattr(cfg, name) for name in ("data", "n_layer", "n_embd", "block_size")}
+    return measure, what | {"device": device.type,
+                            "dtype": str(runtime.choose_dtype(cfg.dtype, device)).removeprefix("torch.")}
 
 
 FIGURES = ("bound", "se_rows", "se_masks", "last_bound", "steps", "minutes", "ms_a_step", "rows_a_step", "parameters")
@@ -244,7 +252,7 @@ def over_seeds(rows):
     """One row for each variant: means over its seeds, and the standard error of the bound over them."""
     groups = {}
     for row in rows:
-        key = {name: row[name] for name in row if name not in (*FIGURES, "seed", "curve")}
+        key = {name: row[name] for name in row if name not in (*FIGURES, "seed", "config", "curve")}
         groups.setdefault(tuple(key.items()), []).append(row)
     out = []
     for key, runs in groups.items():
@@ -252,7 +260,7 @@ def over_seeds(rows):
         bounds = [float(run["bound"]) for run in runs]
         several = len(runs) > 1 and not any(map(math.isnan, bounds))
         spread = statistics.stdev(bounds) / len(runs) ** 0.5 if several else None
-        key = {name: value for name, value in key if name not in ("base", "max_iters", "device", "dtype")}
+        key = {name: value for name, value in key if name not in ("device", "dtype")}
         out.append(key | {"seeds": len(runs), "steps": runs[0]["steps"]} | {
             name: rounded(value) for name, value in (
                 ("bound", mean("bound")), ("se_seeds", spread), ("se_rows", mean("se_rows")), ("ms_a_step", mean("ms_a_step")),
@@ -270,7 +278,8 @@ COMPARISONS = {
 
 
 def label(setting):
-    return ", ".join(f"{key} {value}" for key, value in setting.items() if value not in ("", 0, "none", 1.0))
+    return ", ".join(f"{key} {value}" for key, value in setting.items()
+                     if key != "config" and value not in ("", 0, "none", 1.0))
 
 
 def read_table(path):
@@ -313,24 +322,25 @@ def main(argv):
         raise UserError(f"say which comparison: python scripts/ablate.py NAME; known: {', '.join(COMPARISONS)}")
     config.check_name("comparison", positional[0], COMPARISONS)
     options = config.merge(AblateConfig, overrides)
-    comparison, stem = COMPARISONS[positional[0]], os.path.join(options.out_dir, positional[0])
+    base = os.path.splitext(os.path.basename(options.base))[0]  # a file of its own for each size
+    comparison, name = COMPARISONS[positional[0]], positional[0] + (f"_{base}" if base else "")
+    stem, settings = os.path.join(options.out_dir, name), comparison.settings(options)
     (measure, common), table = comparison.measure(options), read_table(f"{stem}.csv")
-    common = {name: str(value) for name, value in common.items()}
-    mine = lambda row: all(row.get(name) == value for name, value in common.items())  # and not of another model
-    settings = [s for s in comparison.settings(options) if str(next(iter(s.values()))).startswith(options.only)]
-    if not settings:
+    keys = [{name: str(value) for name, value in (setting | common).items()} for setting in settings]
+    done = lambda key: [row for row in table if all(row.get(name) == value for name, value in key.items())]
+    wanted = [(key, setting) for key, setting in zip(keys, settings)
+              if str(next(iter(setting.values()))).startswith(options.only)]
+    if not wanted:
         raise UserError(f"only={options.only}: no setting of {positional[0]} begins so")
-    for number, setting in enumerate(settings, 1):
-        key = {name: str(value) for name, value in setting.items()} | common
-        if any(all(row.get(name) == value for name, value in key.items()) for row in table):
+    for number, (key, setting) in enumerate(wanted, 1):
+        if done(key):
             continue
         figures = measure(setting)
-        row = key | {name: rounded(value) for name, value in figures.items()}
-        table.append(row)
+        table.append(key | {name: rounded(value) for name, value in figures.items()})
         write_tables(table, stem, comparison.summary)
-        print(f"{number} of {len(settings)}: {label(setting)} | " + ", ".join(
-            f"{name} {row[name]}" for name in list(figures)[:6]), flush=True)
-    comparison.plot([row for row in table if mine(row)], positional[0], f"{stem}.png")
+        print(f"{number} of {len(wanted)}: {label(setting)} | " + ", ".join(
+            f"{name} {table[-1][name]}" for name in list(figures)[:6]), flush=True)
+    comparison.plot([row for key in keys for row in done(key)], name, f"{stem}.png")
     print(f"wrote {stem}.csv, {stem}.md and {stem}.png")
 
 

@@ -555,11 +555,11 @@ def test_ablate_trains_each_variant_once(monkeypatch, capsys):
     words = "weighting --base tiny.py --iters 3 --seeds 2 --out_dir out --device cpu --dtype float32"
     code, out, err = run(ablate.main, words, monkeypatch, capsys)
     assert code == 0 and "6 of 6" in out, err
-    rows = ablate.read_table("out/weighting.csv")
+    rows = ablate.read_table("out/weighting_tiny.csv")
     assert len(rows) == 6 and {row["seed"] for row in rows} == {"1", "2"} and rows[0]["bound"] != rows[1]["bound"]
     assert [row["bound"] == "nan" for row in rows] == [False] * 4 + [True] * 2
-    table = open("out/weighting.md").read().splitlines()
-    assert len(table) == 2 + 3 and " nan " in table[-1] and os.path.getsize("out/weighting.png") > 10_000
+    table = open("out/weighting_tiny.md").read().splitlines()
+    assert len(table) == 2 + 3 and " nan " in table[-1] and os.path.getsize("out/weighting_tiny.png") > 10_000
     mean = (float(rows[0]["bound"]) + float(rows[1]["bound"])) / 2
     assert f"| {mean:.4g} |" in table[2]
     monkeypatch.setattr(train, "train", None)

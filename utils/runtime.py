@@ -88,12 +88,12 @@ COMPILE_PAYS = 300  # seconds of eager CPU training: compiling takes up to a min
 
 
 def maybe_compile(model, token_nll, cfg, device, seconds, try_out):
-    """(`model` with compiled blocks, sharing its weights; compiled token_nll; what try_out returned), or both as they are
-    and None where it does not pay.
+    """(`model` compiled, sharing its weights; compiled token_nll; what try_out returned), or both as they are and None
+    where it does not pay.
 
     seconds is how long the run would take without; try_out(model, token_nll) runs training passes, in which the
-    compilation happens. auto: on CUDA, and for a CPU run that earns the compilation back. Only the blocks and the last
-    function are compiled: one compilation serves all blocks. Without a working compiler: eager, and a line.
+    compilation happens. auto: on CUDA, and for a CPU run that earns the compilation back. It is compiled in
+    parts: one compilation serves all blocks. Without a working compiler: eager, and a line.
     """
     wanted = cfg.compile == "on" or cfg.compile == "auto" and (
         device.type == "cuda" or device.type == "cpu" and seconds > COMPILE_PAYS)
@@ -104,7 +104,8 @@ def maybe_compile(model, token_nll, cfg, device, seconds, try_out):
     # on a CPU the compiler's own random numbers, for dropout, are slower than PyTorch's
     options = {"fallback_random": True} if device.type == "cpu" else None
     compiled.blocks = torch.nn.ModuleList(torch.compile(block, options=options) for block in model.blocks)
-    compiled_nll = torch.compile(token_nll, options=options)
+    compiled.enter, compiled.leave, compiled_nll = (
+        torch.compile(function, options=options) for function in (model.enter, model.leave, token_nll))
     try:
         result = try_out(compiled, compiled_nll)
     except Exception as error:  # noqa: BLE001 - whatever the compiler lacks (Triton, g++, headers), eager works
