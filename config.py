@@ -6,24 +6,13 @@ A preset is a dict of differences from the defaults. An experiment file is the s
     # my_experiment.py                       python train.py my_experiment.py --max_iters 2000
     config = {"preset": "shakespeare", "n_layer": 4}
 """
-import dataclasses
-import difflib
-import math
 import os
 import runpy
-import sys
 from dataclasses import dataclass
 
+from utils.cli import UserError, check_choices, check_seed, field, merge, nearest, parse, reason
+
 VERSION = 1  # of what a checkpoint stores
-
-
-class UserError(Exception):
-    """What the user can mend: told in one line, without a traceback, exit code 2."""
-
-
-def field(default, help, group=None, choices=None):
-    """A dataclass field that is a flag. `group` starts a heading of --help, for this field and those after it."""
-    return dataclasses.field(default=default, metadata={"help": help, "group": group, "choices": choices})
 
 
 @dataclass(frozen=True)
@@ -246,93 +235,6 @@ PRESETS = {
 # --- the command line -------------------------------------------------------------------------------------------
 
 
-def check_choices(config):
-    for f in dataclasses.fields(config):
-        choices, value = f.metadata["choices"], getattr(config, f.name)
-        if choices and value not in choices:
-            raise UserError(f"{f.name}={value} is not one of {', '.join(choices)}{nearest(value, choices)}")
-
-
-def check_seed(seed):
-    if not 0 <= seed < 2**62:
-        raise UserError(f"seed={seed} must be at least 0 and below 2^62")
-
-
-def check_name(kind, name, known):
-    """Complain where there is no `kind` (say, sampler) called `name`; known is its dictionary."""
-    if name not in known:
-        raise UserError(f"there is no {kind} {name}{nearest(name, known)}; known: {', '.join(known)}")
-
-
-def reason(error):
-    """The first line of an exception's message, or its name where it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-
-
-def nearest(word, words):
-    match = difflib.get_close_matches(str(word), list(words), 1)
-    return f"; did you mean {match[0]}?" if match else ""
-
-
-def convert(f, text):
-    """The string `text` as the type of dataclass field `f`."""
-    if f.type is bool:
-        if text.lower() in ("true", "1", "yes", "on", "false", "0", "no", "off"):
-            return text.lower() in ("true", "1", "yes", "on")
-        raise UserError(f"--{f.name} {text}: expected true or false")
-    try:
-        value = f.type(text)
-        if f.type is float and not math.isfinite(value):
-            raise ValueError
-        return value
-    except ValueError:
-        kind = {int: "a whole number", float: "a number"}[f.type]
-        raise UserError(f"--{f.name} {text}: expected {kind}") from None
-
-
-def parse(argv, kind):
-    """Command line -> (positional arguments, overrides): `--key value`, `--key=value`, `--bool`; - and _ are one."""
-    fields = {f.name: f for f in dataclasses.fields(kind)}
-    positional, overrides, rest = [], {}, list(argv)
-    while rest:
-        word = rest.pop(0)
-        if not word.startswith("--"):
-            positional.append(word)
-            continue
-        key, equals, value = word[2:].partition("=")
-        key = key.replace("-", "_")
-        if key not in fields:
-            raise UserError(f"unknown flag {word.split('=')[0]}{nearest(key, fields)} (--help shows all)")
-        if not equals:
-            if fields[key].type is bool and (not rest or rest[0].startswith("--")):
-                value = "true"
-            elif not rest:
-                raise UserError(f"{word} needs a value")
-            else:
-                value = rest.pop(0)
-        overrides[key] = convert(fields[key], value)
-    return positional, overrides
-
-
-def merge(kind, *layers):
-    """A `kind` from dicts, later ones first in rank; a name that it does not have is an error."""
-    values, types = {}, {f.name: f.type for f in dataclasses.fields(kind)}
-    defaults = {f.name: f.default for f in dataclasses.fields(kind)}
-    for layer in layers:
-        for key, value in layer.items():
-            if key not in types:
-                raise UserError(f"there is no setting {key}{nearest(key, types)}")
-            wanted = (int, float) if types[key] is float else types[key]
-            if value is None and defaults[key] is None:
-                continue
-            if not isinstance(value, wanted) or isinstance(value, bool) != (types[key] is bool):
-                raise UserError(f"{key}={value!r} must be of type {types[key].__name__}")
-            if types[key] is float and not math.isfinite(value):
-                raise UserError(f"{key}={value} must be a finite number")
-        values |= layer
-    return kind(**values)
-
-
 def preset(name):
     """Differences of a preset, or of a Python file that defines `config = {...}`, from the defaults."""
     if name in PRESETS:
@@ -376,17 +278,6 @@ def load(argv):
     return merge(Config, *layers), f"preset {chosen}: {why}" if chosen else why
 
 
-def show_help(kind, usage):
-    lines = [usage]
-    for f in dataclasses.fields(kind):
-        if f.metadata["group"]:
-            lines.append(f"\n{f.metadata['group']}:")
-        choices = f" [{'|'.join(f.metadata['choices'])}]" if f.metadata["choices"] else ""
-        default = "" if f.default in ("", None) else f" (default {f.default})"
-        lines.append(f"  --{f.name:<18} {f.metadata['help']}{choices}{default}")
-    print("\n".join(lines))
-
-
 def show_list(samplers, schedules):
     """Print the presets, each with its differences from the defaults, the samplers and the schedules (dicts)."""
     for name, settings in PRESETS.items():
@@ -396,19 +287,3 @@ def show_list(samplers, schedules):
         key = f" Key: {sampler.key.__doc__[0].lower()}{sampler.key.__doc__[1:]}" if sampler.key else ""
         print(f"sampler {name}{number}: {' '.join(sampler.pick.__doc__.split())}{key}")
     print(f"schedules: {', '.join(schedules)}")
-
-
-def run(main):
-    """Call main(sys.argv[1:]) as a script does; what the user can mend ends in one line and exit code 2."""
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        rank = os.environ.get("RANK", "0")  # torchrun's number of this process
-        print(f"{'' if rank == '0' else f'process {rank}: '}error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:  # `python inference.py | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)

@@ -17,8 +17,9 @@ from typing import Callable, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from config import SampleConfig, UserError, check_name
+from config import SampleConfig
 from utils import blocks, rules
+from utils.cli import UserError, check_name
 
 # --- schedules --------------------------------------------------------------------------------------------------
 # A schedule is the masked share m(t), rising from 0 at t = 0 to 1 at t = 1, and its inverse t(m). The survival

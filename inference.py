@@ -19,8 +19,9 @@ from tqdm import tqdm
 
 import config
 import diffusion
-from config import Config, SampleConfig, UserError
-from utils import canvas, checkpoint, runtime, trace
+from config import Config, SampleConfig
+from utils import canvas, checkpoint, cli, runtime, trace
+from utils.cli import UserError
 
 ALTERNATIVES = 5  # likeliest tokens that the page of --viz-html shows
 
@@ -30,13 +31,13 @@ def load(argv):
 
     Settings come from config.py, then from the checkpoint (how its author wanted it sampled), then from the flags.
     """
-    positional, overrides = config.parse(argv, SampleConfig)
+    positional, overrides = cli.parse(argv, SampleConfig)
     if positional:
         raise UserError(f"what is {positional[0]}? Give text with --prompt \"...\" and a model with --checkpoint PATH")
-    check(config.merge(SampleConfig, overrides))  # complain before the checkpoint is read
+    check(cli.merge(SampleConfig, overrides))  # complain before the checkpoint is read
     path = overrides.get("checkpoint") or checkpoint.newest(os.path.join(Config.out_dir, "models"))
     state = checkpoint.read(path)
-    options = config.merge(SampleConfig, state["sample"], overrides)
+    options = cli.merge(SampleConfig, state["sample"], overrides)
     check(options)
     for target, ending in ((options.viz_video, ".mp4"), (options.viz_gif, ".gif"), (options.viz_html, ".html")):
         if target:  # rather now than after the work
@@ -47,7 +48,7 @@ def load(argv):
 
 def check(options):
     diffusion.find_sampler(options.sampler)
-    config.check_name("schedule", options.schedule, diffusion.SCHEDULES)
+    cli.check_name("schedule", options.schedule, diffusion.SCHEDULES)
 
 
 def canvases(options, text, window):
@@ -61,7 +62,7 @@ def canvases(options, text, window):
                 with open(options.prompt_file, encoding="utf-8") as file:
                     prompts = [line for line in file.read().splitlines() if line.strip()]
             except (OSError, UnicodeDecodeError) as error:
-                raise UserError(f"cannot read the prompts of {options.prompt_file}: {config.reason(error)}") from None
+                raise UserError(f"cannot read the prompts of {options.prompt_file}: {cli.reason(error)}") from None
             if not prompts:
                 raise UserError(f"{options.prompt_file} is empty; write a prompt on each line")
         templates = [[p for p in (prompt, options.gen_len, options.suffix) if p != ""] for prompt in prompts]
@@ -126,7 +127,7 @@ def generate(model, text, options, cfg, device, dtype):
 
 def main(argv):
     if "--help" in argv or "-h" in argv:
-        return config.show_help(SampleConfig, __doc__)
+        return cli.show_help(SampleConfig, __doc__)
     if "--list" in argv:
         return config.show_list(diffusion.SAMPLERS, diffusion.SCHEDULES)
     options, model, text, cfg, device, path = load(argv)
@@ -155,4 +156,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    config.run(main)
+    cli.run(main)

@@ -13,7 +13,6 @@ held-out bound), artifacts/logs/NAME.jsonl, and at the end artifacts/logs/NAME.j
 import contextlib
 import copy
 import dataclasses
-import json
 import math
 import os
 import time
@@ -24,9 +23,10 @@ from tqdm import tqdm
 
 import config
 import diffusion
-from config import Config, SampleConfig, UserError
+from config import Config, SampleConfig
 from model import Transformer
-from utils import canvas, checkpoint, corpus, metrics, optim, plots, runtime
+from utils import canvas, checkpoint, cli, corpus, metrics, optim, plots, runtime
+from utils.cli import UserError
 
 # what a resumed run may change; everything else would make it another run
 MAY_CHANGE = {"max_iters", "max_minutes", "save_interval", "device", "dtype", "compile", "lr", "muon_lr", "lr_decay",
@@ -40,7 +40,7 @@ def resumed_config(argv):
 
     The run goes on where its checkpoint lies, FOLDER/models/NAME.pt, so that no other run can be overwritten.
     """
-    positional, overrides = config.parse(argv, Config)
+    positional, overrides = cli.parse(argv, Config)
     if positional:
         raise UserError(f"--resume takes its preset from the checkpoint; leave out {positional[0]}")
     folder = os.path.join(overrides.get("out_dir", Config.out_dir), "models")
@@ -49,7 +49,7 @@ def resumed_config(argv):
     if "optimizers" not in state:
         raise UserError(f"{path} holds weights only and cannot be resumed; use the run's last checkpoint "
                         f"({path.replace('.best.pt', '.pt')}), or --init_from {path} to start a new run from it")
-    before = dataclasses.asdict(config.merge(Config, state["config"]))
+    before = dataclasses.asdict(cli.merge(Config, state["config"]))
     for key, value in overrides.items():
         if key not in MAY_CHANGE and value != before[key]:
             raise UserError(f"--{key} {value} differs from the run's {before[key]}, and a resumed run cannot change it; "
@@ -62,7 +62,7 @@ def resumed_config(argv):
     elif "max_iters" in overrides:
         overrides["max_minutes"] = 0.0
     place = {"out_dir": os.path.relpath(os.path.dirname(folder)), "name": file.removesuffix(".pt")}
-    cfg = config.merge(Config, before, overrides, place)
+    cfg = cli.merge(Config, before, overrides, place)
     changed = [f"{k} {before[k]} -> {v}" for k, v in overrides.items()
                if k not in ("resume", "out_dir") and v != before[k]]
     if runtime.is_first():
@@ -78,7 +78,7 @@ def make_model(cfg, text, given):
     torch.manual_seed(cfg.seed)
     model = Transformer(cfg, text.vocab_size)
     if given:
-        theirs = config.merge(Config, given["config"])
+        theirs = cli.merge(Config, given["config"])
         for name in SHAPE:  # some of these leave the shapes of the weights alone, so loading would not notice
             if getattr(cfg, name) != getattr(theirs, name):
                 raise UserError(f"--init_from {cfg.init_from} was trained with {name}={getattr(theirs, name)}, not "
@@ -147,7 +147,7 @@ def duration(seconds):
 def train(cfg, state=None, quiet=False):
     """Run the training loop for `cfg`, from the beginning or from the checkpoint dict `state`; returns the metrics."""
     started = time.perf_counter()
-    config.check_name("schedule", cfg.schedule, diffusion.SCHEDULES)
+    cli.check_name("schedule", cfg.schedule, diffusion.SCHEDULES)
     if not cfg.name:
         raise UserError("the run has no name; give it one with --name")
     runtime.keep_memory()
@@ -351,7 +351,7 @@ def finish(cfg, data, device, dtype, step, minutes, seconds_a_step, path, say):
 
 def main(argv):
     if "--help" in argv or "-h" in argv:
-        return config.show_help(Config, __doc__)
+        return cli.show_help(Config, __doc__)
     if "--list" in argv:
         return config.show_list(diffusion.SAMPLERS, diffusion.SCHEDULES)
     if any(word.split("=")[0] == "--resume" for word in argv):
@@ -365,4 +365,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    config.run(main)
+    cli.run(main)

@@ -28,9 +28,10 @@ import torch
 import config
 import diffusion
 import train
-from config import Config, SampleConfig, UserError, field
+from config import Config, SampleConfig
 from scripts.bench import source_procedure
-from utils import canvas, checkpoint, metrics, plots, runtime, tales
+from utils import canvas, checkpoint, cli, metrics, plots, runtime, tales
+from utils.cli import UserError, field
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,10 @@ class AblateConfig:
     out_dir: str = field("artifacts/ablations", "where to write")
     device: str = field("auto", "auto: cuda, else mps, else cpu", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = field("auto", "of matrix products", choices=("auto", "float32", "bfloat16", "float16"))
+    compile: str = field("auto", "torch.compile, of training runs", choices=("auto", "on", "off"))
 
     def __post_init__(self):
-        config.check_choices(self)
+        cli.check_choices(self)
         if self.num_samples < 2:
             raise UserError(f"num_samples={self.num_samples} must be at least 2")
         for name in ("iters", "seeds"):
@@ -91,6 +93,11 @@ def sampler_settings(options):
     return rows + [best | {"cache": cache, "top_p": SampleConfig.top_p} for cache in ("none", "prefix", "dual")]
 
 
+class Written(NamedTuple):
+    ids: torch.Tensor
+    row_evaluations: torch.Tensor
+
+
 def judge_samplers(options):
     """(function from a setting to its figures, with one tales model for all; what the figures depend on besides)."""
     path = options.checkpoint or checkpoint.newest(os.path.join(Config.out_dir, "models"))
@@ -101,26 +108,21 @@ def judge_samplers(options):
     dtype = runtime.choose_dtype(options.dtype, device)
 
     def measure(setting):
-        rows, per_row, seconds = [], 0, 0.0
-        for seeds in torch.arange(options.num_samples).split(100):
-            blank = torch.tensor([canvas.build(text, [None], cfg.block_size)] * len(seeds), device=device)
-            start = time.perf_counter()
-            with runtime.autocast(device, dtype):
-                if setting["sampler"] == "source":
-                    ids, asked = source_procedure(model, blank, setting["steps"], int(seeds[0])), setting["steps"]
-                    per_row += asked * len(seeds)
-                else:
-                    steps = diffusion.sample(model, blank, sampler=setting["sampler"], steps=setting["steps"] or None,
-                                             decode_block=setting["decode_block"], cache=setting["cache"],
-                                             top_p=setting["top_p"], seeds=seeds.tolist())
-                    *_, last = steps
-                    ids, per_row = last.ids, per_row + int(last.row_evaluations.sum())
-            runtime.synchronise(device)
-            seconds += time.perf_counter() - start
-            rows += ids.tolist()
-        stories = [story for row in rows for story in canvas.documents(text, row, cfg.rows)]
+        def write(blank, seeds):
+            if setting["sampler"] == "source":
+                steps = setting["steps"]
+                return Written(source_procedure(model, blank, steps, seeds[0]), torch.full((len(blank),), steps))
+            *_, last = diffusion.sample(model, blank, sampler=setting["sampler"], steps=setting["steps"] or None,
+                                        decode_block=setting["decode_block"], cache=setting["cache"],
+                                        top_p=setting["top_p"], seeds=seeds)
+            return last
+        start = time.perf_counter()
+        with runtime.autocast(device, dtype):
+            rows, evaluations = metrics.sample_rows(write, text, cfg, options.num_samples, device)
+        seconds = time.perf_counter() - start
+        stories = [story for row in rows.tolist() for story in canvas.documents(text, row, cfg.rows)]
         figures = metrics.judge_tales(stories) | metrics.diversity(stories)
-        return {"evaluations": per_row / options.num_samples} | figures | {
+        return {"evaluations": evaluations.float().mean().item()} | figures | {
             "entropy": tales.entropy(), "seconds_a_sample": seconds / options.num_samples}
     return measure, {"num_samples": options.num_samples, "model": f"{cfg.name} {state['step']} {state['nll']:.4f}",
                      "dtype": str(dtype).removeprefix("torch.")}
@@ -136,7 +138,7 @@ SMALL = dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=64, drop
 def recipe(options):
     """The sources' recipe and ours; ours shorter and longer, without each of its parts, and with what it leaves out."""
     # their loss as in the two micro-dLLMs
-    loss = "full" if config.merge(Config, base_config(options)).tokenizer == "char" else "pooled"
+    loss = "full" if cli.merge(Config, base_config(options)).tokenizer == "char" else "pooled"
     yardstick = config.MICRO | {"loss_weighting": loss, "dtype": "float32", "compile": "off"}
     return {f"the sources' recipe, {options.yardstick_iters} steps": yardstick | {"max_iters": options.yardstick_iters}} | {
         f"our recipe, {share:g} of the steps": {"max_iters": round(share * options.iters)}
@@ -163,7 +165,7 @@ def recipe(options):
 
 def batch_size(options):
     """As many rows in more or fewer steps, with the same learning rates and with their square root law."""
-    base, variants = config.merge(Config, base_config(options)), {}
+    base, variants = cli.merge(Config, base_config(options)), {}
     for scaled in (False, True):
         for share in (0.25, 0.5, 1, 2, 4):
             rows = round(base.batch_size * share)
@@ -202,11 +204,11 @@ DISCRETE = dict(corruption="bernoulli")
 def base_config(options):
     base = config.PRESETS["shakespeare"] | SMALL if not options.base else config.preset(options.base)
     return {"name": "run"} | base | {"max_iters": options.iters, "device": options.device, "dtype": options.dtype,
-                                     "eval_rows": 256, "final_rows": 1024, "final_masks": 2}
+                                     "compile": options.compile, "eval_rows": 256, "final_rows": 1024, "final_masks": 2}
 
 
 def variant_config(comparison, options, variant, seed):
-    cfg = config.merge(Config, base_config(options), TRAINED[comparison](options)[variant], {"seed": seed})
+    cfg = cli.merge(Config, base_config(options), TRAINED[comparison](options)[variant], {"seed": seed})
     return dataclasses.replace(cfg, eval_interval=max(1, cfg.max_iters // 15), save_interval=10**9)
 
 
@@ -238,7 +240,7 @@ def train_variants(comparison, options):
                 "minutes": minutes(report["steps"]), "ms_a_step": 1000 * report["seconds_a_step"],
                 "rows_a_step": cfg.batch_size, "parameters": report["parameters"],
                 "curve": " ".join(f"{e['step']}:{minutes(e['step']):.3f}:{e['bound']:.4f}" for e in entries)}
-    cfg = config.merge(Config, base_config(options))
+    cfg = cli.merge(Config, base_config(options))
     device = runtime.choose_device(cfg.device)
     what = {name: getattr(cfg, name) for name in ("data", "n_layer", "n_embd", "block_size")}
     return measure, what | {"device": device.type,
@@ -316,12 +318,12 @@ def rounded(value):
 
 def main(argv):
     if "--help" in argv or "-h" in argv:
-        return config.show_help(AblateConfig, __doc__)
-    positional, overrides = config.parse(argv, AblateConfig)
+        return cli.show_help(AblateConfig, __doc__)
+    positional, overrides = cli.parse(argv, AblateConfig)
     if len(positional) != 1:
         raise UserError(f"say which comparison: python scripts/ablate.py NAME; known: {', '.join(COMPARISONS)}")
-    config.check_name("comparison", positional[0], COMPARISONS)
-    options = config.merge(AblateConfig, overrides)
+    cli.check_name("comparison", positional[0], COMPARISONS)
+    options = cli.merge(AblateConfig, overrides)
     base = os.path.splitext(os.path.basename(options.base))[0]  # a file of its own for each size
     comparison, name = COMPARISONS[positional[0]], positional[0] + (f"_{base}" if base else "")
     stem, settings = os.path.join(options.out_dir, name), comparison.settings(options)
@@ -345,4 +347,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    config.run(main)
+    cli.run(main)

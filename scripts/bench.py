@@ -24,9 +24,10 @@ import torch
 import config
 import diffusion
 import train
-from config import Config, UserError, field
+from config import Config
 from model import Transformer
-from utils import checkpoint, corpus, optim, runtime, tales, tokenizer, trace
+from utils import checkpoint, cli, corpus, optim, runtime, tales, tokenizer, trace
+from utils.cli import UserError, field
 
 
 SOURCE = "the sources' recipe, float32 eager"
@@ -44,7 +45,7 @@ class BenchConfig:
     device: str = field("auto", "auto: cuda, else mps, else cpu", choices=("auto", "cpu", "cuda", "mps"))
 
     def __post_init__(self):
-        config.check_choices(self)
+        cli.check_choices(self)
         if self.rounds < 1 or self.steps < 1:
             raise UserError(f"rounds={self.rounds} and steps={self.steps} must be at least 1")
         for name in self.sampler_names():
@@ -96,7 +97,9 @@ def serve(pipe, keep_memory, *setting):
             scored = step()
             pipe.send((time.perf_counter() - start, scored, parameters, runtime.peak_memory(setting[2])))
     except (UserError, RuntimeError) as error:  # a GPU's memory that is too small, say
-        pipe.send(config.reason(error))
+        pipe.send(cli.reason(error))
+    except EOFError:  # the process that asks has ended
+        pass
 
 
 class Variant:
@@ -155,8 +158,8 @@ def model_flops(cfg, vocab_size, scored):
 
 def training_variants(cfg, dtype):
     """Label -> (whether memory is kept, Config, dtype, whether compiled, whether with torch.optim.Muon), in order."""
-    shape = {name: getattr(cfg, name) for name in ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "micro_batch")}
-    recipe = config.merge(Config, config.MICRO, shape, {"loss_weighting": "full"})  # head and loss at all positions
+    shape = {name: getattr(cfg, name) for name in ("n_layer", "n_head", "n_embd", "block_size", "micro_batch")}
+    recipe = cli.merge(Config, config.MICRO, shape, {"loss_weighting": "full"})  # head and loss at all positions
     label, full = str(dtype).removeprefix("torch."), torch.float32
     variants = {SOURCE: (False, recipe, full, False, False),
                 "the same, memory kept": (True, recipe, full, False, False),
@@ -168,43 +171,51 @@ def training_variants(cfg, dtype):
     return variants
 
 
+def time_together(variants, vocab_size, device, matrices, options):
+    """(label -> list of answers of `serve`, one a round; median FLOP/s of matrix products), all in turn."""
+    processes = [Variant(label, keep, cfg, vocab_size, device, *rest) for label, (keep, cfg, *rest) in variants.items()]
+    answers, rates = {label: [] for label in variants}, []
+    for number in range(options.rounds + options.warm_up):
+        rates.append(matrix_rate(device, *matrices))
+        for process in processes:
+            answers[process.label].append(process.step())
+    for process in processes:
+        process.end()
+    return {label: rows[options.warm_up:] for label, rows in answers.items()}, statistics.median(rates[options.warm_up:])
+
+
 def bench_train(name, options):
     """Figures (dict) for one preset: the sources' recipe, and what this machine's own choices give, step by step."""
-    cfg = dataclasses.replace(config.merge(Config, config.preset(name)), short_rows=0.0)
+    cfg = dataclasses.replace(cli.merge(Config, config.preset(name)), short_rows=0.0)
     device = runtime.choose_device(options.device)
     dtype = runtime.choose_dtype("auto", device)
     vocab_size = 66 if cfg.tokenizer == "char" else cfg.vocab_size  # of Tiny Shakespeare, or what BPE is trained to
-    variants = {label: setting for label, setting in training_variants(cfg, dtype).items()
-                if label == SOURCE or options.variants in label}
-    if len(variants) == 1:
-        raise UserError(f"variants={options.variants}: no variant's name holds this; known: "
-                        f"{', '.join(training_variants(cfg, dtype))}")
-    # in turn where a machine's speed drifts; one after the other on a GPU, whose memory they would have to share
-    groups = [list(variants)] if device.type == "cpu" else [[label] for label in variants]
-    answers, rates = {label: [] for label in variants}, []
-    for group in groups:
-        processes = [Variant(label, variants[label][0], variants[label][1], vocab_size, device, *variants[label][2:])
-                     for label in group]
-        for number in range(options.rounds + options.warm_up):
-            rate = matrix_rate(device, dtype, 8192 if device.type == "cuda" else 2048)
-            round_of = [(process.label, process.step()) for process in processes]
-            if number >= options.warm_up:
-                rates.append(rate)
-                for label, answer in round_of:
-                    answers[label].append(answer)
-        for process in processes:
-            process.end()
-    tokens, rate, figures = cfg.batch_size * cfg.block_size, statistics.median(rates), {}
-    for label, rows in answers.items():
-        seconds = statistics.median(row[0] for row in rows)
-        flops = model_flops(cfg, vocab_size, rows[-1][1]) / seconds
-        figures[label] = {"median_step_seconds": seconds, "tokens_per_second": tokens / seconds,
-                          "speed_up": statistics.median(a[0] / b[0] for a, b in zip(answers[SOURCE], rows)),
-                          "model_flops_per_second": flops, "share_of_matrix_rate": flops / rate,
-                          "peak_memory_gb": rows[-1][3] / 2**30, "parameters": rows[-1][2]}
+    variants, figures = training_variants(cfg, dtype), {}
+    matrices = dtype, 8192 if device.type == "cuda" else 2048
+    labels = [label for label in variants if label != SOURCE and options.variants in label]
+    if not labels:
+        raise UserError(f"variants={options.variants}: no variant's name holds this; known: {', '.join(variants)}")
+    tokens = lambda label: variants[label][1].batch_size * variants[label][1].block_size
+    base = None
+    for label in [SOURCE, *labels] if device.type == "cuda" else labels:
+        # beside the sources' recipe, since a machine's speed drifts; alone on a GPU, which may lack memory for both
+        group = [label] if device.type == "cuda" else [SOURCE, label]
+        answers, rate = time_together({one: variants[one] for one in group}, vocab_size, device, matrices, options)
+        base = answers.get(SOURCE, base)
+        for one, rows in answers.items():
+            if one in figures:  # the sources' recipe, shown as it was beside the first
+                continue
+            seconds = statistics.median(row[0] for row in rows)
+            flops = model_flops(variants[one][1], vocab_size, rows[-1][1]) / seconds
+            figures[one] = {
+                "rows_a_step": variants[one][1].batch_size, "median_step_seconds": seconds,
+                "tokens_per_second": tokens(one) / seconds,
+                "speed_up": tokens(one) / tokens(SOURCE) * statistics.median(a[0] / b[0] for a, b in zip(base, rows)),
+                "model_flops_per_second": flops, "matrix_product_flops_per_second": rate,
+                "share_of_matrix_rate": flops / rate, "peak_memory_gb": rows[-1][3] / 2**30, "parameters": rows[-1][2]}
     return {"preset": name, "device": device_name(device), "torch": torch.__version__, "threads": torch.get_num_threads(),
-            "batch_size": cfg.batch_size, "block_size": cfg.block_size, "vocab_size": vocab_size, "rounds": options.rounds,
-            "matrix_product_dtype": str(dtype).removeprefix("torch."), "matrix_product_flops_per_second": rate,
+            "block_size": cfg.block_size, "vocab_size": vocab_size, "rounds": options.rounds,
+            "matrix_product_dtype": str(dtype).removeprefix("torch."), "matrix_product_size": matrices[1],
             "variants": figures}
 
 
@@ -240,7 +251,7 @@ def bench_sample(name, options):
     if name.endswith(".pt"):
         model, _, cfg = checkpoint.restore(checkpoint.read(name), device, name)
     else:
-        cfg = config.merge(Config, config.preset(name))
+        cfg = cli.merge(Config, config.preset(name))
         torch.manual_seed(0)
         model = Transformer(cfg, cfg.vocab_size if cfg.tokenizer != "char" else 66).to(device).eval()
         torch.nn.init.normal_(model.head.weight, std=0.02)
@@ -298,7 +309,7 @@ def show_sample(report):
 
 def bench_video(name, options):
     """Seconds to encode a trace of 256 tokens and 100 steps, written by a network of the preset's shape."""
-    cfg = dataclasses.replace(config.merge(Config, config.preset(name)), block_size=256)
+    cfg = dataclasses.replace(cli.merge(Config, config.preset(name)), block_size=256)
     text = tokenizer.train_bpe(tales.generate("video", 500), 512)
     torch.manual_seed(0)
     model = Transformer(cfg, text.vocab_size).eval()
@@ -320,12 +331,14 @@ def show_video(report):
 
 
 def show_train(report):
-    print(f"{report['preset']} on {report['device']}, {report['threads']} threads; {report['matrix_product_dtype']} matrix "
-          f"products: {report['matrix_product_flops_per_second'] / 1e9:,.0f} GFLOP/s")
+    size = report["matrix_product_size"]
+    print(f"{report['preset']} on {report['device']}, {report['threads']} threads; shares are of the rate of "
+          f"{report['matrix_product_dtype']} matrix products, {size} x {size} x {size}")
     for label, f in report["variants"].items():
-        print(f"  {label:<38} {f['median_step_seconds'] * 1000:8.0f} ms a step {f['tokens_per_second']:10,.0f} tokens/s"
-              f"  x{f['speed_up']:.2f} {f['model_flops_per_second'] / 1e9:10,.0f} GFLOP/s "
-              f"{f['share_of_matrix_rate']:6.1%} {f['peak_memory_gb']:6.1f} GB")
+        print(f"  {label:<38} {f['rows_a_step']:4} rows {f['median_step_seconds'] * 1000:8.0f} ms a step "
+              f"{f['tokens_per_second']:10,.0f} tokens/s  x{f['speed_up']:.2f} {f['model_flops_per_second'] / 1e9:10,.0f} "
+              f"of {f['matrix_product_flops_per_second'] / 1e9:,.0f} GFLOP/s {f['share_of_matrix_rate']:6.1%} "
+              f"{f['peak_memory_gb']:6.1f} GB")
 
 
 BENCHES = {"train": (bench_train, show_train, "tales"), "sample": (bench_sample, show_sample, "stories"),
@@ -334,11 +347,11 @@ BENCHES = {"train": (bench_train, show_train, "tales"), "sample": (bench_sample,
 
 def main(argv):
     if "--help" in argv or "-h" in argv:
-        return config.show_help(BenchConfig, __doc__)
-    positional, overrides = config.parse(argv, BenchConfig)
+        return cli.show_help(BenchConfig, __doc__)
+    positional, overrides = cli.parse(argv, BenchConfig)
     if not positional or positional[0] not in BENCHES:
         raise UserError("say what to time: python scripts/bench.py train [preset ...], sample [preset ...] or video")
-    options, reports = config.merge(BenchConfig, overrides), []
+    options, reports = cli.merge(BenchConfig, overrides), []
     bench, show, default = BENCHES[positional[0]]
     for name in positional[1:] or [default]:
         reports.append(bench(name, options))
@@ -348,4 +361,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    config.run(main)
+    cli.run(main)

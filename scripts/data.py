@@ -18,14 +18,13 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from tqdm import tqdm
 
-import config
-from config import UserError, field
-from utils import corpus, tales, tokenizer
+from utils import cli, corpus, tales, texts, tokenizer
+from utils.cli import UserError, field
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    dataset: str = field(corpus.STORIES, "name on the Hugging Face hub, a local file, fineweb-edu, synth, shakespeare, "
+    dataset: str = field(texts.STORIES, "name on the Hugging Face hub, a local file, fineweb-edu, synth, shakespeare, "
                          "text8, enwik8 or tales", "from")
     split: str = field("train", "of a hub dataset")
     config: str = field(None, "of a hub dataset that has several")
@@ -70,17 +69,17 @@ def write_shards(cfg, output, given):
         raise UserError(f"output={output} with tokens={cfg.tokens}: name the folder of shards something.bin")
     if not cfg.tokenizer:
         raise UserError(f"tokens={cfg.tokens} needs --tokenizer FILE; scripts/train_tokenizer.py makes one")
-    if cfg.dataset in (*corpus.DOWNLOADS, "tales") or cfg.dataset.endswith(".txt"):
+    if cfg.dataset in (*texts.DOWNLOADS, "tales") or cfg.dataset.endswith(".txt"):
         raise UserError(f"dataset={cfg.dataset} with tokens={cfg.tokens}: shards are made from .jsonl, .parquet and hub "
                         "datasets; others fit into memory")
     wanted, text = number(cfg.tokens), tokenizer.load(cfg.tokenizer)
-    clean = corpus.repair_mojibake if cfg.clean_mojibake else lambda document: document
-    texts = lambda dataset: map(clean, corpus.texts_of(dataset, cfg.dataset, cfg.text_column))
+    clean = texts.repair_mojibake if cfg.clean_mojibake else lambda document: document
+    read = lambda dataset: map(clean, texts.documents_of(dataset, cfg.dataset, cfg.text_column))
     settings = {name: getattr(cfg, name) for name in ("dataset", "split", "config", "text_column", "clean_mojibake")}
     settings["tokenizer"] = hashlib.sha256(text.to_json().encode()).hexdigest()[:16]
     done = corpus.read_index(output)["tokens"] if os.path.exists(os.path.join(output, "index.json")) else 0
     with tqdm(total=wanted, initial=done, unit="token", unit_scale=True, disable=None) as bar:
-        index = corpus.write_shards(output, (corpus.open_dataset(cfg.dataset, cfg.split, cfg.config), texts), text, wanted,
+        index = corpus.write_shards(output, (texts.open_dataset(cfg.dataset, cfg.split, cfg.config), read), text, wanted,
                                     settings, lambda tokens: bar.update(tokens - bar.n))
     print(f"{output} has {index['tokens']:,} training tokens of {index['documents']:,} documents in {len(index['shards'])} "
           f"shards" + (", and the source has no more" if index["ended"] else ""))
@@ -90,35 +89,35 @@ def documents(cfg):
     """Iterator of str."""
     if cfg.dataset == "tales":
         return iter(tales.generate(f"data {cfg.seed}", cfg.num_stories))
-    if cfg.dataset in corpus.DOWNLOADS:
-        return iter([corpus.download(cfg.dataset)])
+    if cfg.dataset in texts.DOWNLOADS:
+        return iter([texts.download(cfg.dataset)])
     if cfg.dataset.endswith(".txt"):
-        return iter(corpus.read_documents(cfg.dataset))
-    return corpus.stream_dataset(cfg.dataset, cfg.split, cfg.config, cfg.text_column, cfg.seed, cfg.shuffle_buffer)
+        return iter(texts.read_documents(cfg.dataset))
+    return texts.stream_dataset(cfg.dataset, cfg.split, cfg.config, cfg.text_column, cfg.seed, cfg.shuffle_buffer)
 
 
 def main(argv):
     if "--help" in argv or "-h" in argv:
-        return config.show_help(DataConfig, __doc__)
+        return cli.show_help(DataConfig, __doc__)
     argv = ["--clean_mojibake=false" if word == "--no-clean-mojibake" else word for word in argv]
-    positional, overrides = config.parse(argv, DataConfig)
+    positional, overrides = cli.parse(argv, DataConfig)
     if positional:
         raise UserError(f"what is {positional[0]}? Name a source with --dataset {positional[0]}")
-    cfg = config.merge(DataConfig, {"text_column": "text"}, SOURCES.get(overrides.get("dataset"), {}),
+    cfg = cli.merge(DataConfig, {"text_column": "text"}, SOURCES.get(overrides.get("dataset"), {}),
                        {name: value for name, value in overrides.items()
                         if not (name == "dataset" and value in SOURCES)})
-    if cfg.dataset.endswith(corpus.LOCAL) and not os.path.exists(cfg.dataset):
+    if cfg.dataset.endswith(texts.LOCAL) and not os.path.exists(cfg.dataset):
         raise UserError(f"there is no file {cfg.dataset}")
-    output = cfg.output or (f"data/{cfg.dataset}.txt" if cfg.dataset in corpus.DOWNLOADS else "data/stories.txt")
+    output = cfg.output or (f"data/{cfg.dataset}.txt" if cfg.dataset in texts.DOWNLOADS else "data/stories.txt")
     if cfg.tokens:
         return write_shards(cfg, output, overrides)
     stream = islice(documents(cfg), cfg.num_stories)
     if cfg.clean_mojibake:
-        stream = map(corpus.repair_mojibake, stream)
-    count = corpus.write_documents(output, tqdm(stream, unit="document", disable=None),
+        stream = map(texts.repair_mojibake, stream)
+    count = texts.write_documents(output, tqdm(stream, unit="document", disable=None),
                                    cfg.separator.replace("\\n", "\n"))
     print(f"wrote {count:,} documents, {os.path.getsize(output):,} bytes, to {output}")
 
 
 if __name__ == "__main__":
-    config.run(main)
+    cli.run(main)

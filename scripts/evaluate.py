@@ -12,10 +12,10 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import torch
 
-import config
 import diffusion
-from config import Config, SampleConfig, UserError, field
-from utils import canvas, checkpoint, corpus, metrics, runtime
+from config import Config, SampleConfig
+from utils import canvas, checkpoint, cli, corpus, metrics, runtime
+from utils.cli import UserError, field
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class EvaluateConfig:
     dtype: str = field("auto", "of matrix products", choices=("auto", "float32", "bfloat16", "float16"))
 
     def __post_init__(self):
-        config.check_choices(self)
+        cli.check_choices(self)
         for name in ("num_samples", "rows", "steps"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
@@ -41,40 +41,30 @@ class EvaluateConfig:
             raise UserError(f"temperature={self.temperature} must not be negative, and top_p={self.top_p} in (0, 1]")
 
 
-def sample_rows(model, text, cfg, options, device):
-    """Unconditional samples (num_samples, block_size) with the seeds 0, 1, ..., 50 at a time, and the mean number of
-    network evaluations of each."""
-    rows, evaluations = [], []
-    for seeds in torch.arange(options.num_samples).split(50):
-        blank = torch.tensor([canvas.build(text, [None], cfg.block_size)] * len(seeds), device=device)
-        *_, last = diffusion.sample(model, blank, sampler=options.sampler, steps=options.steps,
-                                    temperature=options.temperature, top_p=options.top_p,
-                                    seeds=seeds.tolist())
-        rows.append(last.ids.cpu())
-        evaluations += last.row_evaluations.tolist()
-    return torch.cat(rows), sum(evaluations) / len(evaluations)
-
-
 def judge_samples(model, text, cfg, data, options, steps, device):
     """Validity of samples under the grammar, and copies from the stories that the run was trained on."""
-    rows, evaluations = sample_rows(model, text, cfg, options, device)
+    def write(blank, seeds):
+        *_, last = diffusion.sample(model, blank, sampler=options.sampler, steps=options.steps,
+                                    temperature=options.temperature, top_p=options.top_p, seeds=seeds)
+        return last
+    rows, evaluations = metrics.sample_rows(write, text, cfg, options.num_samples, device)
     report = metrics.judge_tales([story for row in rows.tolist() for story in canvas.documents(text, row, cfg.rows)])
     known = torch.cat([data.batch(step) for step in range(steps)]).int()
     # real stories share runs with the training set too: what the held-out ones share is chance
     copies, chance = metrics.longest_copies(torch.cat((rows, data.held_out)), known).split([len(rows), len(data.held_out)])
     return report | {"sampler": options.sampler, "temperature": options.temperature, "top_p": options.top_p,
-                     "evaluations_a_sample": evaluations, "longest_copy_mean": copies.float().mean().item(),
+                     "evaluations_a_sample": evaluations.float().mean().item(), "longest_copy_mean": copies.float().mean().item(),
                      "longest_copy_max": copies.max().item(), "held_out_copy_mean": chance.float().mean().item(),
                      "held_out_copy_max": chance.max().item(), "held_out_copies_of": len(chance)}
 
 
 def main(argv):
     if "--help" in argv or "-h" in argv:
-        return config.show_help(EvaluateConfig, __doc__)
-    positional, overrides = config.parse(argv, EvaluateConfig)
+        return cli.show_help(EvaluateConfig, __doc__)
+    positional, overrides = cli.parse(argv, EvaluateConfig)
     if positional:
         raise UserError(f"what is {positional[0]}? Name the model with --checkpoint {positional[0]}")
-    options = config.merge(EvaluateConfig, overrides)
+    options = cli.merge(EvaluateConfig, overrides)
     path = options.checkpoint or checkpoint.newest(os.path.join(Config.out_dir, "models"))
     state, device = checkpoint.read(path), runtime.choose_device(options.device)
     model, text, cfg = checkpoint.restore(state, device, path)
@@ -90,4 +80,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    config.run(main)
+    cli.run(main)

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import config
-from config import UserError, field
-from utils import corpus, tokenizer
+from utils import cli, texts, tokenizer
+from utils.cli import UserError, field
 
 
 @dataclass(frozen=True)
@@ -27,12 +26,12 @@ class TokenizerConfig:
 
 def main(argv):
     if "--help" in argv or "-h" in argv:
-        return config.show_help(TokenizerConfig, __doc__)
-    positional, overrides = config.parse(argv, TokenizerConfig)
+        return cli.show_help(TokenizerConfig, __doc__)
+    positional, overrides = cli.parse(argv, TokenizerConfig)
     if positional:
         raise UserError(f"what is {positional[0]}? Name the corpus with --input {positional[0]}")
-    cfg = config.merge(TokenizerConfig, overrides)
-    train, _ = corpus.split(corpus.read_documents(cfg.input))
+    cfg = cli.merge(TokenizerConfig, overrides)
+    train, _ = texts.split(texts.read_documents(cfg.input))
     text = tokenizer.train_bpe(train, cfg.vocab_size, cfg.min_frequency)
     tokenizer.save(text, cfg.output)
     ids = sum(map(len, text.encode(train)))
@@ -41,4 +40,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    config.run(main)
+    cli.run(main)

@@ -14,11 +14,12 @@ import config
 import diffusion
 import inference
 import train
-from config import Config, SampleConfig, UserError
+from config import Config, SampleConfig
 from conftest import interrupt
 from scripts import data as data_script
 from scripts import ablate, bench, evaluate, train_tokenizer
-from utils import checkpoint, corpus, tales, trace
+from utils import checkpoint, cli, tales, texts, trace
+from utils.cli import UserError
 
 TINY = ("--n_layer 1 --n_head 2 --n_embd 16 --batch_size 4 --max_iters 6 --eval_interval 3 --eval_rows 4 "
         "--final_rows 4 --final_masks 2 --compile off --device cpu").split()
@@ -34,7 +35,7 @@ def run(main, words, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["script", *(words.split() if isinstance(words, str) else words)])
     code = 0
     try:
-        config.run(main)
+        cli.run(main)
     except SystemExit as end:
         code = end.code
     out, err = capsys.readouterr()
@@ -388,7 +389,7 @@ def test_a_checkpoint_runs_no_code(tmp_path):
                                    "--loss_weighting clip --schedule md4_cosine --time_conditioning sinusoidal --rows document",
                                    "--loss_weighting flat --dropout 0.1 --tie_embeddings --dtype bfloat16"))
 def test_other_settings_train_and_sample(extra, monkeypatch, capsys):
-    corpus.write_documents("some.txt", iter(tales.generate(1, 200)))
+    texts.write_documents("some.txt", iter(tales.generate(1, 200)))
     code, out, err = run(train.main, ["--data", "some.txt", "--name", "x", "--tokenizer", "char", "--block_size", "32",
                                       *TINY, *extra.split()], monkeypatch, capsys)
     assert code == 0, err
@@ -452,7 +453,7 @@ def test_the_source_documents_commands(monkeypatch, capsys):
     code, out, err = run(data_script.main, "--dataset local.jsonl --split train --num-stories 250 --seed 1337 "
                          "--output data/stories.txt", monkeypatch, capsys)
     assert code == 0 and "250 documents" in out, err
-    assert set(corpus.read_documents("data/stories.txt")) <= {row["text"] for row in rows}
+    assert set(texts.read_documents("data/stories.txt")) <= {row["text"] for row in rows}
     code, out, err = run(train_tokenizer.main, "--input data/stories.txt --output artifacts/tokenizer/tokenizer.json "
                          "--vocab-size 600 --min-frequency 2", monkeypatch, capsys)
     assert code == 0 and "599 tokens and MASK" in out, err
@@ -486,7 +487,7 @@ def test_data_options(monkeypatch, capsys):
     run(data_script.main, "--dataset local.txt --output b.txt --no-clean-mojibake", monkeypatch, capsys)
     assert open("b.txt").read() == "It â€œis.â€\n<|endoftext|>\ntwo"
     run(data_script.main, "--dataset tales --num-stories 4 --output c.txt", monkeypatch, capsys)
-    assert len(corpus.read_documents("c.txt")) == 4
+    assert len(texts.read_documents("c.txt")) == 4
 
 
 def test_evaluate(tales_run, monkeypatch, capsys):
@@ -538,11 +539,11 @@ def test_bench_video(monkeypatch, capsys):
 
 @pytest.mark.parametrize("name", ablate.TRAINED)
 def test_every_variant_of_a_training_comparison_is_allowed(name):
-    options = config.merge(ablate.AblateConfig, {})
+    options = cli.merge(ablate.AblateConfig, {})
     for base in ("", "tales", "stories"):
         options = dataclasses.replace(options, base=base)
         for changes in ablate.TRAINED[name](options).values():
-            config.merge(Config, ablate.base_config(options), changes)
+            cli.merge(Config, ablate.base_config(options), changes)
 
 
 def test_ablate_trains_each_variant_once(monkeypatch, capsys):

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import diffusion
-from config import UserError
 from diffusion import SAMPLERS, SCHEDULES, Corruption, mask_rate, mask_rate_slope, sample, time_of
 from model import Transformer
 from toy import CANVASES, MASK, P, SEQUENCES, L, Lookup, V, code, conditionals, empirical, settings, total_variation
 from utils import rules
+from utils.cli import UserError
 from utils.runtime import generator
 
 ENTROPY = 3.6957438948
@@ -659,7 +659,7 @@ def test_counts_of_the_notes():
 # --- blocks, guidance, caches, long texts ------------------------------------------------------------------------
 
 
-def texts_of(model, canvas, **options):
+def documents_of(model, canvas, **options):
     """The ids that the sampler ends with, (B, L), and the evaluations."""
     *_, last = sample(model, canvas, **options)
     return last.ids.clone(), last.evaluations
@@ -668,8 +668,8 @@ def texts_of(model, canvas, **options):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_one_block_is_no_block(sampler):
     for size in (4, 9):
-        assert torch.equal(texts_of(Lookup(), CANVAS, sampler=sampler, decode_block=size)[0],
-                           texts_of(Lookup(), CANVAS, sampler=sampler)[0])
+        assert torch.equal(documents_of(Lookup(), CANVAS, sampler=sampler, decode_block=size)[0],
+                           documents_of(Lookup(), CANVAS, sampler=sampler)[0])
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -701,23 +701,23 @@ def test_blocks_share_the_steps():
 
 
 def test_least_tokens_a_step():
-    _, evaluations = texts_of(Lookup(), CANVAS[2:3], sampler="threshold:1.1", min_tokens=3)
+    _, evaluations = documents_of(Lookup(), CANVAS[2:3], sampler="threshold:1.1", min_tokens=3)
     assert evaluations == 2
 
 
 def test_rules_that_look_at_the_data_keep_to_the_steps():
     for sampler in ("threshold:1.1", "factor:0", "entropy_bounded:0"):
-        assert texts_of(Lookup(), CANVAS[2:3], sampler=sampler, steps=2)[1] == 2
+        assert documents_of(Lookup(), CANVAS[2:3], sampler=sampler, steps=2)[1] == 2
     for sampler in ("threshold:0", "factor:99", "entropy_bounded:99"):
-        assert texts_of(Lookup(), CANVAS[2:3], sampler=sampler)[1] == 1
+        assert documents_of(Lookup(), CANVAS[2:3], sampler=sampler)[1] == 1
 
 
 def test_guidance():
     """(1 + w) times the logits with the prompt, minus w times those without; w = 0 is off; two evaluations a step."""
     prompted = torch.tensor([[0, 2, MASK, MASK]])
-    plain, evaluations = texts_of(Lookup(), prompted, seeds=[5])
-    assert torch.equal(texts_of(Lookup(), prompted, seeds=[5], guidance=1e-9)[0], plain) and evaluations == 2
-    assert texts_of(Lookup(), torch.full((1, L), MASK), guidance=1.0)[1] == L, "without a prompt there is nothing to guide"
+    plain, evaluations = documents_of(Lookup(), prompted, seeds=[5])
+    assert torch.equal(documents_of(Lookup(), prompted, seeds=[5], guidance=1e-9)[0], plain) and evaluations == 2
+    assert documents_of(Lookup(), torch.full((1, L), MASK), guidance=1.0)[1] == L, "without a prompt there is nothing to guide"
     w, seen = 0.7, []
     for step in sample(Lookup(), prompted.expand(50_000, L), sampler="first_hitting", guidance=w):
         seen.append(step)
@@ -775,7 +775,7 @@ REAL = torch.tensor([[3, 4] + [10] * 20 + [5, 6], [3] + [10] * 23, [10] * 12 + [
 def test_a_cache_that_is_always_refreshed_changes_nothing(cache, sampler):
     model = network()
     options = dict(sampler=sampler, decode_block=6, steps=16, seeds=[1, 2, 3])
-    assert torch.equal(texts_of(model, REAL, cache=cache, refresh=1, **options)[0], texts_of(model, REAL, **options)[0])
+    assert torch.equal(documents_of(model, REAL, cache=cache, refresh=1, **options)[0], documents_of(model, REAL, **options)[0])
 
 
 @pytest.mark.parametrize("cache", ("prefix", "dual"))
@@ -785,9 +785,9 @@ def test_a_row_with_a_cache_does_not_depend_on_its_batch(cache, sampler, refresh
     """Also for rules whose first step in a block writes nothing, and rows whose blocks begin in different places."""
     model = network()
     options = dict(sampler=sampler, decode_block=6, steps=40, cache=cache, refresh=refresh)
-    together, _ = texts_of(model, REAL, seeds=[1, 2, 3], **options)
+    together, _ = documents_of(model, REAL, seeds=[1, 2, 3], **options)
     for row, seed in enumerate((1, 2, 3)):
-        assert torch.equal(texts_of(model, REAL[row:row + 1], seeds=[seed], **options)[0][0], together[row])
+        assert torch.equal(documents_of(model, REAL[row:row + 1], seeds=[seed], **options)[0][0], together[row])
 
 
 @pytest.mark.parametrize("cache", ("prefix", "dual"))
@@ -802,7 +802,7 @@ def test_a_cache_computes_less_and_is_exact_at_first(cache):
     widths = [ids.size(1) for ids in seen]
     assert widths[0] == 24 and widths[1] == (23 if cache == "prefix" else 8)
     assert sorted(set(widths)) == ([7, 15, 23, 24] if cache == "prefix" else [8, 24])
-    rows = texts_of(network(), REAL, sampler="confidence", cache=cache, decode_block=8)[0]
+    rows = documents_of(network(), REAL, sampler="confidence", cache=cache, decode_block=8)[0]
     assert rows.max() < 10 and torch.equal(rows[REAL != 10], REAL[REAL != 10])
 
 
@@ -812,14 +812,14 @@ def test_texts_longer_than_the_window():
 
     canvas = torch.full((1, 60), 10)
     canvas[0, :3] = torch.tensor([1, 2, 3])
-    ids, _ = texts_of(Watched(seen), canvas, decode_block=8, window=24, given=1)
+    ids, _ = documents_of(Watched(seen), canvas, decode_block=8, window=24, given=1)
     assert ids.max() < 10 and ids.size(1) == 60 and ids[0, :3].tolist() == [1, 2, 3]
     assert all(x.size(1) == 24 for x in seen)
     last = seen[-1][0]
     assert last[0] == 1, "what every row begins with stays in sight"
     assert torch.equal(last[1:-8], ids[0, 37:52]), "the text before the last block"
     with pytest.raises(UserError, match="longer than the window"):
-        texts_of(network(), canvas, window=24)
+        documents_of(network(), canvas, window=24)
 
 
 @pytest.mark.parametrize("block", (4, 12, 20, 22, 23))
@@ -829,7 +829,7 @@ def test_the_block_is_always_in_the_window(block, given, options):
     """Whatever its size, with given text behind it, with caches and guidance."""
     canvas = torch.full((2, 60), 10)
     canvas[:, :3], canvas[0, -4:] = torch.tensor([1, 2, 3]), torch.tensor([7, 7, 8, 8])
-    rows, _ = texts_of(network(), canvas, decode_block=block, window=24, given=given, steps=20, **options)
+    rows, _ = documents_of(network(), canvas, decode_block=block, window=24, given=given, steps=20, **options)
     assert rows.max() < 10 and torch.equal(rows[canvas != 10], canvas[canvas != 10])
 
 
@@ -848,7 +848,7 @@ def test_a_row_that_has_ended_is_filled_up():
     canvas = torch.full((1, 20), 3)
     *_, last = steps = list(sample(Ends(), canvas, sampler="confidence", decode_block=4, stop=0))
     assert last.ids[0].tolist() == [1] * 5 + [0] + [1, 1] + [0] * 12 and len(steps) == 8
-    assert texts_of(Ends(), canvas, sampler="confidence", decode_block=4)[0][0].tolist() == [1] * 5 + [0] + [1] * 14
+    assert documents_of(Ends(), canvas, sampler="confidence", decode_block=4)[0][0].tolist() == [1] * 5 + [0] + [1] * 14
 
 
 def test_ending_early_leaves_later_given_text_and_the_last_state_alone():
@@ -870,7 +870,7 @@ def test_long_texts_look_ahead_to_given_text():
     seen = []
 
     canvas = torch.cat((torch.full((1, 56), 10), torch.tensor([[7, 7, 8, 8]])), 1)
-    texts_of(Watched(seen), canvas, decode_block=8, window=24)
+    documents_of(Watched(seen), canvas, decode_block=8, window=24)
     assert torch.equal(seen[-1][0, -4:], canvas[0, -4:]), "the last block sees the suffix"
     assert (seen[0][0] == 10).all()
 

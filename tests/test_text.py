@@ -5,8 +5,9 @@ import os
 import pytest
 import torch
 
-from config import Config, UserError
-from utils import canvas, corpus, tales, tokenizer
+from config import Config
+from utils import canvas, corpus, tales, texts, tokenizer
+from utils.cli import UserError
 
 STRINGS = ["", " ", "Hello, world!\n", "tabs\tand\r\nbreaks", "ümlaut ßharp éàç", "漢字かな", "😀👩‍👩‍👧", "\x00\x07\x7f",
            "a" * 300, "<|endoftext|>", "[MASK] _ ■", "#%&()_=<>", "â€œ “real” ”quotes”", "\u202e\ufeff"]
@@ -65,14 +66,14 @@ def test_bytes_are_counted_exactly_where_a_window_cuts_a_character(bpe):
 def test_documents_survive_the_file(tmp_path):
     documents = ["One.\n\nTwo paragraphs.", "A “quoted” story", "last"]
     path = tmp_path / "x.txt"
-    assert corpus.write_documents(str(path), iter(documents)) == 3
-    assert corpus.read_documents(str(path)) == documents
+    assert texts.write_documents(str(path), iter(documents)) == 3
+    assert texts.read_documents(str(path)) == documents
     path.write_text("only one\n\ndocument", encoding="utf-8")
-    assert corpus.read_documents(str(path)) == ["only one\n\ndocument"]
+    assert texts.read_documents(str(path)) == ["only one\n\ndocument"]
     path.write_text("<|endoftext|>\na <|endoftext|> b\n<|endoftext|>\nc\n<|endoftext|>", encoding="utf-8")
-    assert corpus.read_documents(str(path)) == ["a <|endoftext|> b", "c"], "only a line of its own separates"
+    assert texts.read_documents(str(path)) == ["a <|endoftext|> b", "c"], "only a line of its own separates"
     path.write_text("a\n<|endoftext|>\n<|endoftext|>\n\nb\n", encoding="utf-8")
-    assert corpus.read_documents(str(path)) == ["a", "\nb\n"]
+    assert texts.read_documents(str(path)) == ["a", "\nb\n"]
 
 
 @pytest.mark.parametrize("kind", ("jsonl", "parquet"))
@@ -84,32 +85,32 @@ def test_local_datasets(tmp_path, kind):
     else:
         import datasets
         datasets.Dataset.from_list(rows).to_parquet(path)
-    assert corpus.read_documents(path) == [row["text"] for row in rows]
-    assert corpus.read_documents(path, "body")[3] == "body 3"
-    shuffled = list(corpus.stream_dataset(path, seed=1, shuffle_buffer=10))
-    assert shuffled != corpus.read_documents(path) and sorted(shuffled) == sorted(row["text"] for row in rows)
-    assert shuffled == list(corpus.stream_dataset(path, seed=1, shuffle_buffer=10))
+    assert texts.read_documents(path) == [row["text"] for row in rows]
+    assert texts.read_documents(path, "body")[3] == "body 3"
+    shuffled = list(texts.stream_dataset(path, seed=1, shuffle_buffer=10))
+    assert shuffled != texts.read_documents(path) and sorted(shuffled) == sorted(row["text"] for row in rows)
+    assert shuffled == list(texts.stream_dataset(path, seed=1, shuffle_buffer=10))
     with pytest.raises(UserError, match="no column title"):
-        corpus.read_documents(path, "title")
+        texts.read_documents(path, "title")
     open(str(tmp_path / "odd.jsonl"), "w").write('{"text": null, "n": 1}\n{"text": "a", "n": 2}')
-    assert corpus.read_documents(str(tmp_path / "odd.jsonl")) == ["a"]
+    assert texts.read_documents(str(tmp_path / "odd.jsonl")) == ["a"]
     with pytest.raises(UserError, match="holds int, not text"):
-        corpus.read_documents(str(tmp_path / "odd.jsonl"), "n")
+        texts.read_documents(str(tmp_path / "odd.jsonl"), "n")
 
 
 def test_split_is_by_the_document_alone():
     documents = [f"document number {i}" for i in range(2000)]
-    train, held_out = corpus.split(documents)
+    train, held_out = texts.split(documents)
     assert set(train) | set(held_out) == set(documents) and not set(train) & set(held_out)
     assert 150 < len(held_out) < 250
-    assert set(corpus.split(documents[::-1] + documents[:50])[1]) == set(held_out)
-    assert corpus.split(["x" * 100]) == (["x" * 90], ["x" * 10])
+    assert set(texts.split(documents[::-1] + documents[:50])[1]) == set(held_out)
+    assert texts.split(["x" * 100]) == (["x" * 90], ["x" * 10])
     for few in (["a", "b"], ["b", "c", "d"]):
-        assert all(corpus.split(few)), "both parts get something"
+        assert all(texts.split(few)), "both parts get something"
 
 
 def test_mojibake_is_repaired_and_real_quotes_stay():
-    repair = corpus.repair_mojibake
+    repair = texts.repair_mojibake
     for good in ("“real” ‘quotes’ – and château, naïve, £", "â", "100 € “", "Ãdam", "plain"):
         assert repair(good) == good
     for good in ("“Hi,” she said – it’s café", "naïve…", "½"):
@@ -139,24 +140,24 @@ def test_stream_batches_are_windows_of_the_text(tmp_path):
 
 def test_documents_are_joined_by_the_end_token(tmp_path):
     path = tmp_path / "x.txt"
-    corpus.write_documents(str(path), (f"Document {i} has some words in it." for i in range(80)))
+    texts.write_documents(str(path), (f"Document {i} has some words in it." for i in range(80)))
     data = corpus.load(small(data=str(path), tokenizer="bpe"))
     rows = torch.cat([data.batch(i) for i in range(20)])
     assert (rows == data.text.end).any() and (data.held_out == data.text.end).any()
     for size in (8, 64):  # documents shorter and longer than the window
         table = corpus.load(small(data=str(path), rows="document", block_size=size)).held_out
         assert (table[:, 0] == data.text.end).all() and (table != data.text.end).any(1).all()
-        texts = "".join(data.text.decode(row) for row in table.tolist())
-        assert texts == "".join(corpus.split(corpus.read_documents(str(path)))[1])
+        found = "".join(data.text.decode(row) for row in table.tolist())
+        assert found == "".join(texts.split(texts.read_documents(str(path)))[1])
 
 
 def test_tales_batches_are_whole_fresh_stories():
     cfg = small(data="tales", rows="document", block_size=67, vocab_size=1024)
     data = corpus.load(cfg)
-    texts = [canvas.finished(data.text, row) for step in range(5) for row in data.batch(step).tolist()]
-    assert len(set(texts)) == 20 and all(tales.log_prob(text) > -1e9 for text in texts)
+    written = [canvas.finished(data.text, row) for step in range(5) for row in data.batch(step).tolist()]
+    assert len(set(written)) == 20 and all(tales.log_prob(text) > -1e9 for text in written)
     held_out = {canvas.finished(data.text, row) for row in data.held_out.tolist()}
-    assert len(held_out) == corpus.TALES_HELD_OUT and not held_out & set(texts)
+    assert len(held_out) == corpus.TALES_HELD_OUT and not held_out & set(written)
     assert corpus.tales_held_out(cfg)[0] in held_out
     stories = tales.generate(f"train {cfg.seed} 0", 4)
     for rows, size in (("document", 67), ("stream", 200)):
@@ -178,14 +179,14 @@ def test_tales_as_a_stream():
 
 def test_tokenizer_never_sees_held_out_text(tmp_path):
     documents = [f"common words {i}" for i in range(200)]
-    held_out = corpus.split(documents)[1]
+    held_out = texts.split(documents)[1]
     secret = held_out[0] + " qqqqqqqq" * 50
     documents = [secret if d == held_out[0] else d for d in documents]
-    if not corpus.is_held_out(secret):
-        secret += next(str(i) for i in range(1000) if corpus.is_held_out(secret + str(i)))
+    if not texts.is_held_out(secret):
+        secret += next(str(i) for i in range(1000) if texts.is_held_out(secret + str(i)))
         documents = [secret if d.startswith(held_out[0] + " q") else d for d in documents]
     path = str(tmp_path / "x.txt")
-    corpus.write_documents(path, documents)
+    texts.write_documents(path, documents)
     data = corpus.load(small(data=path, vocab_size=600))
     assert len(data.text.encode(["qqqq"])[0]) == 4, "no merge of a pair that only the held-out part has"
 
@@ -220,9 +221,9 @@ def test_no_network_is_one_line(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     monkeypatch.setattr(urllib.request, "urlopen", unreachable)
     with pytest.raises(UserError, match="without a network give a local file"):
-        list(corpus.stream_dataset("roneneldan/TinyStories"))
+        list(texts.stream_dataset("roneneldan/TinyStories"))
     with pytest.raises(UserError, match="python train.py tales"):
-        corpus.download("shakespeare")
+        texts.download("shakespeare")
 
 
 def test_failed_writing_leaves_the_old_file(tmp_path):
@@ -233,9 +234,9 @@ def test_failed_writing_leaves_the_old_file(tmp_path):
         yield "new"
         raise UserError("the stream ended")
     with pytest.raises(UserError):
-        corpus.write_documents(str(path), broken())
+        texts.write_documents(str(path), broken())
     with pytest.raises(UserError, match="no documents"):
-        corpus.write_documents(str(path), iter([]))
+        texts.write_documents(str(path), iter([]))
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["x.txt"]
 
 

@@ -18,10 +18,11 @@ import config
 import diffusion
 import toy
 import train
-from config import Config, UserError
+from config import Config
 from conftest import ROOT, interrupt
 from scripts import data as data_script
-from utils import checkpoint, corpus, optim, runtime, tales, tokenizer
+from utils import checkpoint, cli, corpus, optim, runtime, tales, texts, tokenizer
+from utils.cli import UserError
 
 TINY = dict(data="tales", rows="document", vocab_size=1024, block_size=67, n_layer=1, n_head=2, n_embd=16, batch_size=4,
             tie_embeddings=True, max_iters=6, eval_interval=3, eval_rows=4, final_rows=4, final_masks=2, compile="off",
@@ -34,7 +35,7 @@ def empty_folder(tmp_path, monkeypatch):
 
 
 def tiny(**changes):
-    return config.merge(Config, TINY, changes)
+    return cli.merge(Config, TINY, changes)
 
 
 def weights(name, part="model"):
@@ -351,7 +352,7 @@ def crash(cfg, data, step, ranks, device):
         os._exit(1)
     return prepare(cfg, data, step, ranks, device)
 train.prepare = crash
-config.run(train.main)
+cli.run(train.main)
 """
 
 
@@ -384,15 +385,15 @@ def test_two_processes_are_one_and_survive_a_crash(tmp_path):
 @pytest.fixture
 def stories(tmp_path, monkeypatch):
     """A .jsonl of 600 documents, a tokenizer, and shards of 5,000 tokens."""
-    texts = tales.generate("shards", 600)
+    documents = tales.generate("shards", 600)
     with open("s.jsonl", "w") as file:
-        file.writelines(json.dumps({"body": text}) + "\n" for text in texts)
-    text = tokenizer.train_bpe(texts[:200], 512)
+        file.writelines(json.dumps({"body": text}) + "\n" for text in documents)
+    text = tokenizer.train_bpe(documents[:200], 512)
     tokenizer.save(text, "t.json")
     monkeypatch.setattr(corpus, "SHARD_TOKENS", 5000)
     monkeypatch.setattr(corpus, "SHARD_DOCUMENTS", 20)
     monkeypatch.setattr(corpus, "SHARD_HELD_OUT", 0.05)
-    return texts, text
+    return documents, text
 
 
 def shards(words, monkeypatch):
@@ -404,18 +405,18 @@ COMMAND = "--dataset s.jsonl --text-column body --tokens 1B --tokenizer t.json -
 
 
 def test_shards_hold_every_document_once(stories, monkeypatch, capsys):
-    texts, text = stories
+    documents, text = stories
     shards(COMMAND + "s.bin", monkeypatch)
     assert "600 documents" in capsys.readouterr().out
     index = corpus.read_index("s.bin")
     assert len(index["shards"]) > 5 and index["dtype"] == "uint16" and index["ended"]
     found = {"train": [], "held_out": []}
-    for part, documents in found.items():
+    for part, here in found.items():
         for shard in index["shards"]:
             ids = torch.from_file(f"s.bin/{part}_{shard['name']}", dtype=torch.int16, size=shard[part]).tolist()
-            documents += split_at(ids, text)
-    assert sorted(found["train"] + found["held_out"]) == sorted(texts)
-    assert found["held_out"] == [t for t in texts if corpus.is_held_out(t, 0.05)] != []
+            here += split_at(ids, text)
+    assert sorted(found["train"] + found["held_out"]) == sorted(documents)
+    assert found["held_out"] == [d for d in documents if texts.is_held_out(d, 0.05)] != []
     assert index["tokens"] == sum(shard["train"] for shard in index["shards"])
 
 
@@ -434,19 +435,19 @@ def split_at(ids, text):
 def test_shards_go_on_after_an_interruption(stories, monkeypatch, capsys):
     """Stopped in the middle of the third shard, and asked for more later: the same files as in one go."""
     shards(COMMAND + "whole.bin", monkeypatch)
-    texts_of = corpus.texts_of
+    documents_of = texts.documents_of
 
     def stops(dataset, *rest):
-        for number, document in enumerate(texts_of(dataset, *rest)):
+        for number, document in enumerate(documents_of(dataset, *rest)):
             if number == 210:
                 raise KeyboardInterrupt
             yield document
-    monkeypatch.setattr(corpus, "texts_of", stops)
+    monkeypatch.setattr(texts, "documents_of", stops)
     with pytest.raises(KeyboardInterrupt):
         shards(COMMAND + "parts.bin", monkeypatch)
     done = corpus.read_index("parts.bin")
     assert 1 <= len(done["shards"]) < 4 and done["documents"] < 210
-    monkeypatch.setattr(corpus, "texts_of", texts_of)
+    monkeypatch.setattr(texts, "documents_of", documents_of)
     shards(COMMAND + "parts.bin", monkeypatch)
     whole, parts = (corpus.read_index(folder) for folder in ("whole.bin", "parts.bin"))
     assert whole["shards"] == parts["shards"] and whole["documents"] == parts["documents"] == 600
@@ -471,10 +472,10 @@ WRITE = "--text-column body --tokens 1B --tokenizer t.json --output"
 def test_shards_are_written_in_flat_memory(stories):
     """More than twice as many documents make the whole process grow by far less than their 33 MB, through the
     same `datasets` calls as those for the hub."""
-    texts, _ = stories
+    documents, _ = stories
     for name, count in (("some", 50_000), ("many", 120_000)):
         with open(f"{name}.jsonl", "w") as file:
-            file.writelines(json.dumps({"body": texts[i % len(texts)] + str(i)}) + "\n" for i in range(count))
+            file.writelines(json.dumps({"body": documents[i % len(documents)] + str(i)}) + "\n" for i in range(count))
     here, there = forkserver().Pipe()
     child = forkserver().Process(target=write_and_measure, args=(there,))
     child.start()
@@ -485,11 +486,11 @@ def test_shards_are_written_in_flat_memory(stories):
 
 def test_training_on_shards(stories, monkeypatch):
     shards(COMMAND + "s.bin", monkeypatch)
-    texts, text = stories
+    documents, text = stories
     cfg = tiny(data="s.bin", rows="stream", block_size=32, batch_size=8)
     data = corpus.load(cfg)
     assert data.text.to_json() == text.to_json() and data.tokens == corpus.read_index("s.bin")["tokens"]
-    known = "".join(t + "|" for t in texts if not corpus.is_held_out(t, 0.05))
+    known = "".join(t + "|" for t in documents if not texts.is_held_out(t, 0.05))
     for row in data.batch(0).tolist():
         assert "".join("|" if i == text.end else text.decode([i]) for i in row) in known
     assert torch.equal(data.batch(5)[2:6], data.batch(5, slice(2, 6)))

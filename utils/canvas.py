@@ -2,8 +2,8 @@
 the MASKs are."""
 import re
 
-from config import UserError
 from utils import tokenizer
+from utils.cli import UserError
 
 HOLE = re.compile(r"\\([\[\]\\])|\[(?:(\d+)|_+)\]|(\[[^\]]*\]?)")  # an escape, a hole, or a bracket that is neither
 GUIDE_HOLE = 5  # tokens of [___], the hole of the "Let's build a diffusion LM" guide

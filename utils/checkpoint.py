@@ -11,9 +11,10 @@ import re
 import torch
 
 import config
-from config import Config, SampleConfig, UserError, reason
+from config import Config, SampleConfig
 from model import Transformer
-from utils import runtime, tokenizer
+from utils import cli, runtime, tokenizer
+from utils.cli import UserError, reason
 
 
 def save(path, state):
@@ -105,7 +106,7 @@ def sample_defaults():
 def restore(state, device, path="the checkpoint"):
     """(model on `device` in evaluation mode, Text, Config) of what `read` gave."""
     try:
-        cfg = config.merge(Config, state["config"])
+        cfg = cli.merge(Config, state["config"])
         text = tokenizer.from_json(state["tokenizer"])
         model = Transformer(cfg, text.vocab_size)
         model.load_state_dict(state.get("ema") or state["model"])

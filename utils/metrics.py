@@ -5,7 +5,7 @@ from collections import Counter
 import torch
 
 import diffusion
-from utils import corpus, tales
+from utils import canvas, corpus, tales
 
 
 def held_out(model, cfg, data, device):
@@ -28,6 +28,21 @@ def held_out(model, cfg, data, device):
         report |= {"bound_nats_per_story": mean * cfg.block_size, "exact_nats_per_story": exact,
                    "excess_over_exact": mean * cfg.block_size / exact - 1, "entropy_nats_per_story": tales.entropy()}
     return report
+
+
+def sample_rows(write, text, cfg, count, device):
+    """`count` unconditional samples (count, block_size) with the seeds 0, 1, ..., and how many network evaluations each
+    took (count,), both on the CPU.
+
+    write(blank (b, block_size), seeds (b,)) returns a last `diffusion.Step`, or whatever else has `ids` (b, block_size)
+    and `row_evaluations` (b,). It gets 50 rows at a time.
+    """
+    ids, evaluations = [], []
+    for seeds in torch.arange(count).split(50):
+        last = write(torch.tensor([canvas.build(text, [None], cfg.block_size)] * len(seeds), device=device), seeds.tolist())
+        ids.append(last.ids.cpu())
+        evaluations.append(last.row_evaluations.cpu())
+    return torch.cat(ids), torch.cat(evaluations)
 
 
 def judge_tales(texts):
