@@ -57,5 +57,5 @@ def total_variation(p, q):
 
 
 def settings(**changes):
-    """A Config with changes, unchecked: also of pairs that no run may have."""
-    return SimpleNamespace(**dataclasses.asdict(Config()) | changes)
+    """A Config with changes, unchecked (also of pairs that no run may have), whose loss is the bound."""
+    return SimpleNamespace(**dataclasses.asdict(Config()) | {"loss_weighting": "elbo"} | changes)
