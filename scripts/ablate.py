@@ -140,9 +140,12 @@ def recipe(options):
     # their loss as in the two micro-dLLMs
     loss = "full" if cli.merge(Config, base_config(options)).tokenizer == "char" else "pooled"
     yardstick = config.MICRO | {"loss_weighting": loss, "dtype": "float32", "compile": "off"}
+    half = config.merge(Config, base_config(options)).batch_size // 2
     return {f"the sources' recipe, {options.yardstick_iters} steps": yardstick | {"max_iters": options.yardstick_iters}} | {
         f"our recipe, {share:g} of the steps": {"max_iters": round(share * options.iters)}
         for share in (0.4, 0.6, 0.8, 1.5, 2)} | {"our recipe": {}} | {
+        f"our recipe, half the rows a step, {share:g} of all rows": {"batch_size": half, "max_iters": round(2 * share * options.iters)}
+        for share in (0.6, 0.8, 1)} | {
         "the sources' optimizer: AdamW 3e-4, constant": {
             name: config.MICRO[name] for name in ("optimizer", "lr", "beta1", "beta2", "weight_decay", "warmup_iters", "lr_decay")},
         "AdamW for all, 3e-3": {"optimizer": "adamw", "lr": 3e-3},
