@@ -140,7 +140,7 @@ def recipe(options):
     # their loss as in the two micro-dLLMs
     loss = "full" if cli.merge(Config, base_config(options)).tokenizer == "char" else "pooled"
     yardstick = config.MICRO | {"loss_weighting": loss, "dtype": "float32", "compile": "off"}
-    half = config.merge(Config, base_config(options)).batch_size // 2
+    half = cli.merge(Config, base_config(options)).batch_size // 2
     return {f"the sources' recipe, {options.yardstick_iters} steps": yardstick | {"max_iters": options.yardstick_iters}} | {
         f"our recipe, {share:g} of the steps": {"max_iters": round(share * options.iters)}
         for share in (0.4, 0.6, 0.8, 1.5, 2)} | {"our recipe": {}} | {
