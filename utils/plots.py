@@ -43,7 +43,7 @@ def bound_over_cost(rows, title, path):
             variants.setdefault(row["variant"], []).append(row)
     ends = {name: sum(float(row["bound"]) for row in runs) / len(runs) for name, runs in variants.items()}
     order = sorted(ends, key=ends.get)
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4 + 0.15 * len(order)), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4 + 0.15 * len(order)), width_ratios=(3, 3, 2), layout="constrained")
     for place, name in enumerate(order):
         style = dict(color=OKABE_ITO[place % 7], ls=("-", "--", ":", "-.")[place // 7 % 4], lw=1.2)
         for row in variants[name]:
@@ -55,7 +55,7 @@ def bound_over_cost(rows, title, path):
     low = min(ends.values(), default=0)
     for axis, cost in zip(axes, ("rows seen", "minutes")):
         axis.set(xlabel=cost, ylabel="held-out bound, nats a token", ylim=(low - 0.05, low + 1.2), xscale="log")
-    axes[2].set(xlabel="held-out bound of the best checkpoint, nats a token\n(± s.e. over rows, the same rows for all)")
+    axes[2].set(xlabel="bound at the end (± s.e. over rows,\nthe same rows for all)")
     for axis in axes:
         axis.grid(alpha=0.3)
     figure.suptitle(title)
