@@ -143,7 +143,7 @@ def recipe(options):
     half = cli.merge(Config, base_config(options)).batch_size // 2
     return {f"the sources' recipe, {options.yardstick_iters} steps": yardstick | {"max_iters": options.yardstick_iters}} | {
         f"our recipe, {share:g} of the steps": {"max_iters": round(share * options.iters)}
-        for share in (0.4, 0.6, 0.8, 1.5, 2)} | {"our recipe": {}} | {
+        for share in (0.4, 0.6, 0.8, 1.5, 2, 2.5)} | {"our recipe": {}} | {
         f"our recipe, half the rows a step, {share:g} of all rows": {"batch_size": half, "max_iters": round(2 * share * options.iters)}
         for share in (0.6, 0.8, 1)} | {
         "the sources' optimizer: AdamW 3e-4, constant": {

@@ -120,7 +120,7 @@ def test_muon_is_torchs(size):
     torch.manual_seed(0)
     start = torch.randn(size)
     ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
-    optimizers = Muon([ours], 0.02, weight_decay=0.1), torch.optim.Muon([theirs], 0.02, weight_decay=0.1)
+    optimizers = Muon([ours], 0.02, weight_decay=0.1), torch.optim.Muon([theirs], 0.02, weight_decay=0.1, momentum=0.9)
     for _ in range(5):
         ours.grad = torch.randn(size)
         theirs.grad = ours.grad.clone()

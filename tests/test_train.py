@@ -345,7 +345,8 @@ def test_a_broken_loss_is_seen_within_ten_steps(monkeypatch):
 CRASH_ONCE = """
 import os, sys
 sys.path.insert(0, ROOT)
-import config, train
+import train
+from utils import cli
 prepare = train.prepare
 def crash(cfg, data, step, ranks, device):
     if step == 7 and ranks.rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
