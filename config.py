@@ -218,21 +218,21 @@ PRESETS = {
     "micro_bpe": MICRO | dict(data="data/stories.txt", tokenizer="artifacts/tokenizer/tokenizer.json",
                               loss_weighting="pooled"),
     # GPT-2 small's shape: 85M parameters in blocks. For a GPU; not measured yet, like all that follow.
-    "gpt2": LARGE | dict(data="data/fineweb_edu.bin", vocab_size=32768, n_layer=12, n_head=12, n_embd=768, block_size=1024,
-                 batch_size=256, micro_batch=32, max_iters=10_000, eval_interval=500),
+    "gpt2": LARGE | dict(data="data/fineweb_edu.bin", vocab_size=32768, n_layer=12, n_head=12, n_embd=768,
+                         block_size=1024, batch_size=256, micro_batch=32, max_iters=10_000, eval_interval=500),
     # 201M parameters in blocks, for one to many GPUs.
-    "speedrun": LARGE | dict(data="data/fineweb_edu.bin", vocab_size=32768, n_layer=16, n_head=8, n_embd=1024, block_size=1024,
-                     batch_size=512, micro_batch=32, max_iters=10_000, eval_interval=500),
+    "speedrun": LARGE | dict(data="data/fineweb_edu.bin", vocab_size=32768, n_layer=16, n_head=8, n_embd=1024,
+                             block_size=1024, batch_size=512, micro_batch=32, max_iters=10_000, eval_interval=500),
     # The standard benchmarks in bits per character: 100 MB each, the last tenth is held out (its first half is what the
     # papers call validation, its second half is their test). enwik8 is counted in bytes: a BPE without merges.
     "text8": LARGE | dict(data="data/text8.txt", tokenizer="char", n_layer=12, n_head=12, n_embd=768, batch_size=256,
-                  dropout=0.05, max_iters=50_000, eval_interval=1000),
+                          dropout=0.05, max_iters=50_000, eval_interval=1000),
     "enwik8": LARGE | dict(data="data/enwik8.txt", tokenizer="bpe", vocab_size=258, n_layer=12, n_head=12, n_embd=768,
-                   batch_size=256, dropout=0.05, max_iters=50_000, eval_interval=1000),
+                           batch_size=256, dropout=0.05, max_iters=50_000, eval_interval=1000),
 }
 
 
-# --- the command line -------------------------------------------------------------------------------------------
+# --- from names and flags to a Config -----------------------------------------------------------------------------
 
 
 def preset(name):

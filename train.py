@@ -74,7 +74,7 @@ def resumed_config(argv):
 
 
 def make_model(cfg, text, given):
-    """The network, new or with the weights of the checkpoint dict `given`."""
+    """The network, new or with the weights of the checkpoint dict `given`, that of --init_from."""
     torch.manual_seed(cfg.seed)
     model = Transformer(cfg, text.vocab_size)
     if given:
@@ -162,7 +162,7 @@ def train(cfg, state=None, quiet=False):
     given = state or (checkpoint.read(cfg.init_from) if cfg.init_from else None)
     with runtime.first_rank_first(ranks):  # it prepares the corpus where need be
         data = corpus.load(cfg, corpus.tokenizer.from_json(given["tokenizer"]) if given else None)
-    model = make_model(cfg, data.text, given).to(device)
+    model = make_model(cfg, data.text, None if state else given).to(device)
     ema = copy.deepcopy(model).requires_grad_(False).eval() if cfg.ema else None
     judged = ema or model
     optimizers = optim.make_optimizers(model, cfg, dtype)
@@ -196,7 +196,6 @@ def train(cfg, state=None, quiet=False):
     # Before step 1: a few passes over the first batch tell what the run will take, and whether compiling it pays.
     model.train()
     tokens_a_step, left = cfg.batch_size * cfg.block_size, cfg.max_minutes - minutes
-
     full_rows = dataclasses.replace(cfg, short_rows=0.0)
 
     def timed(network, token_nll=diffusion.token_nll):

@@ -5,7 +5,8 @@
     python scripts/ablate.py samplers                                  the newest tales run
     python scripts/ablate.py samplers --checkpoint artifacts/models/tales.best.pt --num_samples 200
 
-Writes artifacts/ablations/NAME.csv, .md and .png (NAME_BASE with --base). To add a comparison, add a function and an entry to COMPARISONS.
+Writes artifacts/ablations/NAME.csv, .md and .png (NAME_BASE with --base). To add a comparison, add a
+function and an entry to COMPARISONS; a comparison of training runs is an entry of TRAINED.
 """
 import csv
 import dataclasses
@@ -93,11 +94,6 @@ def sampler_settings(options):
     return rows + [best | {"cache": cache, "top_p": SampleConfig.top_p} for cache in ("none", "prefix", "dual")]
 
 
-class Written(NamedTuple):
-    ids: torch.Tensor
-    row_evaluations: torch.Tensor
-
-
 def judge_samplers(options):
     """(function from a setting to its figures, with one tales model for all; what the figures depend on besides)."""
     path = options.checkpoint or checkpoint.newest(os.path.join(Config.out_dir, "models"))
@@ -111,11 +107,11 @@ def judge_samplers(options):
         def write(blank, seeds):
             if setting["sampler"] == "source":
                 steps = setting["steps"]
-                return Written(source_procedure(model, blank, steps, seeds[0]), torch.full((len(blank),), steps))
+                return source_procedure(model, blank, steps, seeds[0]), torch.full((len(blank),), steps)
             *_, last = diffusion.sample(model, blank, sampler=setting["sampler"], steps=setting["steps"] or None,
                                         decode_block=setting["decode_block"], cache=setting["cache"],
                                         top_p=setting["top_p"], seeds=seeds)
-            return last
+            return last.ids, last.row_evaluations
         start = time.perf_counter()
         with runtime.autocast(device, dtype):
             rows, evaluations = metrics.sample_rows(write, text, cfg, options.num_samples, device)
@@ -137,17 +133,16 @@ SMALL = dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=64, drop
 
 def recipe(options):
     """The sources' recipe and ours; ours shorter and longer, without each of its parts, and with what it leaves out."""
-    # their loss as in the two micro-dLLMs
-    loss = "full" if cli.merge(Config, base_config(options)).tokenizer == "char" else "pooled"
+    base = cli.merge(Config, base_config(options))
+    loss = "full" if base.tokenizer == "char" else "pooled"  # as in the two micro-dLLMs
     yardstick = config.MICRO | {"loss_weighting": loss, "dtype": "float32", "compile": "off"}
-    half = cli.merge(Config, base_config(options)).batch_size // 2
+    theirs = ("optimizer", "lr", "beta1", "beta2", "weight_decay", "warmup_iters", "lr_decay")
     return {f"the sources' recipe, {options.yardstick_iters} steps": yardstick | {"max_iters": options.yardstick_iters}} | {
         f"our recipe, {share:g} of the steps": {"max_iters": round(share * options.iters)}
         for share in (0.4, 0.6, 0.8, 1.5, 2, 2.5)} | {"our recipe": {}} | {
-        f"our recipe, half the rows a step, {share:g} of all rows": {"batch_size": half, "max_iters": round(2 * share * options.iters)}
-        for share in (0.6, 0.8, 1)} | {
-        "the sources' optimizer: AdamW 3e-4, constant": {
-            name: config.MICRO[name] for name in ("optimizer", "lr", "beta1", "beta2", "weight_decay", "warmup_iters", "lr_decay")},
+        f"our recipe, half the rows a step, {share:g} of all rows": {
+            "batch_size": base.batch_size // 2, "max_iters": round(2 * share * options.iters)} for share in (0.6, 0.8, 1)} | {
+        "the sources' optimizer: AdamW 3e-4, constant": {name: config.MICRO[name] for name in theirs},
         "AdamW for all, 3e-3": {"optimizer": "adamw", "lr": 3e-3},
         "the bound as loss": {"loss_weighting": "elbo"},
         "no warm-up": {"warmup_iters": 0},
@@ -168,17 +163,12 @@ def recipe(options):
 
 def batch_size(options):
     """As many rows in more or fewer steps, with the same learning rates and with their square root law."""
-    base, variants = cli.merge(Config, base_config(options)), {}
-    for scaled in (False, True):
-        for share in (0.25, 0.5, 1, 2, 4):
-            rows = round(base.batch_size * share)
-            changes = {"batch_size": rows, "max_iters": max(1, round(options.iters / share))}
-            if scaled and share != 1:
-                variants[f"{rows} rows, learning rates {share**0.5:.2g} times"] = changes | {
-                    "lr": base.lr * share**0.5, "muon_lr": base.muon_lr * share**0.5}
-            elif not scaled:
-                variants[f"{rows} rows"] = changes
-    return variants
+    base, shares = cli.merge(Config, base_config(options)), (0.25, 0.5, 1, 2, 4)
+    plain = {share: {"batch_size": round(base.batch_size * share), "max_iters": max(1, round(options.iters / share))}
+             for share in shares}
+    return {f"{changes['batch_size']} rows": changes for changes in plain.values()} | {
+        f"{plain[share]['batch_size']} rows, learning rates {share**0.5:.2g} times": plain[share] | {
+            "lr": base.lr * share**0.5, "muon_lr": base.muon_lr * share**0.5} for share in shares if share != 1}
 
 
 TRAINED = {

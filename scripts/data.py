@@ -104,8 +104,7 @@ def main(argv):
     if positional:
         raise UserError(f"what is {positional[0]}? Name a source with --dataset {positional[0]}")
     cfg = cli.merge(DataConfig, {"text_column": "text"}, SOURCES.get(overrides.get("dataset"), {}),
-                       {name: value for name, value in overrides.items()
-                        if not (name == "dataset" and value in SOURCES)})
+                    {name: value for name, value in overrides.items() if not (name == "dataset" and value in SOURCES)})
     if cfg.dataset.endswith(texts.LOCAL) and not os.path.exists(cfg.dataset):
         raise UserError(f"there is no file {cfg.dataset}")
     output = cfg.output or (f"data/{cfg.dataset}.txt" if cfg.dataset in texts.DOWNLOADS else "data/stories.txt")
@@ -115,7 +114,7 @@ def main(argv):
     if cfg.clean_mojibake:
         stream = map(texts.repair_mojibake, stream)
     count = texts.write_documents(output, tqdm(stream, unit="document", disable=None),
-                                   cfg.separator.replace("\\n", "\n"))
+                                  cfg.separator.replace("\\n", "\n"))
     print(f"wrote {count:,} documents, {os.path.getsize(output):,} bytes, to {output}")
 
 

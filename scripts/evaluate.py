@@ -46,15 +46,15 @@ def judge_samples(model, text, cfg, data, options, steps, device):
     def write(blank, seeds):
         *_, last = diffusion.sample(model, blank, sampler=options.sampler, steps=options.steps,
                                     temperature=options.temperature, top_p=options.top_p, seeds=seeds)
-        return last
+        return last.ids, last.row_evaluations
     rows, evaluations = metrics.sample_rows(write, text, cfg, options.num_samples, device)
     report = metrics.judge_tales([story for row in rows.tolist() for story in canvas.documents(text, row, cfg.rows)])
     known = torch.cat([data.batch(step) for step in range(steps)]).int()
     # real stories share runs with the training set too: what the held-out ones share is chance
     copies, chance = metrics.longest_copies(torch.cat((rows, data.held_out)), known).split([len(rows), len(data.held_out)])
     return report | {"sampler": options.sampler, "temperature": options.temperature, "top_p": options.top_p,
-                     "evaluations_a_sample": evaluations.float().mean().item(), "longest_copy_mean": copies.float().mean().item(),
-                     "longest_copy_max": copies.max().item(), "held_out_copy_mean": chance.float().mean().item(),
+                     "evaluations_a_sample": evaluations.float().mean().item(),
+                     "longest_copy_mean": copies.float().mean().item(), "longest_copy_max": copies.max().item(), "held_out_copy_mean": chance.float().mean().item(),
                      "held_out_copy_max": chance.max().item(), "held_out_copies_of": len(chance)}
 
 

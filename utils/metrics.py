@@ -34,15 +34,13 @@ def sample_rows(write, text, cfg, count, device):
     """`count` unconditional samples (count, block_size) with the seeds 0, 1, ..., and how many network evaluations each
     took (count,), both on the CPU.
 
-    write(blank (b, block_size), seeds (b,)) returns a last `diffusion.Step`, or whatever else has `ids` (b, block_size)
-    and `row_evaluations` (b,). It gets 50 rows at a time.
+    write(blank (b, block_size), seeds (list of b)) returns the two for 50 rows at a time.
     """
-    ids, evaluations = [], []
+    parts = []
     for seeds in torch.arange(count).split(50):
-        last = write(torch.tensor([canvas.build(text, [None], cfg.block_size)] * len(seeds), device=device), seeds.tolist())
-        ids.append(last.ids.cpu())
-        evaluations.append(last.row_evaluations.cpu())
-    return torch.cat(ids), torch.cat(evaluations)
+        blank = torch.tensor([canvas.build(text, [None], cfg.block_size)] * len(seeds), device=device)
+        parts.append([part.cpu() for part in write(blank, seeds.tolist())])
+    return tuple(map(torch.cat, zip(*parts)))
 
 
 def judge_tales(texts):

@@ -1,8 +1,8 @@
 """Pictures of numbers. matplotlib is imported when one is drawn: it takes seconds, and a GPU machine may lack it."""
 import json
 import os
-from utils.cli import UserError
 
+from utils.cli import UserError
 
 OKABE_ITO = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#1d1d1f")  # told apart by all eyes
 

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from utils.cli import UserError, reason
 
+from utils.cli import UserError, reason
 
 
 def generator(*key):

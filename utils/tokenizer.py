@@ -6,8 +6,8 @@ documents have a real token `<|endoftext|>` between documents; the same letters 
 import os
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from utils.cli import UserError
 
+from utils.cli import UserError
 
 END = "<|endoftext|>"
 DEFAULT = "artifacts/tokenizer/tokenizer.json"

@@ -18,8 +18,8 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
-from utils.cli import UserError
 
+from utils.cli import UserError
 
 WIDTH, HEIGHT, MARGIN = 1280, 720, 48
 TEXT_TOP, TEXT_BOTTOM = 112, 580  # the text's part of the picture
