@@ -128,7 +128,7 @@ def judge_samplers(options):
 # Each comparison is a dict of variants: name -> differences from the base, in order. All are judged by the same bound,
 # on the same held-out rows with the same masks.
 
-SMALL = dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=64, dropout=0.0)
+SMALL = dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=64, lr=0.01)
 
 
 def recipe(options):
@@ -149,7 +149,7 @@ def recipe(options):
         "no decay": {"lr_decay": "constant"},
         "decay over the whole run": {"decay_share": 1.0},
         "cosine decay over the whole run": {"decay_share": 1.0, "lr_decay": "cosine"},
-        "initialised as the sources": {"init": "normal"},
+        "projections and head start at zero": {"init": "zero"},
         "masks drawn one by one": {"corruption": "bernoulli"},
         "loss at all positions": {"loss_weighting": "full"},
         "tied embeddings": {"tie_embeddings": True},
@@ -174,7 +174,7 @@ def batch_size(options):
 TRAINED = {
     "recipe": recipe,
     "optimizer": lambda options: {f"Muon {muon:g}, AdamW {lr:g}": {"muon_lr": muon, "lr": lr}
-                                  for muon in (0.01, 0.02, 0.03, 0.04) for lr in (3e-3, 1e-2, 2e-2)} | {
+                                  for muon in (0.01, 0.02, 0.03, 0.04) for lr in (5e-3, 1e-2, 2e-2)} | {
         f"AdamW {lr:g}": {"optimizer": "adamw", "lr": lr} for lr in (3e-4, 1e-3, 3e-3, 6e-3, 1e-2)},
     "weighting": lambda options: {name: {"loss_weighting": name} for name in ("elbo", "flat", "clip", "pooled", "full")},
     "schedule": lambda options: {name: {"schedule": name} for name in diffusion.SCHEDULES} | {

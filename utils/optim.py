@@ -11,7 +11,7 @@ def orthogonalise(g, dtype, steps=5):
     """
     x = g.to(dtype)
     tall = x.size(1) > x.size(2)
-    x = x.mT if tall else x
+    x = x.mT.contiguous() if tall else x  # products of a transposed view are half as fast on a CPU
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
         a = x @ x.mT
