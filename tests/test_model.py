@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import diffusion
-from model import Transformer
+from model import ShortAttention, Transformer
 from toy import settings
 from utils import runtime
 from utils.optim import Muon, lr_scale, make_optimizers
@@ -92,6 +92,20 @@ def test_who_may_look_at_whom():
     assert torch.equal(before[0, :5], after[0, :5]) and not torch.allclose(before[0, 6:], after[0, 6:])
     causal = torch.ones(8, 8, dtype=torch.bool).tril()
     torch.testing.assert_close(model(IDS, attention=causal), before)
+
+
+@pytest.mark.parametrize("masked", (False, True))
+def test_short_attention_is_attention(masked):
+    """The attention for training in bfloat16 on a CPU: values and gradients are PyTorch's."""
+    torch.manual_seed(0)
+    q, k, v, dy = (torch.nn.functional.rms_norm(torch.randn(2, 3, 8, 16), (16,)) for _ in range(4))
+    mask = torch.ones(8, 8, dtype=torch.bool).tril() if masked else None
+    results = []
+    for attend in (torch.nn.functional.scaled_dot_product_attention, ShortAttention.apply):
+        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+        y = attend(*inputs, mask)
+        results.append((y, *torch.autograd.grad(y, inputs, dy)))
+    torch.testing.assert_close(results[0], results[1], atol=2e-6, rtol=1e-5)
 
 
 def test_hidden_tokens_do_not_leak():
