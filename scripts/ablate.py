@@ -217,6 +217,7 @@ def train_variants(comparison, options):
     """(function from a setting to the figures of its training run; what they depend on besides)."""
     def measure(setting):
         cfg = variant_config(comparison, options, setting["variant"], setting["seed"])
+        torch._dynamo.reset()  # what an earlier variant's shapes taught the compiler would make this one's steps slower
         with tempfile.TemporaryDirectory() as folder:
             try:
                 report = train.train(dataclasses.replace(cfg, out_dir=folder), quiet=True)
