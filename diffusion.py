@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from config import SampleConfig
-from utils import blocks, rules
+from utils import blocks, rules, runtime
 from utils.cli import UserError, check_name
 
 # --- schedules --------------------------------------------------------------------------------------------------
@@ -122,7 +122,7 @@ class Corruption(NamedTuple):
 
     def to(self, device):
         index = self.masked.flatten().nonzero()[:, 0] if self.index is None else self.index
-        return Corruption(*(part.to(device, non_blocking=True) for part in (self.masked, self.weight, index)))
+        return Corruption(*(runtime.move(part, device) for part in (self.masked, self.weight, index)))
 
 
 def draw_corruption(cfg, B, L, generator):
@@ -179,7 +179,7 @@ def split_corruption(cfg, whole, rows, size):
     """The part of `whole`, a batch's Corruption, that belongs to rows (a slice), in pieces of `size` rows (whole pairs,
     with complementary masks).
 
-    With counts, each piece gets an index of the same length at every step, filled up with -1: what its rows can mask at
+    With counts, all pieces get an index of the same length at every step, filled up with -1: what their rows can mask at
     most. The strata and their order are fixed, so that is hardly more than what they mask on average.
     """
     B, L = whole.masked.shape
@@ -188,12 +188,12 @@ def split_corruption(cfg, whole, rows, size):
         most = counts_of(cfg, (stratum_of(B // pairs) + 1).double() / (B // pairs), n)  # of each row
         if pairs == 2:  # l and n - l, but n and n
             most = torch.where(most == n, n, n / 2).repeat_interleave(2)
+        bound = math.ceil(max(part.sum().item() for part in most.split(size)))
     pieces = []
     for start in range(rows.start, rows.stop, size):
-        part = slice(start, min(start + size, rows.stop))
+        part = slice(start, start + size)
         index = whole.masked[part].flatten().nonzero()[:, 0]
         if cfg.corruption == "count":
-            bound = math.ceil(most[part].sum().item())
             assert len(index) <= bound, (len(index), bound)
             index = F.pad(index, (0, bound - len(index)), value=-1)
         pieces.append(Corruption(whole.masked[part], whole.weight[part], index))
@@ -230,9 +230,10 @@ def loss(model, x0, corruption, full=False, token_nll=token_nll):
         logits = model(xt, corruption.masked.float().mean(1))
         return token_nll(logits.flatten(0, 1), x0.flatten()).view(B, L).mean(1)
     masked, _, index = corruption.to(x0.device)
+    row = torch.where(index < 0, B, index // L)  # what fills up belongs to row B, and is left out
+    index = index.clamp(min=0)
     logits = model(hide(x0, masked, model.vocab_size - 1), masked.float().mean(1), select=index)
     ce = token_nll(logits, x0.flatten()[index])
-    row = index // L % (B + 1)  # that of -1 is B, and left out
     return ce.new_zeros(B + 1).index_add(0, row, ce)[:B] * corruption.weight / L
 
 

@@ -231,7 +231,8 @@ class Transformer(nn.Module):
         x = norm(x)
         if select is not None:
             x = x.flatten(0, 1)[select]
-        logits = F.linear(x, self.head.weight[: self.vocab_size - 1])
+        # cut after the product: a GPU is fast where the width is round, and it is vocab_size that users choose
+        logits = F.linear(x, self.head.weight)[..., :-1]
         return self.cfg.softcap * torch.tanh(logits.float() / self.cfg.softcap) if self.cfg.softcap else logits
 
     def num_parameters(self):

@@ -32,6 +32,7 @@ from utils.cli import UserError
 MAY_CHANGE = {"max_iters", "max_minutes", "save_interval", "device", "dtype", "compile", "lr", "muon_lr", "lr_decay",
               "decay_share", "eval_interval", "final_rows", "final_masks", "resume", "micro_batch",
               "activation_checkpointing", "out_dir"}  # out_dir: for "auto"
+COMPILE_PAYS = 300  # seconds of eager CPU training: compiling takes up to a minute, and a step is then 1.5 times faster
 SHAPE = ("n_layer", "n_head", "n_embd", "tie_embeddings", "softcap", "time_conditioning")  # what --init_from must agree on
 
 
@@ -67,7 +68,8 @@ def resumed_config(argv):
                if k not in ("resume", "out_dir") and v != before[k]]
     if runtime.is_first():
         print(f"resuming {cfg.name} at step {state['step']:,}" + (f", with {', '.join(changed)}" if changed else ""))
-    if 0 < cfg.max_iters <= state["step"] or 0 < cfg.max_minutes <= state["minutes"]:
+    over = 0 < cfg.max_iters <= state["step"] or 0 < cfg.max_minutes <= state["minutes"]
+    if over and os.path.exists(os.path.join(cfg.out_dir, "logs", f"{cfg.name}.json")):  # else its last lines are to come
         raise UserError(f"{path} is finished ({state['step']:,} steps, {state['minutes']:.1f} minutes); "
                         "give a larger --max_iters or --max_minutes to go on")
     return cfg, state
@@ -93,14 +95,14 @@ def prepare(cfg, data, step, ranks, device):
     Everything random is a function of (seed, step), drawn for the whole batch and cut by row: so the number of ranks and
     of micro-batches changes nothing (but what dropout drops), and a resumed run needs no generator's state.
     """
-    random, L = runtime.generator(cfg.seed, "masks", step), cfg.block_size
-    if torch.rand((), generator=random) < cfg.short_rows:  # as LLaDA: canvases can be shorter than the window
-        L = 2 + int(torch.randint(cfg.block_size - 1, (), generator=random))
-    whole = diffusion.draw_corruption(cfg, cfg.batch_size, L, random)
-    seed = int(torch.randint(2**31, (), generator=random)) + ranks.rank
+    generator, L = runtime.generator(cfg.seed, "masks", step), cfg.block_size
+    if torch.rand((), generator=generator) < cfg.short_rows:  # as LLaDA: canvases can be shorter than the window
+        L = 2 + int(torch.randint(cfg.block_size - 1, (), generator=generator))
+    whole = diffusion.draw_corruption(cfg, cfg.batch_size, L, generator)
+    seed = int(torch.randint(2**31, (), generator=generator)) + ranks.rank
     share = cfg.batch_size // ranks.world
     rows = slice(ranks.rank * share, (ranks.rank + 1) * share)
-    size = min(cfg.micro_batch or share, share)
+    size = cfg.micro_batch or share
     x0 = data.batch(step, rows)[:, :L]
     if cfg.complementary:
         x0 = x0[::2].repeat_interleave(2, 0)
@@ -120,7 +122,7 @@ def gradients(network, cfg, pieces, seed, ranks, device, dtype, token_nll=diffus
         for number, (x0, corruption) in enumerate(pieces, 1):
             with runtime.gradient_sync(network, number == len(pieces)):
                 with runtime.autocast(device, dtype):
-                    loss = diffusion.loss(network, x0.to(device, non_blocking=True), corruption.to(device),
+                    loss = diffusion.loss(network, runtime.move(x0, device), corruption.to(device),
                                           cfg.loss_weighting == "full", token_nll).sum() / cfg.batch_size
                 scale(loss * ranks.world).backward()  # ranks' gradients are averaged
             total += loss.detach()
@@ -133,6 +135,38 @@ def show_sample(model, text, cfg, device):
     steps = min(64, cfg.block_size)
     *_, last = diffusion.sample(model, blank, steps=steps, top_p=SampleConfig.top_p, seeds=[0])
     return canvas.finished(text, last.ids[0].tolist())
+
+
+def choose_network(model, cfg, data, step, left, ranks, device, dtype):
+    """(`model`, compiled where that pays, a token_nll that fits it, seconds of a pass forward and backward).
+
+    A few passes over the first batch tell; they leave no gradient. left: what cfg.max_minutes leaves, in minutes.
+    """
+    full_rows = dataclasses.replace(cfg, short_rows=0.0)
+
+    def timed(network, token_nll=diffusion.token_nll):
+        times = []
+        for _ in range(4):
+            start = time.perf_counter()
+            batch = prepare(full_rows, data, step, ranks, device)
+            gradients(network, cfg, *batch, ranks, device, dtype, token_nll)
+            model.zero_grad()
+            runtime.synchronise(device)
+            times.append(time.perf_counter() - start)
+        return min(times[2:])
+
+    seconds, compiled = None, None
+    wanted = cfg.compile == "on" or cfg.compile == "auto" and device.type == "cuda"
+    if not wanted:
+        seconds = runtime.agree(ranks, timed(model))
+        run = min((cfg.max_iters or math.inf) * seconds - step * seconds, 60 * left if cfg.max_minutes else math.inf)
+        wanted = cfg.compile == "auto" and device.type == "cpu" and run > COMPILE_PAYS
+    if wanted:
+        compiled = runtime.compile_network(model, diffusion.token_nll, device, timed)
+        if runtime.sum_over_ranks(ranks, torch.tensor(float(compiled is None))):  # all compile, or none
+            compiled = None
+    network, token_nll, seconds = compiled or (model, diffusion.token_nll, seconds or timed(model))
+    return network, token_nll, runtime.agree(ranks, seconds)
 
 
 def duration(seconds):
@@ -152,10 +186,10 @@ def train(cfg, state=None, quiet=False):
         raise UserError("the run has no name; give it one with --name")
     runtime.keep_memory()
     ranks, device = runtime.start_ranks(cfg.device)
-    share = cfg.micro_batch or (2 if cfg.complementary else 1)
-    if cfg.batch_size % (ranks.world * share):
+    piece = cfg.micro_batch or (2 if cfg.complementary else 1)
+    if cfg.batch_size % (ranks.world * piece):
         raise UserError(f"batch_size={cfg.batch_size} cannot be shared among {ranks.world} processes"
-                        + (f" in pieces of {share} rows" if share > 1 else ""))
+                        + (f" in pieces of {piece} rows" if piece > 1 else ""))
     quiet = quiet or ranks.rank > 0
     say = (lambda *_: None) if quiet else lambda line: tqdm.write(line)
     dtype = runtime.choose_dtype(cfg.dtype, device)
@@ -167,11 +201,12 @@ def train(cfg, state=None, quiet=False):
     judged = ema or model
     optimizers = optim.make_optimizers(model, cfg, dtype)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    step, best, minutes, nll, running, counted = 0, math.inf, 0.0, math.inf, torch.zeros((), device=device), 0
+    step, best, minutes, nll = 0, math.inf, 0.0, math.inf
+    running, counted = torch.zeros((), device=device), 0  # sum of the training loss since the last evaluation, and steps
     if state:
         corpus.check_same(data, state.get("corpus"), cfg)
         step, best, minutes, nll = state["step"], state["best"], state["minutes"], state["nll"]
-        running, counted = state["running"].to(device) / ranks.world, state["counted"]  # loss since the last evaluation
+        running, counted = state["running"].to(device) / ranks.world, state["counted"]
         model.load_state_dict(state["model"])
         if ema:
             ema.load_state_dict(state["ema"])
@@ -189,39 +224,15 @@ def train(cfg, state=None, quiet=False):
         ("metrics", "logs", ".json"), ("plot", "plots", ".loss.png"))}
     if not os.path.exists(path["best"]):
         best = math.inf
-    log = runtime.open_log(path["log"], step) if not ranks.rank else None
-    stop = []  # filled by Ctrl-C: finish the step, save, leave
-    previous = runtime.on_interrupt(lambda: stop.append(True)) if not quiet or ranks.rank else None
 
-    # Before step 1: a few passes over the first batch tell what the run will take, and whether compiling it pays.
     model.train()
-    tokens_a_step, left = cfg.batch_size * cfg.block_size, cfg.max_minutes - minutes
-    full_rows = dataclasses.replace(cfg, short_rows=0.0)
-
-    def timed(network, token_nll=diffusion.token_nll):
-        """Seconds of a pass forward and backward (the least of the last two of four); leaves no gradient."""
-        times = []
-        for _ in range(4):
-            start = time.perf_counter()
-            batch = prepare(full_rows, data, step, ranks, device)
-            gradients(network, cfg, *batch, ranks, device, dtype, token_nll)
-            model.zero_grad()
-            runtime.synchronise(device)
-            times.append(time.perf_counter() - start)
-        return min(times[2:])
-
-    seconds = runtime.agree(ranks, timed(model))
-    whole = min((cfg.max_iters or math.inf) * seconds - step * seconds, 60 * left if cfg.max_minutes else math.inf)
-    forward, token_nll, compiled_seconds = runtime.maybe_compile(model, diffusion.token_nll, cfg, device, whole, timed)
-    if runtime.sum_over_ranks(ranks, torch.tensor(float(forward is model))):  # all compile, or none
-        forward, token_nll = model, diffusion.token_nll
-    else:
-        seconds = runtime.agree(ranks, compiled_seconds)
+    left = cfg.max_minutes - minutes
+    forward, token_nll, seconds = choose_network(model, cfg, data, step, left, ranks, device, dtype)
     network = runtime.distribute(forward, ranks, device)
     # what auto meant is kept, so that a resumed run decides the same
     cfg = dataclasses.replace(cfg, device=device.type, dtype=str(dtype).removeprefix("torch."),
                               compile="off" if forward is model else "on")
-    left -= (time.perf_counter() - started) / 60
+    tokens_a_step, left = cfg.batch_size * cfg.block_size, left - (time.perf_counter() - started) / 60
     total = min(cfg.max_iters or math.inf, step + max(1, int(60 * left / seconds)) if cfg.max_minutes else math.inf)
     memory = runtime.peak_memory(device) + 8 * model.num_parameters()  # and the optimizers' averages
     say(f"{cfg.name}: {model.num_parameters():,} parameters, vocabulary {data.text.vocab_size:,} | "
@@ -232,91 +243,93 @@ def train(cfg, state=None, quiet=False):
         f"{cfg.batch_size} rows a step, about {1000 * seconds:.0f} ms | about {memory / 2**30:.1f} GB, "
         f"{duration((total - step) * seconds)} for {total - step:,} steps")
 
-    bar = tqdm(initial=step, total=total, disable=None if not quiet else True, unit="step", dynamic_ncols=True)
     held_out = data.held_out[: cfg.eval_rows].to(device)
     written = begun = step  # the step whose state is on disk, and where this session began
-    pool = ThreadPoolExecutor(1) if device.type == "cuda" else None  # prepares a batch while the GPU works
-    ready = None
     busy, clock = 0.0, time.perf_counter()  # seconds of this session's training steps, without evaluations
 
-    while True:
-        used = minutes + (time.perf_counter() - started) / 60
-        used, stopped = runtime.agree(ranks, (used, bool(stop)))
-        progress = max(step / cfg.max_iters if cfg.max_iters else 0, used / cfg.max_minutes if cfg.max_minutes else 0)
-        finished = progress >= 1 and step > begun  # at least one step, however short the time
-        done = finished or stopped
+    with contextlib.ExitStack() as after:  # closes and puts back, however the run ends
+        log = after.enter_context(runtime.open_log(path["log"], step)) if not ranks.rank else None
+        stop = []  # filled by Ctrl-C: finish the step, save, leave
+        if not quiet or ranks.rank:  # a comparison, which is quiet, is stopped at once
+            after.callback(runtime.restore_signals, runtime.on_interrupt(lambda: stop.append(True)))
+        bar = after.enter_context(tqdm(initial=step, total=total, disable=None if not quiet else True, unit="step",
+                                       dynamic_ncols=True))
+        # prepares a batch while the GPU works
+        pool = after.enter_context(ThreadPoolExecutor(1)) if device.type == "cuda" else None
+        ready = None
+        while True:
+            used = minutes + (time.perf_counter() - started) / 60
+            used, stopped = runtime.agree(ranks, (used, bool(stop)))
+            progress = max(step / cfg.max_iters if cfg.max_iters else 0, used / cfg.max_minutes if cfg.max_minutes else 0)
+            finished = progress >= 1 and step > 0  # at least one step, however short the time
+            done = finished or stopped
 
-        # -- once in a while, and at the end: held-out bound, log, sample, checkpoint; nothing here changes the run
-        evaluate = step != written and (step % cfg.eval_interval == 0 or finished)
-        save = step != written and (step % (cfg.save_interval or cfg.eval_interval) == 0 or done)
-        if evaluate or save:
-            so_far = runtime.sum_over_ranks(ranks, running)
-            check_finite(so_far, model, step, cfg)  # waits for the GPU, so that the clock counts all its work
-            busy += time.perf_counter() - clock
-        if evaluate:
-            model.eval()
-            with runtime.autocast(device, dtype):
-                nll, rows_error, _ = diffusion.mean_and_errors(diffusion.nll_bound(
-                    judged, held_out, given=diffusion.given_tokens(cfg)))
-                sample = "" if quiet else show_sample(judged, data.text, cfg, device)
-            model.train()
-            loss = so_far.item() / max(1, counted)
-            running, so_far, counted = torch.zeros_like(running), torch.zeros_like(running), 0
-            if log:
-                runtime.write_line(log, {"step": step, "loss": loss, "bound": nll, "bound_se_rows": rows_error,
-                                         "minutes": used})
-            say(f"step {step:,} | training loss {loss:.4f} | held-out bound {nll:.4f} ± {rows_error:.4f} nats a token"
-                f" | {duration(60 * used)}\n    {sample[:300]!r}")
-            if nll < best:
-                best = nll
+            # -- once in a while, and at the end: held-out bound, log, sample, checkpoint; nothing here changes the run
+            evaluate = step != written and (step % cfg.eval_interval == 0 or finished)
+            save = step != written and (step % (cfg.save_interval or cfg.eval_interval) == 0 or done)
+            if evaluate or save:
+                so_far = runtime.sum_over_ranks(ranks, running)
+                check_finite(so_far, model, step, cfg)  # waits for the GPU, so that the clock counts all its work
+                busy += time.perf_counter() - clock
+            if evaluate:
+                model.eval()
+                with runtime.autocast(device, dtype):
+                    nll, rows_error, _ = diffusion.mean_and_errors(diffusion.nll_bound(
+                        judged, held_out, given=diffusion.given_tokens(cfg), rows_at_once=cfg.micro_batch or 64))
+                    sample = "" if quiet else show_sample(judged, data.text, cfg, device)
+                model.train()
+                loss = so_far.item() / max(1, counted)
+                running, so_far, counted = torch.zeros_like(running), torch.zeros_like(running), 0
+                if log:
+                    runtime.write_line(log, {"step": step, "loss": loss, "bound": nll, "bound_se_rows": rows_error,
+                                             "minutes": used})
+                say(f"step {step:,} | training loss {loss:.4f} | held-out bound {nll:.4f} ± {rows_error:.4f} nats a token"
+                    f" | {duration(60 * used)}\n    {sample[:300]!r}")
+                if nll < best:
+                    best = nll
+                    if not ranks.rank:
+                        checkpoint.save(path["best"], checkpoint.snapshot(cfg, data.text, judged, step, nll))
+            if save:
                 if not ranks.rank:
-                    checkpoint.save(path["best"], checkpoint.snapshot(cfg, data.text, judged, step, nll))
-        if save:
-            if not ranks.rank:
-                checkpoint.save(path["last"], checkpoint.snapshot(
-                    cfg, data.text, model, step, nll, best=best, minutes=used, running=so_far, counted=counted,
-                    scaler=scaler.state_dict(), ema=ema.state_dict() if ema else None, corpus=data.fingerprint,
-                    job=runtime.torchrun_job(),
-                    optimizers=[optimizer.state_dict() for optimizer in optimizers]))
-            written = step
-        if done:
-            break
-        if evaluate or save:
-            clock = time.perf_counter()
+                    checkpoint.save(path["last"], checkpoint.snapshot(
+                        cfg, data.text, model, step, nll, best=best, minutes=used, running=so_far, counted=counted,
+                        scaler=scaler.state_dict(), ema=ema.state_dict() if ema else None, corpus=data.fingerprint,
+                        job=runtime.torchrun_job(),
+                        optimizers=[optimizer.state_dict() for optimizer in optimizers]))
+                written = step
+            if done:
+                break
+            if evaluate or save:
+                clock = time.perf_counter()
 
-        # -- a training step
-        pieces, seed = ready.result() if ready else prepare(cfg, data, step, ranks, device)
-        ready = pool and pool.submit(prepare, cfg, data, step + 1, ranks, device)
-        loss = gradients(network, cfg, pieces, seed, ranks, device, dtype, token_nll, scaler.scale)
-        for optimizer in optimizers:
-            scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
-        if scaler.is_enabled() and not norm.isfinite():
-            model.zero_grad()  # float16 overflowed somewhere: no optimizer steps
-        scale = optim.lr_scale(cfg, step, progress)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * scale
-            scaler.step(optimizer)
-            optimizer.zero_grad(set_to_none=True)
-        scaler.update()
-        if ema:
-            optim.update_average(ema, model, cfg.ema, step)
-        running = running + loss
-        step, counted = step + 1, counted + 1
-        bar.update()
-        if counted % 10 == 0:  # reading the loss waits for the GPU, so not at every step
-            so_far = runtime.sum_over_ranks(ranks, running)
-            if not so_far.isfinite():
-                check_finite(so_far, model, step, cfg)
-            rate = bar.format_dict["rate"] or 0
-            bar.set_postfix_str(f"loss {so_far.item() / counted:.4f}, {rate * tokens_a_step:,.0f} tokens/s")
+            # -- a training step
+            pieces, seed = ready.result() if ready else prepare(cfg, data, step, ranks, device)
+            ready = pool and pool.submit(prepare, cfg, data, step + 1, ranks, device)
+            loss = gradients(network, cfg, pieces, seed, ranks, device, dtype, token_nll, scaler.scale)
+            for optimizer in optimizers:
+                scaler.unscale_(optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
+            if scaler.is_enabled() and not norm.isfinite():
+                model.zero_grad()  # float16 overflowed somewhere: no optimizer steps
+            scale = optim.lr_scale(cfg, step, progress)
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak"] * scale
+                scaler.step(optimizer)
+                optimizer.zero_grad(set_to_none=True)
+            scaler.update()
+            if ema:
+                optim.update_average(ema, model, cfg.ema, step)
+            running = running + loss
+            step, counted = step + 1, counted + 1
+            bar.update()
+            if counted % 10 == 0 or device.type == "cpu":  # reading the loss waits for a GPU, so not at every step
+                so_far = runtime.sum_over_ranks(ranks, running)
+                if not so_far.isfinite():
+                    check_finite(so_far, model, step, cfg)
+                rate = bar.format_dict["rate"] or 0
+                bar.set_postfix_str(f"loss {so_far.item() / counted:.4f}, {rate * tokens_a_step:,.0f} tokens/s")
 
-    bar.close()
-    if log:
-        log.close()
-    if previous:
-        runtime.restore_signals(previous)
     if not finished:
         say(f"stopped at step {step:,}; " + (f"go on with: python train.py --resume {path['last']}" if step else
                                              "nothing was done yet"))

@@ -171,6 +171,7 @@ def batch_size(options):
             "lr": base.lr * share**0.5, "muon_lr": base.muon_lr * share**0.5} for share in shares if share != 1}
 
 
+DISCRETE = dict(corruption="bernoulli")  # what discrete times need
 TRAINED = {
     "recipe": recipe,
     "optimizer": lambda options: {f"Muon {muon:g}, AdamW {lr:g}": {"muon_lr": muon, "lr": lr}
@@ -191,7 +192,6 @@ TRAINED = {
         for decay in (0.0, 0.95, 0.98, 0.99, 0.995)},
     "complementary": lambda options: {"independent": {}, "complementary": {"complementary": True}},
 }
-DISCRETE = dict(corruption="bernoulli")
 
 
 def base_config(options):
@@ -206,11 +206,16 @@ def variant_config(comparison, options, variant, seed):
 
 
 def train_settings(comparison, options):
-    """One training run each. "config" tells runs apart that differ in anything but their names."""
+    """One training run each. "config" tells runs apart that differ in anything but their names and seeds."""
     def fingerprint(cfg):  # of what is switched on, so that a setting which is added to config.py changes nothing
-        return hashlib.sha256(repr([(k, v) for k, v in dataclasses.asdict(cfg).items() if v]).encode()).hexdigest()[:8]
-    return [{"variant": name, "seed": seed, "config": fingerprint(variant_config(comparison, options, name, seed))}
-            for name in TRAINED[comparison](options) for seed in range(1, options.seeds + 1)]
+        on = [(k, v) for k, v in dataclasses.asdict(cfg).items() if v and k != "seed"]
+        return hashlib.sha256(repr(on).encode()).hexdigest()[:8]
+
+    def setting(name, seed):
+        cfg = variant_config(comparison, options, name, seed)
+        dtype = runtime.choose_dtype(cfg.dtype, runtime.choose_device(cfg.device))
+        return {"variant": name, "seed": seed, "config": fingerprint(cfg), "dtype": str(dtype).removeprefix("torch.")}
+    return [setting(name, seed) for name in TRAINED[comparison](options) for seed in range(1, options.seeds + 1)]
 
 
 def train_variants(comparison, options):
@@ -235,10 +240,8 @@ def train_variants(comparison, options):
                 "rows_a_step": cfg.batch_size, "parameters": report["parameters"],
                 "curve": " ".join(f"{e['step']}:{minutes(e['step']):.3f}:{e['bound']:.4f}" for e in entries)}
     cfg = cli.merge(Config, base_config(options))
-    device = runtime.choose_device(cfg.device)
     what = {name: getattr(cfg, name) for name in ("data", "n_layer", "n_embd", "block_size")}
-    return measure, what | {"device": device.type,
-                            "dtype": str(runtime.choose_dtype(cfg.dtype, device)).removeprefix("torch.")}
+    return measure, what | {"device": runtime.choose_device(cfg.device).type}
 
 
 FIGURES = ("bound", "se_rows", "se_masks", "last_bound", "steps", "minutes", "ms_a_step", "rows_a_step", "parameters")
@@ -248,7 +251,7 @@ def over_seeds(rows):
     """One row for each variant: means over its seeds, and the standard error of the bound over them."""
     groups = {}
     for row in rows:
-        key = {name: row[name] for name in row if name not in (*FIGURES, "seed", "config", "curve")}
+        key = {name: row[name] for name in row if name not in (*FIGURES, "seed", "curve")}
         groups.setdefault(tuple(key.items()), []).append(row)
     out = []
     for key, runs in groups.items():
@@ -256,7 +259,7 @@ def over_seeds(rows):
         bounds = [float(run["bound"]) for run in runs]
         several = len(runs) > 1 and not any(map(math.isnan, bounds))
         spread = statistics.stdev(bounds) / len(runs) ** 0.5 if several else None
-        key = {name: value for name, value in key if name not in ("device", "dtype")}
+        key = {name: value for name, value in key if name not in ("config", "device", "dtype")}
         out.append(key | {"seeds": len(runs), "steps": runs[0]["steps"]} | {
             name: rounded(value) for name, value in (
                 ("bound", mean("bound")), ("se_seeds", spread), ("se_rows", mean("se_rows")), ("ms_a_step", mean("ms_a_step")),
@@ -275,7 +278,7 @@ COMPARISONS = {
 
 def label(setting):
     return ", ".join(f"{key} {value}" for key, value in setting.items()
-                     if key != "config" and value not in ("", 0, "none", 1.0))
+                     if key not in ("config", "dtype") and value not in ("", 0, "none", 1.0))
 
 
 def read_table(path):
@@ -286,8 +289,8 @@ def read_table(path):
         return list(csv.DictReader(file))
 
 
-def write_tables(rows, stem, summary):
-    """The rows as CSV and their summary as Markdown, each replaced as a whole."""
+def write_tables(rows, summary, stem):
+    """The rows as CSV and those of the summary as Markdown, each replaced as a whole."""
     names = lambda rows: list(dict.fromkeys(name for row in rows for name in row))
     try:
         os.makedirs(os.path.dirname(stem) or ".", exist_ok=True)
@@ -296,9 +299,8 @@ def write_tables(rows, stem, summary):
             writer.writeheader()
             writer.writerows(rows)
         with open(f"{stem}.md.tmp", "w", encoding="utf-8") as file:
-            rows = summary(rows)
-            columns = names(rows)
-            for cells in (columns, ["---"] * len(columns), *([row.get(name, "") for name in columns] for row in rows)):
+            columns = names(summary)
+            for cells in (columns, ["---"] * len(columns), *([row.get(name, "") for name in columns] for row in summary)):
                 file.write("| " + " | ".join(map(str, cells)) + " |\n")
         for ending in ("csv", "md"):
             os.replace(f"{stem}.{ending}.tmp", f"{stem}.{ending}")
@@ -333,7 +335,7 @@ def main(argv):
             continue
         figures = measure(setting)
         table.append(key | {name: rounded(value) for name, value in figures.items()})
-        write_tables(table, stem, comparison.summary)
+        write_tables(table, comparison.summary([row for key in keys for row in done(key)]), stem)
         print(f"{number} of {len(wanted)}: {label(setting)} | " + ", ".join(
             f"{name} {table[-1][name]}" for name in list(figures)[:6]), flush=True)
     comparison.plot([row for key in keys for row in done(key)], name, f"{stem}.png")

@@ -78,10 +78,11 @@ def training_step(cfg, vocab_size, device, dtype=torch.float32, compiled=False, 
         runtime.synchronise(device)
         return x0.numel() if cfg.loss_weighting == "full" else sum(len(c.index) for _, c in pieces)
 
-    network, token_nll, _ = runtime.maybe_compile(model, diffusion.token_nll, dataclasses.replace(
-        cfg, compile="on" if compiled else "off"), device, 0, step)
-    if compiled and network is model:
-        raise UserError("torch.compile does not work here, so there is nothing compiled to time; choose with --variants")
+    if compiled:
+        compiled = runtime.compile_network(model, diffusion.token_nll, device, step)
+        if not compiled:
+            raise UserError("torch.compile does not work here: nothing compiled to time; choose with --variants")
+    network, token_nll, _ = compiled or (model, diffusion.token_nll, None)
     return partial(step, network, token_nll), model.num_parameters()
 
 

@@ -28,7 +28,7 @@ class DataConfig:
                          "text8, enwik8 or tales", "from")
     split: str = field("train", "of a hub dataset")
     config: str = field(None, "of a hub dataset that has several")
-    text_column: str = field("", "column of .jsonl, .parquet and hub datasets (default: text)")
+    text_column: str = field("text", "column of .jsonl, .parquet and hub datasets")
     num_stories: int = field(10_000, "documents to take, at most")
     seed: int = field(1337, "of the shuffle")
     shuffle_buffer: int = field(10_000, "documents among which the stream is shuffled")
@@ -103,7 +103,7 @@ def main(argv):
     positional, overrides = cli.parse(argv, DataConfig)
     if positional:
         raise UserError(f"what is {positional[0]}? Name a source with --dataset {positional[0]}")
-    cfg = cli.merge(DataConfig, {"text_column": "text"}, SOURCES.get(overrides.get("dataset"), {}),
+    cfg = cli.merge(DataConfig, SOURCES.get(overrides.get("dataset"), {}),
                     {name: value for name, value in overrides.items() if not (name == "dataset" and value in SOURCES)})
     if cfg.dataset.endswith(texts.LOCAL) and not os.path.exists(cfg.dataset):
         raise UserError(f"there is no file {cfg.dataset}")

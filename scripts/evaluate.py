@@ -54,7 +54,8 @@ def judge_samples(model, text, cfg, data, options, steps, device):
     copies, chance = metrics.longest_copies(torch.cat((rows, data.held_out)), known).split([len(rows), len(data.held_out)])
     return report | {"sampler": options.sampler, "temperature": options.temperature, "top_p": options.top_p,
                      "evaluations_a_sample": evaluations.float().mean().item(),
-                     "longest_copy_mean": copies.float().mean().item(), "longest_copy_max": copies.max().item(), "held_out_copy_mean": chance.float().mean().item(),
+                     "longest_copy_mean": copies.float().mean().item(), "longest_copy_max": copies.max().item(),
+                     "held_out_copy_mean": chance.float().mean().item(),
                      "held_out_copy_max": chance.max().item(), "held_out_copies_of": len(chance)}
 
 

@@ -180,11 +180,11 @@ def test_the_bound_does_not_depend_on_the_schedule(name):
     assert value == pytest.approx(exact_nelbo(model, x0).item(), abs=1e-9)
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
-@pytest.mark.parametrize("corruption", ("count", "bernoulli"))
-def test_training_loss_is_an_unbiased_bound(name, corruption):
-    """With elbo weights the loss averages to the bound, for every schedule and both kinds of corruption."""
-    cfg, model = settings(schedule=name, corruption=corruption), Lookup(blur=0.2)
+@pytest.mark.parametrize("name, corruption, complementary", [
+    *((name, corruption, False) for name in SCHEDULES for corruption in ("count", "bernoulli")), ("linear", "count", True)])
+def test_training_loss_is_an_unbiased_bound(name, corruption, complementary):
+    """With elbo weights the loss averages to the bound, for every schedule, both kinds of corruption and masks in pairs."""
+    cfg, model = settings(schedule=name, corruption=corruption, complementary=complementary), Lookup(blur=0.2)
     x0 = torch.tensor([[0, 1, 2, 0]]).expand(4000, L)
     means = torch.stack([diffusion.loss(model, x0, diffusion.draw_corruption(cfg, 4000, L, generator(name, i))).mean() * L
                          for i in range(8)])

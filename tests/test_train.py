@@ -21,7 +21,7 @@ import train
 from config import Config
 from conftest import ROOT, interrupt
 from scripts import data as data_script
-from utils import checkpoint, cli, corpus, optim, runtime, tales, texts, tokenizer
+from utils import checkpoint, cli, corpus, metrics, optim, runtime, tales, texts, tokenizer
 from utils.cli import UserError
 
 TINY = dict(data="tales", rows="document", vocab_size=1024, block_size=67, n_layer=1, n_head=2, n_embd=16, batch_size=4,
@@ -54,18 +54,14 @@ def assert_close(a, b, tolerance):
 @pytest.mark.parametrize("changes", ({}, {"complementary": True, "optimizer": "adamw"}, {"loss_weighting": "pooled"},
                                      {"corruption": "bernoulli", "rows": "stream", "block_size": 32}))
 def test_micro_batches_are_the_batch(changes):
-    """Ten steps in fp32: one row at a time, or all at once. With the sum of gradients instead of the mean, or other masks,
+    """Ten steps in fp32: two rows at a time, or all at once. With the sum of gradients instead of the mean, or other masks,
     the weights would differ by their own size."""
     for name, micro_batch in (("whole", 0), ("parts", 2)):
         train.train(tiny(name=name, micro_batch=micro_batch, max_iters=10, eval_interval=10, short_rows=0.2, **changes), quiet=True)
     assert_close(weights("whole"), weights("parts"), 1e-5)
 
 
-def test_no_piece_reaches_into_the_next_ranks_rows(monkeypatch):
-    cfg = toy.settings(batch_size=12)
-    whole = diffusion.draw_corruption(cfg, 12, 16, runtime.generator(0))
-    pieces = diffusion.split_corruption(cfg, whole, slice(0, 6), 4)
-    assert [len(piece.masked) for piece in pieces] == [4, 2] and torch.equal(pieces[1].masked, whole.masked[4:6])
+def test_pieces_that_do_not_fit_are_refused(monkeypatch):
     with pytest.raises(UserError, match="be even, since complementary rows are pairs"):
         tiny(complementary=True, micro_batch=1)
     monkeypatch.setattr(runtime, "start_ranks", lambda name: (runtime.Ranks(0, 2), torch.device("cpu")))
@@ -89,22 +85,22 @@ def test_ranks_share_the_batch():
     (64, 256, 0, 64, False, "linear"), (64, 256, 0, 16, False, "linear"), (48, 67, 1, 48, False, "linear"),
     (6, 10, 0, 2, False, "cos"), (64, 256, 0, 16, True, "linear"), (8, 5, 0, 2, True, "linear"), (2, 3, 0, 2, True, "linear")))
 def test_a_layout_has_a_static_bound(B, L, given, size, complementary, schedule):
-    """Each piece of a batch has an index of one length at every step; it lists the masked positions, then -1; and it is
+    """All pieces of a batch have an index of one length at every step; it lists the masked positions, then -1; and it is
     hardly longer than needed."""
     cfg = toy.settings(schedule=schedule, complementary=complementary, rows="document" if given else "stream")
-    lengths, used = set(), []
+    lengths, most = set(), 0
     for step in range(200):
         whole = diffusion.draw_corruption(cfg, B, L, runtime.generator(step))
         pieces = diffusion.split_corruption(cfg, whole, slice(0, B), size)
-        lengths.add(tuple(len(piece.index) for piece in pieces))
+        lengths |= {len(piece.index) for piece in pieces}
         for number, piece in enumerate(pieces):
             masked = whole.masked[number * size:(number + 1) * size]
             assert torch.equal(piece.index[piece.index >= 0], masked.flatten().nonzero()[:, 0])
             assert torch.equal(piece.masked, masked)
-        used.append(sum((piece.index >= 0).sum().item() for piece in pieces))
-    assert len(lengths) == 1
-    assert max(used) > sum(*lengths) - B - (L if complementary else 0), "the bound is tight"
-    assert sum(*lengths) <= B + math.ceil((L - given) * (B + 1) / 2) or schedule != "linear" or complementary, "maths.md"
+        most = max(most, *((piece.index >= 0).sum().item() for piece in pieces))
+    (length,) = lengths
+    assert most > length - size - (L if complementary else 0), "the bound is tight"
+    assert length <= B + math.ceil((L - given) * (B + 1) / 2) or size < B or schedule != "linear" or complementary, "maths.md"
 
 
 def test_an_index_filled_up_changes_no_loss():
@@ -117,7 +113,7 @@ def test_an_index_filled_up_changes_no_loss():
 
 def test_complementary_masks():
     """Each token of a pair's text is hidden in one row or the other (both, if a row has all hidden); the number of masks
-    stays uniform, so that the loss stays the bound: its mean over counts is the exact one on the toy."""
+    stays uniform, so that the loss stays the bound (test_maths.py)."""
     cfg, counts = toy.settings(complementary=True), []
     for step in range(400):
         masked, weight, _ = diffusion.draw_corruption(cfg, 8, 4, runtime.generator(step))
@@ -329,15 +325,58 @@ def test_a_full_disk_leaves_the_last_checkpoint(monkeypatch):
         assert not [file for file in os.listdir("artifacts/models") if file.endswith(".tmp")]
 
 
-def test_a_broken_loss_is_seen_within_ten_steps(monkeypatch):
+def test_a_broken_loss_stops_the_run(monkeypatch):
+    """At once where reading the loss costs nothing (a GPU's is read at every tenth step)."""
     prepare = train.prepare
 
     def broken(cfg, data, step, *rest):
         pieces, seed = prepare(cfg, data, step, *rest)
         return [(x0, c._replace(weight=c.weight * (math.nan if step == 12 else 1))) for x0, c in pieces], seed
     monkeypatch.setattr(train, "prepare", broken)
-    with pytest.raises(UserError, match="not finite at step 20; nothing was saved"):
+    with pytest.raises(UserError, match="not finite at step 13; nothing was saved"):
         train.train(tiny(max_iters=100, eval_interval=100), quiet=True)
+
+
+def test_a_crash_in_the_final_metrics_loses_nothing(monkeypatch):
+    """The run is finished, but its last lines were never written: going on with it writes them."""
+    def crash(*_):
+        raise RuntimeError("crash")
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics, "held_out", crash)
+        with pytest.raises(RuntimeError, match="crash"):
+            train.train(tiny(), quiet=True)
+    before = weights("tiny")
+    report = train.train(*train.resumed_config(["--resume", "auto"]), quiet=True)
+    assert report["steps"] == 6 and os.path.exists("artifacts/logs/tiny.json")
+    assert_close(before, weights("tiny"), 0)
+    with pytest.raises(UserError, match="is finished"):
+        train.resumed_config(["--resume", "auto"])
+
+
+def test_evaluations_take_no_more_rows_than_training(monkeypatch):
+    """A micro_batch that fits into memory does so in evaluations too."""
+    rows, forward = [], train.Transformer.forward
+
+    def watched(self, ids, *args, **kwargs):
+        rows.append(len(ids))
+        return forward(self, ids, *args, **kwargs)
+    monkeypatch.setattr(train.Transformer, "forward", watched)
+    train.train(tiny(micro_batch=2, eval_rows=8, final_rows=8), quiet=True)
+    assert max(rows) == 2
+
+
+def test_float16_steps_over_an_overflow(monkeypatch):
+    """Gradients of step 3 that float16 cannot hold: no optimizer steps, the scale is halved, and the run goes on."""
+    prepare = train.prepare
+
+    def large(cfg, data, step, *rest):
+        pieces, seed = prepare(cfg, data, step, *rest)
+        return [(x0, c._replace(weight=c.weight * (1e9 if step == 3 else 1))) for x0, c in pieces], seed
+    monkeypatch.setattr(train, "prepare", large)
+    train.train(tiny(dtype="float16"), quiet=True)
+    state = checkpoint.read("artifacts/models/tiny.pt")
+    assert state["step"] == 6 and state["optimizers"][0]["state"][0]["step"] == 5
+    assert state["scaler"]["scale"] == 2**15 and all(value.isfinite().all() for value in state["model"].values())
 
 
 # --- several processes ------------------------------------------------------------------------------------------
@@ -380,6 +419,23 @@ def test_two_processes_are_one_and_survive_a_crash(tmp_path):
         assert x["loss"] == pytest.approx(y["loss"], abs=1e-5) and x["bound"] == pytest.approx(y["bound"], abs=1e-5)
 
 
+def test_a_restart_finds_its_own_run(monkeypatch):
+    """An earlier job of the same name is not gone on with, and over several nodes there is no guess."""
+    for name, value in (("RUN_ID", "run1"), ("RESTART_COUNT", "0")):
+        monkeypatch.setenv(f"TORCHELASTIC_{name}", value)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    train.train(tiny(), quiet=True)
+    assert checkpoint.interrupted("artifacts", "tiny") == "", "nothing was restarted"
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert checkpoint.interrupted("artifacts", "tiny") == os.path.join("artifacts", "models", "tiny.pt")
+    monkeypatch.setattr(os, "getppid", lambda: 1)  # torchrun itself was started again, with the same --rdzv_id
+    assert checkpoint.interrupted("artifacts", "tiny") == ""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="start them all again, with --resume auto"):
+        checkpoint.interrupted("artifacts", "tiny")
+
+
 # --- shards -----------------------------------------------------------------------------------------------------
 
 
@@ -392,7 +448,7 @@ def stories(tmp_path, monkeypatch):
     text = tokenizer.train_bpe(documents[:200], 512)
     tokenizer.save(text, "t.json")
     monkeypatch.setattr(corpus, "SHARD_TOKENS", 5000)
-    monkeypatch.setattr(corpus, "SHARD_DOCUMENTS", 20)
+    monkeypatch.setattr(corpus, "AT_ONCE", 6000)
     monkeypatch.setattr(corpus, "SHARD_HELD_OUT", 0.05)
     return documents, text
 

@@ -86,12 +86,15 @@ def interrupted(out_dir, name):
     if not runtime.restarted() or not os.path.isdir(folder):
         return ""
     runs = [os.path.join(folder, f) for f in os.listdir(folder) if re.fullmatch(rf"{re.escape(name)}(-\d+)?\.pt", f)]
-    newest_first = sorted(runs, key=os.path.getmtime, reverse=True)
-    return next((path for path in newest_first if read(path).get("job") == runtime.torchrun_job()), "")
+    for path in sorted(runs, key=os.path.getmtime, reverse=True):
+        with contextlib.suppress(UserError):  # of another version, say
+            if read(path).get("job") == runtime.torchrun_job():
+                return path
+    return ""
 
 
 def snapshot(cfg, text, model, step, nll, **more):
-    """State for `save`: what inference needs, and `more` for a resumed run. nll is the held-out bound at `step`."""
+    """State for `save`: what inference needs, and `more` for a resumed run. nll is the last held-out bound."""
     return {"version": config.VERSION, "config": dataclasses.asdict(cfg), "sample": sample_defaults(),
             "tokenizer": text.to_json(), "step": step, "nll": nll, "model": model.state_dict(), **more}
 

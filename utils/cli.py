@@ -121,6 +121,12 @@ def run(main):
         rank = os.environ.get("RANK", "0")  # torchrun's number of this process
         print(f"{'' if rank == '0' else f'process {rank}: '}error: {error}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+            raise
+        print("error: the GPU's memory is too small; make --micro_batch, --batch_size or the network smaller, or give "
+              f"--activation_checkpointing true ({reason(error)})", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -5,7 +5,6 @@ import json
 import os
 import re
 from functools import partial
-from itertools import islice
 from typing import Callable, NamedTuple
 
 import numpy as np
@@ -17,8 +16,9 @@ from utils.runtime import generator
 
 TALES_HELD_OUT = 2048  # stories
 SHORTEST_TALE = 60  # tokens; a tale has 65 words and punctuation marks, which no tokenizer trained here joins
-SHARD_TOKENS, SHARD_DOCUMENTS, SHARD_HELD_OUT = 100_000_000, 1000, 0.005  # of prepared shards; documents at once
-PIECE = 1_000_000  # characters of a long document that are encoded at once
+SHARD_TOKENS, SHARD_HELD_OUT = 100_000_000, 0.005  # of prepared shards
+AT_ONCE = 4_000_000  # characters that are encoded at once; the tokenizer takes some 20 bytes for each
+PIECE = 1_000_000  # characters of a long document's pieces
 
 
 class Corpus(NamedTuple):
@@ -44,15 +44,37 @@ def cut(document):
         start = end
 
 
+def in_batches(texts):
+    """The texts (iterable of str) in lists of some AT_ONCE characters together, one text at least."""
+    batch, size = [], 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= AT_ONCE:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def encode(documents, text):
+    """Ids of each of the documents (list of str): list of (n,) int32. Long ones are cut, so that memory stays flat."""
+    parts, owners = [[] for _ in documents], (i for i, document in enumerate(documents) for _ in cut(document))
+    for pieces in in_batches(piece for document in documents for piece in cut(document)):
+        for ids in text.encode(pieces, "the corpus"):
+            parts[next(owners)].append(np.array(ids, np.int32))
+    return [np.concatenate([np.zeros(0, np.int32), *part]) for part in parts]
+
+
+def end_of(text):
+    """`<|endoftext|>`, or nothing where the tokenizer has none: (1,) or (0,) int32."""
+    return np.array([] if text.end is None else [text.end], np.int32)
+
+
 def token_stream(documents, text):
     """The documents one after the other, (N,) int32; with an end token, one before the first and one after each."""
-    end = np.array([] if text.end is None else [text.end], np.int32)
-    pieces = ((piece, number == 0) for document in documents for number, piece in enumerate(cut(document)))
-    parts = []
-    while several := list(islice(pieces, SHARD_DOCUMENTS)):
-        for ids, (_, first) in zip(text.encode([piece for piece, _ in several], "the corpus"), several):
-            parts += [end] * first + [np.array(ids, np.int32)]
-    return torch.from_numpy(np.concatenate([*parts, end]))
+    end = end_of(text)
+    return torch.from_numpy(np.concatenate([end] + [part for ids in encode(documents, text) for part in (ids, end)]))
 
 
 def document_rows(documents, text, block_size):
@@ -206,7 +228,7 @@ def write_shards(folder, source, text, wanted, settings, progress=lambda tokens:
     uint16 or uint32, `<|endoftext|>` between documents. One document in 200 is held out, by a hash of its text. A shard
     counts when index.json names it, which is written last, with the source's place: an interruption costs one shard.
     """
-    dataset, read = source
+    (dataset, read), end = source, end_of(text)
     dtype = np.uint16 if text.vocab_size <= 2**16 else np.uint32
     index = {"settings": settings, "dtype": np.dtype(dtype).name, "shards": [], "tokens": 0, "documents": 0, "state": None,
              "ended": False}
@@ -223,18 +245,18 @@ def write_shards(folder, source, text, wanted, settings, progress=lambda tokens:
                 dataset.load_state_dict(index["state"])
         else:
             tokenizer.save(text, os.path.join(folder, "tokenizer.json"))
-        stream = iter(() if index["ended"] else read(dataset))
+        batches = in_batches(() if index["ended"] else read(dataset))
         while index["tokens"] < wanted and not index["ended"]:
             name, counts = f"{len(index['shards']):05d}.bin", {"train": 0, "held_out": 0}
             with contextlib.ExitStack() as stack:
                 files = {part: stack.enter_context(open(os.path.join(folder, f"{part}_{name}"), "wb")) for part in counts}
                 goal = min(SHARD_TOKENS, wanted - index["tokens"])
-                while counts["train"] < goal and (documents := list(islice(stream, SHARD_DOCUMENTS))):
+                while counts["train"] < goal and (documents := next(batches, None)):
                     index["documents"] += len(documents)
                     documents = [document for document in documents if document and not document.isspace()]
-                    for document, ids in zip(documents, text.encode(documents, "the corpus")):
+                    for document, ids in zip(documents, encode(documents, text)):
                         part = "held_out" if texts.is_held_out(document, SHARD_HELD_OUT) else "train"
-                        ids = np.array(ids + ([] if text.end is None else [text.end]), dtype)
+                        ids = np.append(ids, end).astype(dtype)
                         ids.tofile(files[part])
                         counts[part] += len(ids)
                     progress(index["tokens"] + counts["train"])

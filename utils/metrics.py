@@ -16,7 +16,7 @@ def held_out(model, cfg, data, device):
     """
     rows = data.held_out[: cfg.final_rows].to(device)
     lengths = corpus.row_lengths(rows, data.text)
-    nll = diffusion.nll_bound(model, rows, cfg.final_masks, diffusion.given_tokens(cfg))
+    nll = diffusion.nll_bound(model, rows, cfg.final_masks, diffusion.given_tokens(cfg), cfg.micro_batch or 64)
     mean, se_rows, se_masks = diffusion.mean_and_errors(nll)
     nats = mean * rows.numel()
     report = {"bound_nats_per_token": mean, "bound_se_rows": se_rows, "bound_se_masks": se_masks,

@@ -44,6 +44,12 @@ def choose_dtype(name, device):
     return getattr(torch, name)
 
 
+def move(tensor, device):
+    """`tensor` on `device`. A GPU need not wait for it if it is pinned (elsewhere a copy that nobody waits for may read
+    memory that has been given away)."""
+    return tensor.to(device, non_blocking=device.type == "cuda")
+
+
 def autocast(device, dtype):
     """Context in which matrix products run in `dtype`; weights, softmax and losses stay float32."""
     if dtype == torch.float32:
@@ -84,21 +90,12 @@ def reset_peak_memory(device):
         torch.cuda.reset_peak_memory_stats(device)
 
 
-COMPILE_PAYS = 300  # seconds of eager CPU training: compiling takes up to a minute, and a step is then 1.5 times faster
+def compile_network(model, token_nll, device, try_out):
+    """(`model` compiled, sharing its weights; token_nll compiled; what try_out(model, token_nll) returned, which runs
+    training passes, in which the compilation happens). Without a working compiler None, and a line that says so.
 
-
-def maybe_compile(model, token_nll, cfg, device, seconds, try_out):
-    """(`model` compiled, sharing its weights; compiled token_nll; what try_out returned), or both as they are and None
-    where it does not pay.
-
-    seconds is how long the run would take without; try_out(model, token_nll) runs training passes, in which the
-    compilation happens. auto: on CUDA, and for a CPU run that earns the compilation back. It is compiled in
-    parts: one compilation serves all blocks. Without a working compiler: eager, and a line.
+    It is compiled in parts: one compilation serves all blocks.
     """
-    wanted = cfg.compile == "on" or cfg.compile == "auto" and (
-        device.type == "cuda" or device.type == "cpu" and seconds > COMPILE_PAYS)
-    if not wanted:
-        return model, token_nll, None
     compiled = copy.copy(model)
     compiled._modules = dict(model._modules)
     # on a CPU the compiler's own random numbers, for dropout, are slower than PyTorch's
@@ -108,11 +105,14 @@ def maybe_compile(model, token_nll, cfg, device, seconds, try_out):
         torch.compile(function, options=options) for function in (model.enter, model.leave, token_nll))
     try:
         result = try_out(compiled, compiled_nll)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # noqa: BLE001 - whatever the compiler lacks (Triton, g++, headers), eager works
         model.zero_grad()  # of the pass that failed
-        print(f"torch.compile does not work here ({reason(error)}); going on without it")
+        if is_first():
+            print(f"torch.compile does not work here ({reason(error)}); going on without it")
         torch._dynamo.reset()
-        return model, token_nll, None
+        return None
     return compiled, compiled_nll, result
 
 
@@ -138,6 +138,9 @@ def start_ranks(name):
     if "LOCAL_RANK" not in os.environ:
         return Ranks(), device
     if device.type == "cuda":
+        if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
+            raise UserError(f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']} with {torch.cuda.device_count()} GPUs: "
+                            "start one process for each")
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     elif device.type == "cpu":
@@ -154,16 +157,20 @@ def start_ranks(name):
 
 
 def torchrun_job():
-    """Name (str) of the torchrun job that this process belongs to, the same after each of its restarts; "" without."""
+    """Name (str) of the torchrun job that this process belongs to, the same after each of its restarts; "" without.
+    Its process is part of it: the name alone may have been given to an earlier job."""
     name = os.environ.get("TORCHELASTIC_RUN_ID", "")
-    return f"process {os.getppid()}" if name == "none" else name
+    return name and f"{name} of process {os.getppid()}"
 
 
 def restarted():
-    """Whether torchrun has started all processes anew, after a crash. On one node: several count for themselves, and
-    have to be started again with --resume."""
-    return (os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-            and os.environ["WORLD_SIZE"] == os.environ["LOCAL_WORLD_SIZE"])
+    """Whether torchrun has started all processes anew, after a crash. On one node: several nodes count for themselves,
+    and are not known to agree."""
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        return False
+    if os.environ["WORLD_SIZE"] != os.environ["LOCAL_WORLD_SIZE"]:
+        raise UserError("a process crashed; over several nodes start them all again, with --resume auto")
+    return True
 
 
 @contextlib.contextmanager
