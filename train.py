@@ -248,7 +248,8 @@ def train(cfg, state=None, quiet=False):
     busy, clock = 0.0, time.perf_counter()  # seconds of this session's training steps, without evaluations
 
     with contextlib.ExitStack() as after:  # closes and puts back, however the run ends
-        log = after.enter_context(runtime.open_log(path["log"], step)) if not ranks.rank else None
+        if not ranks.rank:
+            runtime.begin_log(path["log"], step)
         stop = []  # filled by Ctrl-C: finish the step, save, leave
         if not quiet or ranks.rank:  # a comparison, which is quiet, is stopped at once
             after.callback(runtime.restore_signals, runtime.on_interrupt(lambda: stop.append(True)))
@@ -280,9 +281,9 @@ def train(cfg, state=None, quiet=False):
                 model.train()
                 loss = so_far.item() / max(1, counted)
                 running, so_far, counted = torch.zeros_like(running), torch.zeros_like(running), 0
-                if log:
-                    runtime.write_line(log, {"step": step, "loss": loss, "bound": nll, "bound_se_rows": rows_error,
-                                             "minutes": used})
+                if not ranks.rank:
+                    runtime.write_line(path["log"], {"step": step, "loss": loss, "bound": nll,
+                                                     "bound_se_rows": rows_error, "minutes": used})
                 say(f"step {step:,} | training loss {loss:.4f} | held-out bound {nll:.4f} ± {rows_error:.4f} nats a token"
                     f" | {duration(60 * used)}\n    {sample[:300]!r}")
                 if nll < best:

@@ -86,7 +86,7 @@ def test_an_experiment_file_is_a_preset():
 @pytest.mark.parametrize("words, message", (
     ("tale", "did you mean tales"), ("tales shakespeare", "one preset at a time"), ("--n_layrs 3", "did you mean n_layer"),
     ("--n_layer three", "expected a whole number"), ("--lr fast", "expected a number"), ("--n_layer", "needs a value"),
-    ("--tie_embeddings maybe", "expected true or false"), ("--init warm", "not one of zero, normal"), ("--n_head 5 --n_embd 384", "n_head=5"),
+    ("--tie_embeddings maybe", "expected true or false"), ("--init warm", "not one of normal, zero"), ("--n_head 5 --n_embd 384", "n_head=5"),
     ("--diffusion_steps 100", "corruption=count"), ("--time_conditioning table", "diffusion_steps=0"),
     ("--batch_size 0", "batch_size=0"), ("--dropout 1.5", "dropout=1.5"), ("--max_iters 0", "max_minutes=0"),
     ("missing.py", "there is no file missing.py"), ("--schedule cosine", "there is no schedule cosine"), ("--data none.txt", "there is no file"),

@@ -17,8 +17,7 @@ from utils.runtime import generator
 TALES_HELD_OUT = 2048  # stories
 SHORTEST_TALE = 60  # tokens; a tale has 65 words and punctuation marks, which no tokenizer trained here joins
 SHARD_TOKENS, SHARD_HELD_OUT = 100_000_000, 0.005  # of prepared shards
-AT_ONCE = 4_000_000  # characters that are encoded at once; the tokenizer takes some 20 bytes for each
-PIECE = 1_000_000  # characters of a long document's pieces
+PIECE = 300_000  # characters that are encoded at once, some 20 bytes each; longer documents are cut
 
 
 class Corpus(NamedTuple):
@@ -45,12 +44,12 @@ def cut(document):
 
 
 def in_batches(texts):
-    """The texts (iterable of str) in lists of some AT_ONCE characters together, one text at least."""
+    """The texts (iterable of str) in lists of some PIECE characters together, one text at least."""
     batch, size = [], 0
     for text in texts:
         batch.append(text)
         size += len(text)
-        if size >= AT_ONCE:
+        if size >= PIECE:
             yield batch
             batch, size = [], 0
     if batch:

@@ -239,12 +239,12 @@ def restore_signals(previous):
         signal.signal(number, handler)
 
 
-def open_log(path, step):
-    """The JSONL log at `path`, open for appending, without entries after `step` (a resumed run writes them anew)."""
+def begin_log(path, step):
+    """Make the JSONL log at `path`, or take its entries after `step` away (a resumed run writes them anew)."""
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         if not step:
-            return open(path, "x", encoding="utf-8")
+            return open(path, "x").close()
         kept = []
         for line in open(path, encoding="utf-8") if os.path.exists(path) else ():
             try:
@@ -255,20 +255,19 @@ def open_log(path, step):
         with open(f"{path}.tmp", "w", encoding="utf-8") as file:
             file.writelines(kept)
         os.replace(f"{path}.tmp", path)
-        return open(path, "a", encoding="utf-8")
     except FileExistsError:
         raise UserError(f"{path} exists: another run of this name has just begun; start again, or give a --name") from None
     except OSError as error:
         raise UserError(f"cannot write {path}: {error}") from None
 
 
-def write_line(file, entry):
-    """Append the dict `entry` to the open JSONL file; a full disk is a UserError."""
+def write_line(path, entry):
+    """Append the dict `entry` to the JSONL file; a full disk is a UserError."""
     try:
-        file.write(json.dumps(entry) + "\n")
-        file.flush()
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
     except OSError as error:
-        raise UserError(f"cannot write {file.name}: {error}; the last checkpoint is untouched") from None
+        raise UserError(f"cannot write {path}: {error}; the last checkpoint is untouched") from None
 
 
 def write_json(path, data):
