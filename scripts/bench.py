@@ -87,16 +87,20 @@ def training_step(cfg, vocab_size, device, dtype=torch.float32, compiled=False, 
 
 
 def serve(pipe, keep_memory, *setting):
-    """A process of its own for each variant, so that none profits or suffers from another's memory: does a step for
-    every True that it receives, and sends its seconds, positions scored, parameters, and peak memory so far."""
+    """A process of its own for each variant, so that none profits or suffers from another's memory: does as many steps
+    as it is told, and sends their median seconds, positions scored, parameters, and peak memory so far. The first of
+    several steps does not count: the others' turns have emptied the caches."""
     if keep_memory:
         runtime.keep_memory()
     try:
         step, parameters = training_step(*setting)
-        while pipe.recv():
-            start = time.perf_counter()
-            scored = step()
-            pipe.send((time.perf_counter() - start, scored, parameters, runtime.peak_memory(setting[2])))
+        while steps := pipe.recv():
+            times = []
+            for _ in range(steps):
+                start = time.perf_counter()
+                scored = step()
+                times.append(time.perf_counter() - start)
+            pipe.send((statistics.median(times[1:] or times), scored, parameters, runtime.peak_memory(setting[2])))
     except (UserError, RuntimeError) as error:  # a GPU's memory that is too small, say
         pipe.send(cli.reason(error))
     except EOFError:  # the process that asks has ended
@@ -113,9 +117,9 @@ class Variant:
         self.process.start()
         there.close()
 
-    def step(self):
+    def turn(self, steps):
         try:
-            self.pipe.send(True)
+            self.pipe.send(steps)
             answer = self.pipe.recv()
         except (EOFError, OSError):
             answer = "its process died; it may lack memory"
@@ -124,7 +128,7 @@ class Variant:
         return answer
 
     def end(self):
-        self.pipe.send(False)
+        self.pipe.send(0)
         self.process.join()
 
 
@@ -173,13 +177,14 @@ def training_variants(cfg, dtype):
 
 
 def time_together(variants, vocab_size, device, matrices, options):
-    """(label -> list of answers of `serve`, one a round; median FLOP/s of matrix products), all in turn."""
+    """(label -> list of answers of `serve`, one a round; median FLOP/s of matrix products), all in turn, each for the
+    rows of the largest step."""
     processes = [Variant(label, keep, cfg, vocab_size, device, *rest) for label, (keep, cfg, *rest) in variants.items()]
-    answers, rates = {label: [] for label in variants}, []
+    answers, rates, most = {label: [] for label in variants}, [], max(cfg.batch_size for _, cfg, *_ in variants.values())
     for number in range(options.rounds + options.warm_up):
         rates.append(matrix_rate(device, *matrices))
         for process in processes:
-            answers[process.label].append(process.step())
+            answers[process.label].append(process.turn(most // variants[process.label][1].batch_size))
     for process in processes:
         process.end()
     return {label: rows[options.warm_up:] for label, rows in answers.items()}, statistics.median(rates[options.warm_up:])
