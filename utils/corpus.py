@@ -5,6 +5,7 @@ import json
 import os
 import re
 from functools import partial
+from itertools import chain, islice
 from typing import Callable, NamedTuple
 
 import numpy as np
@@ -58,11 +59,9 @@ def in_batches(texts):
 
 def encode(documents, text):
     """Ids of each of the documents (list of str): list of (n,) int32. Long ones are cut, so that memory stays flat."""
-    parts, owners = [[] for _ in documents], (i for i, document in enumerate(documents) for _ in cut(document))
-    for pieces in in_batches(piece for document in documents for piece in cut(document)):
-        for ids in text.encode(pieces, "the corpus"):
-            parts[next(owners)].append(np.array(ids, np.int32))
-    return [np.concatenate([np.zeros(0, np.int32), *part]) for part in parts]
+    pieces = [list(cut(document)) for document in documents]
+    ids = (np.array(i, np.int32) for batch in in_batches(chain(*pieces)) for i in text.encode(batch, "the corpus"))
+    return [np.concatenate([np.zeros(0, np.int32), *islice(ids, len(part))]) for part in pieces]
 
 
 def end_of(text):
