@@ -88,19 +88,19 @@ def training_step(cfg, vocab_size, device, dtype=torch.float32, compiled=False, 
 
 def serve(pipe, keep_memory, *setting):
     """A process of its own for each variant, so that none profits or suffers from another's memory: does as many steps
-    as it is told, and sends their median seconds, positions scored, parameters, and peak memory so far. The first of
-    several steps does not count: the others' turns have emptied the caches."""
+    as it is told after one that does not count, since the others' turns have emptied the caches, and sends their median
+    seconds, positions scored, parameters, and peak memory so far."""
     if keep_memory:
         runtime.keep_memory()
     try:
         step, parameters = training_step(*setting)
         while steps := pipe.recv():
             times = []
-            for _ in range(steps):
+            for _ in range(1 + steps):
                 start = time.perf_counter()
                 scored = step()
                 times.append(time.perf_counter() - start)
-            pipe.send((statistics.median(times[1:] or times), scored, parameters, runtime.peak_memory(setting[2])))
+            pipe.send((statistics.median(times[1:]), scored, parameters, runtime.peak_memory(setting[2])))
     except (UserError, RuntimeError) as error:  # a GPU's memory that is too small, say
         pipe.send(cli.reason(error))
     except EOFError:  # the process that asks has ended
