@@ -234,9 +234,10 @@ def train_variants(comparison, options):
                 entries = [json.loads(line) for line in log]
         # minutes of training steps alone: starting, compiling and evaluating cost all variants alike
         minutes = lambda steps: steps * report["seconds_a_step"] / 60
-        return {"bound": report["bound_nats_per_token"], "se_rows": report["bound_se_rows"],
-                "se_masks": report["bound_se_masks"], "last_bound": entries[-1]["bound"], "loss": entries[-1]["loss"],
-                "steps": report["steps"], "minutes": minutes(report["steps"]), "ms_a_step": 1000 * report["seconds_a_step"],
+        return {"bound": report["bound_nats_per_token"], "bits_per_character": report["bound_bits_per_character"],
+                "se_rows": report["bound_se_rows"], "se_masks": report["bound_se_masks"],
+                "last_bound": entries[-1]["bound"], "loss": entries[-1]["loss"], "steps": report["steps"],
+                "minutes": minutes(report["steps"]), "ms_a_step": 1000 * report["seconds_a_step"],
                 "rows_a_step": cfg.batch_size, "parameters": report["parameters"],
                 "curve": " ".join(f"{e['step']}:{minutes(e['step']):.3f}:{e['bound']:.4f}" for e in entries)}
     cfg = cli.merge(Config, base_config(options))
@@ -244,7 +245,8 @@ def train_variants(comparison, options):
     return measure, what | {"device": runtime.choose_device(cfg.device).type}
 
 
-FIGURES = ("bound", "se_rows", "se_masks", "last_bound", "loss", "steps", "minutes", "ms_a_step", "rows_a_step", "parameters")
+FIGURES = ("bound", "bits_per_character", "se_rows", "se_masks", "last_bound", "loss", "steps", "minutes", "ms_a_step",
+           "rows_a_step", "parameters")
 
 
 def over_seeds(rows):
@@ -262,7 +264,8 @@ def over_seeds(rows):
         key = {name: value for name, value in key if name not in ("config", "device", "dtype")}
         out.append(key | {"seeds": len(runs), "steps": runs[0]["steps"]} | {
             name: rounded(value) for name, value in (
-                ("bound", mean("bound")), ("se_seeds", spread), ("se_rows", mean("se_rows")), ("training_loss", mean("loss")),
+                ("bound", mean("bound")), ("se_seeds", spread), ("se_rows", mean("se_rows")),
+                ("bits_per_character", mean("bits_per_character")), ("training_loss", mean("loss")),
                 ("ms_a_step", mean("ms_a_step")), ("minutes", mean("minutes")))})
     return out
 
