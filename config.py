@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from utils.cli import UserError, check_choices, check_seed, field, merge, nearest, parse, reason
 
-VERSION = 1  # of what a checkpoint stores
+VERSION = 2  # of what a checkpoint stores
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class Config:
                       choices=("normal", "zero"))
     time_conditioning: str = field("none", "how the network is told the masked share",
                                    choices=("none", "table", "sinusoidal", "adaln"))
+    rope_base: float = field(100.0, "longest rotary wavelength, in units of 2 pi tokens: short ones find near neighbours sooner")
     softcap: float = field(0.0, "logits are squeezed into -softcap..softcap by tanh (0: not)")
 
     schedule: str = field("linear", "masked share over time; --list shows all",
@@ -85,7 +86,7 @@ class Config:
     def __post_init__(self):
         check_choices(self)
         positive = ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "eval_interval", "eval_rows",
-                    "final_rows", "final_masks", "vocab_size")
+                    "final_rows", "final_masks", "vocab_size", "rope_base")
         for name in positive:
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
@@ -192,19 +193,19 @@ class SampleConfig:
 # has it. Their sampler is repaired here, and row 0 of the table is for clean text only: theirs decided the last tokens
 # without ever having been trained.
 MICRO = dict(rows="stream", tie_embeddings=False, schedule="cos", corruption="bernoulli", diffusion_steps=100,
-             time_conditioning="table", init="normal", optimizer="adamw", lr=3e-4, beta1=0.9, beta2=0.999,
+             time_conditioning="table", init="normal", rope_base=10_000.0, optimizer="adamw", lr=3e-4, beta1=0.9, beta2=0.999,
              weight_decay=0.01, warmup_iters=0, lr_decay="constant", grad_clip=0.0, short_rows=0.0, dropout=0.0,
              batch_size=64, max_iters=5000)
 
 # What the largest presets share, on the cautious side: learning rates that suit 10M parameters are too large for 100M.
-LARGE = dict(init="zero", lr=3e-3, muon_lr=0.02, beta1=0.9, warmup_iters=250)
+LARGE = dict(init="zero", rope_base=10_000.0, lr=3e-3, muon_lr=0.02, beta1=0.9, warmup_iters=250)
 
 PRESETS = {
     # The built-in stories. A 2-core CPU trains it in minutes, nearly to their entropy: there the bound itself is the
     # better loss, with smaller steps, and large tied embeddings learn to copy names.
     "tales": dict(data="tales", rows="document", vocab_size=1024, block_size=67, n_layer=4, n_head=4, n_embd=128,
-                  batch_size=48, tie_embeddings=True, init="zero", loss_weighting="elbo", lr=4e-3, muon_lr=0.02,
-                  beta1=0.9, warmup_iters=50, max_iters=5000),
+                  batch_size=48, tie_embeddings=True, init="zero", rope_base=10_000.0, loss_weighting="elbo", lr=4e-3,
+                  muon_lr=0.02, beta1=0.9, warmup_iters=50, max_iters=5000),
     # The standard small benchmark: nanoGPT's size and text, with our recipe. Few rows a step: on a CPU, steps are what
     # a short run lacks.
     "shakespeare": dict(data="data/shakespeare.txt", tokenizer="char", batch_size=16, max_iters=5000),

@@ -22,7 +22,7 @@ def norm(x):
     return F.rms_norm(x, (x.size(-1),))
 
 
-def rotary_table(positions, head_dim, base=10_000.0):
+def rotary_table(positions, head_dim, base):
     """cos and sin of the rotary angles, (..., L, 1, head_dim) fp32, for integer positions (..., L): once for each
     channel of a pair, the sine with the sign that `rotate` needs."""
     frequency = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim)
@@ -151,7 +151,7 @@ class NoiseEmbedding(nn.Module):
 class Transformer(nn.Module):
     """ids (B, L) -> logits over the V real tokens; see `forward`.
 
-    cfg needs n_layer, n_head, n_embd, dropout, tie_embeddings, init, softcap, time_conditioning, diffusion_steps,
+    cfg needs n_layer, n_head, n_embd, dropout, tie_embeddings, init, rope_base, softcap, time_conditioning, diffusion_steps,
     activation_checkpointing; vocab_size = V + 1 counts MASK.
     """
 
@@ -207,7 +207,7 @@ class Transformer(nn.Module):
         """
         if positions is None:
             positions = torch.arange(ids.size(1), device=ids.device)
-        cos, sin = rotary_table(positions, self.cfg.n_embd // self.cfg.n_head)
+        cos, sin = rotary_table(positions, self.cfg.n_embd // self.cfg.n_head, self.cfg.rope_base)
         x, condition = self.enter(self.embedding(ids), noise_level)
         for layer, block in enumerate(self.blocks):
             run = partial(checkpoint, block, use_reentrant=False) if self.cfg.activation_checkpointing else block

@@ -33,7 +33,8 @@ MAY_CHANGE = {"max_iters", "max_minutes", "save_interval", "device", "dtype", "c
               "decay_share", "eval_interval", "final_rows", "final_masks", "resume", "micro_batch",
               "activation_checkpointing", "out_dir"}  # out_dir: for "auto"
 COMPILE_PAYS = 300  # seconds of eager CPU training: compiling takes up to a minute, and a step is then 1.5 times faster
-SHAPE = ("n_layer", "n_head", "n_embd", "tie_embeddings", "softcap", "time_conditioning")  # what --init_from must agree on
+# what --init_from must agree on
+SHAPE = ("n_layer", "n_head", "n_embd", "tie_embeddings", "rope_base", "softcap", "time_conditioning")
 
 
 def resumed_config(argv):

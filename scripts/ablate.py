@@ -150,6 +150,7 @@ def recipe(options):
         "decay over the whole run": {"decay_share": 1.0},
         "cosine decay over the whole run": {"decay_share": 1.0, "lr_decay": "cosine"},
         "projections and head start at zero": {"init": "zero"},
+        "rotary base 10,000": {"rope_base": 10_000.0},
         "masks drawn one by one": {"corruption": "bernoulli"},
         "loss at all positions": {"loss_weighting": "full"},
         "tied embeddings": {"tie_embeddings": True},

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import diffusion
-from model import ShortAttention, Transformer
+from model import ShortAttention, Transformer, rotary_table
 from toy import settings
 from utils import runtime
 from utils.optim import Muon, lr_scale, make_optimizers
@@ -216,3 +216,17 @@ def test_learns_the_toy_chain():
     with torch.no_grad():
         excess = (P * exact_nelbo(model.eval(), SEQUENCES)).sum().item() - ENTROPY
     assert -1e-6 < excess < 0.02
+
+
+def test_rotary_base_is_the_longest_wavelength():
+    """A pair of channels turns by one radian a token, the slowest by 1 / base (but for half a step); 10,000 as published."""
+    for base in (100.0, 10_000.0):
+        cos, sin = rotary_table(torch.tensor([1]), 64, base)
+        angle = torch.atan2(sin[0, 0, :32], cos[0, 0, :32])
+        assert angle[0].item() == pytest.approx(1) and angle[-1].item() == pytest.approx(base ** (-62 / 64), rel=1e-4)
+    far, near = (Transformer(shape(rope_base=base), 12) for base in (10_000.0, 10.0))
+    near.load_state_dict(far.state_dict())
+    torch.nn.init.normal_(far.head.weight)
+    near.head.weight.data.copy_(far.head.weight)
+    x = torch.arange(8)[None]
+    assert not torch.allclose(far(x), near(x)), "the setting reaches the network"

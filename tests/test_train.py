@@ -171,7 +171,7 @@ def test_what_is_judged_and_sampled_is_the_average():
 
 
 @pytest.mark.parametrize("changes", ({"ema": 0.9}, {"complementary": True, "micro_batch": 2}, {"optimizer": "adamw", "ema": 0.95},
-                                     {"weight_decay": 0.1, "softcap": 15.0}))
+                                     {"weight_decay": 0.1, "softcap": 15.0, "rope_base": 1000.0}))
 def test_resuming_is_exact(changes, monkeypatch):
     """Any number of stops: weights, optimizer state, average, log and best-so-far are those of a run in one go."""
     whole = tiny(name="whole", dropout=0.1, short_rows=0.5, save_interval=1, **changes)
