@@ -80,9 +80,9 @@ def mask_rate_slope(schedule, t):
 def stratified(n, generator):
     """n uniforms in [0, 1), (n,) float64, one in each stratum [i/n, (i+1)/n), with one random offset for all.
 
-    Each number is uniform by itself, together they cover [0, 1) evenly (variational diffusion models,
-    arXiv:2107.00630). Row r takes the r-th stratum in bit-reversed (van der Corput) order, so that every contiguous
-    slice of the rows, a micro-batch or a rank's share, is spread evenly too.
+    Together they cover [0, 1) evenly (variational diffusion models, arXiv:2107.00630). Row r takes the r-th stratum in
+    bit-reversed (van der Corput) order, so that every contiguous slice of the rows, a micro-batch or a rank's share, is
+    spread evenly too. Which row takes which never changes: what stands in the rows must be in random order.
     """
     offset = torch.rand((), generator=generator, dtype=torch.float64)
     return (stratum_of(n) + offset) / n
