@@ -37,6 +37,7 @@ def bound_over_cost(rows, title, path):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib import ticker
     variants = {}
     for row in rows:
         if row["curve"]:  # not of a run that diverged
@@ -55,6 +56,9 @@ def bound_over_cost(rows, title, path):
     low = min(ends.values(), default=0)
     for axis, cost in zip(axes, ("rows seen", "minutes")):
         axis.set(xlabel=cost, ylabel="held-out bound, nats a token", ylim=(low - 0.05, low + 1.2), xscale="log")
+        axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter(ticker.NullFormatter())
     axes[2].set(xlabel="bound at the end (± s.e. over rows,\nthe same rows for all)")
     for axis in axes:
         axis.grid(alpha=0.3)
