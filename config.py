@@ -50,7 +50,8 @@ class Config:
                       choices=("normal", "zero"))
     time_conditioning: str = field("none", "how the network is told the masked share",
                                    choices=("none", "table", "sinusoidal", "adaln"))
-    rope_base: float = field(100.0, "longest rotary wavelength, in units of 2 pi tokens: short ones find near neighbours sooner")
+    rope_base: float = field(100.0, "longest rotary wavelength, in units of 2 pi tokens: with short ones a network finds "
+                             "its near neighbours sooner")
     softcap: float = field(0.0, "logits are squeezed into -softcap..softcap by tanh (0: not)")
 
     schedule: str = field("linear", "masked share over time; --list shows all",

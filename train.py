@@ -231,7 +231,7 @@ def train(cfg, state=None, quiet=False):
     forward, token_nll, seconds = choose_network(model, cfg, data, step, left, ranks, device, dtype)
     network = runtime.distribute(forward, ranks, device)
     # what auto meant is kept, so that a resumed run decides the same
-    cfg = dataclasses.replace(cfg, device=device.type, dtype=str(dtype).removeprefix("torch."),
+    cfg = dataclasses.replace(cfg, device=device.type, dtype=runtime.dtype_name(dtype),
                               compile="off" if forward is model else "on")
     tokens_a_step, left = cfg.batch_size * cfg.block_size, left - (time.perf_counter() - started) / 60
     total = min(cfg.max_iters or math.inf, step + max(1, int(60 * left / seconds)) if cfg.max_minutes else math.inf)

@@ -121,7 +121,7 @@ def judge_samplers(options):
         return {"evaluations": evaluations.float().mean().item()} | figures | {
             "entropy": tales.entropy(), "seconds_a_sample": seconds / options.num_samples}
     return measure, {"num_samples": options.num_samples, "model": f"{cfg.name} {state['step']} {state['nll']:.4f}",
-                     "dtype": str(dtype).removeprefix("torch.")}
+                     "dtype": runtime.dtype_name(dtype)}
 
 
 # --- training runs ----------------------------------------------------------------------------------------------
@@ -215,7 +215,7 @@ def train_settings(comparison, options):
     def setting(name, seed):
         cfg = variant_config(comparison, options, name, seed)
         dtype = runtime.choose_dtype(cfg.dtype, runtime.choose_device(cfg.device))
-        return {"variant": name, "seed": seed, "config": fingerprint(cfg), "dtype": str(dtype).removeprefix("torch.")}
+        return {"variant": name, "seed": seed, "config": fingerprint(cfg), "dtype": runtime.dtype_name(dtype)}
     return [setting(name, seed) for name in TRAINED[comparison](options) for seed in range(1, options.seeds + 1)]
 
 

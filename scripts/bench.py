@@ -165,7 +165,7 @@ def training_variants(cfg, dtype):
     """Label -> (whether memory is kept, Config, dtype, whether compiled, whether with torch.optim.Muon), in order."""
     shape = {name: getattr(cfg, name) for name in ("n_layer", "n_head", "n_embd", "block_size", "micro_batch")}
     recipe = cli.merge(Config, config.MICRO, shape, {"loss_weighting": "full"})  # head and loss at all positions
-    label, full = str(dtype).removeprefix("torch."), torch.float32
+    label, full = runtime.dtype_name(dtype), torch.float32
     variants = {SOURCE: (False, recipe, full, False, False),
                 "the same, memory kept": (True, recipe, full, False, False),
                 "float32 eager": (True, cfg, full, False, False), "float32 compiled": (True, cfg, full, True, False)}
@@ -221,7 +221,7 @@ def bench_train(name, options):
                 "share_of_matrix_rate": flops / rate, "peak_memory_gb": rows[-1][3] / 2**30, "parameters": rows[-1][2]}
     return {"preset": name, "device": device_name(device), "torch": torch.__version__, "threads": torch.get_num_threads(),
             "block_size": cfg.block_size, "vocab_size": vocab_size, "rounds": options.rounds,
-            "matrix_product_dtype": str(dtype).removeprefix("torch."), "matrix_product_size": matrices[1],
+            "matrix_product_dtype": runtime.dtype_name(dtype), "matrix_product_size": matrices[1],
             "variants": figures}
 
 
@@ -299,7 +299,7 @@ def bench_sample(name, options):
                   "speed_up": statistics.median(b / s for b, s in zip(base, seconds)),
                   "peak_memory_gb": peak[label] / 2**30}  # on a CPU: of the process so far
                  for label, seconds in times.items()]
-    return {"model": name, "device": device_name(device), "dtype": str(dtype).removeprefix("torch."), "torch": torch.__version__,
+    return {"model": name, "device": device_name(device), "dtype": runtime.dtype_name(dtype), "torch": torch.__version__,
             "threads": torch.get_num_threads(), "window": cfg.block_size, "parameters": model.num_parameters(),
             "rounds": options.rounds, "rows": rows}
 

@@ -7,11 +7,17 @@ from utils.cli import UserError
 OKABE_ITO = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#1d1d1f")  # told apart by all eyes
 
 
-def loss_curves(logs, path):
-    """Training loss and held-out bound over the steps of the runs whose JSONL `logs` are given, as a PNG at `path`."""
+def pyplot():
+    """matplotlib.pyplot, drawing into files only."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    return plt
+
+
+def loss_curves(logs, path):
+    """Training loss and held-out bound over the steps of the runs whose JSONL `logs` are given, as a PNG at `path`."""
+    plt = pyplot()
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     for number, log in enumerate(logs):
         entries = [json.loads(line) for line in open(log, encoding="utf-8")]
@@ -34,9 +40,7 @@ def bound_over_cost(rows, title, path):
 
     rows are those of scripts/ablate.py's training comparisons (dicts of str); every seed is a curve. A PNG at `path`.
     """
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
     from matplotlib import ticker
     variants = {}
     for row in rows:
@@ -56,7 +60,7 @@ def bound_over_cost(rows, title, path):
     low = min(ends.values(), default=0)
     for axis, cost in zip(axes, ("rows seen", "minutes")):
         axis.set(xlabel=cost, ylabel="held-out bound, nats a token", ylim=(low - 0.05, low + 1.2), xscale="log")
-        axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 3)))
         axis.xaxis.set_major_formatter("{x:g}")
         axis.xaxis.set_minor_formatter(ticker.NullFormatter())
     axes[2].set(xlabel="bound at the end (± s.e. over rows,\nthe same rows for all)")
@@ -75,9 +79,7 @@ def quality_against_cost(rows, title, path):
 
     rows are those of scripts/ablate.py samplers (dicts of str); a PNG at `path`.
     """
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
     curves = {}
     for row in rows:
         name = row["sampler"].partition(":")[0] + "".join(

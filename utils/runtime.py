@@ -44,6 +44,11 @@ def choose_dtype(name, device):
     return getattr(torch, name)
 
 
+def dtype_name(dtype):
+    """torch.bfloat16 -> "bfloat16", as settings and tables have it."""
+    return str(dtype).removeprefix("torch.")
+
+
 def move(tensor, device):
     """`tensor` on `device`. A GPU need not wait for it if it is pinned (elsewhere a copy that nobody waits for may read
     memory that has been given away)."""

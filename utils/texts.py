@@ -54,7 +54,7 @@ def reading(name):
         yield
     except UserError:
         raise
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:  # noqa: BLE001 - see above
         if name.endswith(LOCAL):
             raise UserError(f"{name} cannot be read: {reason(error)}") from None
         raise UserError(f"cannot stream {name} from the Hugging Face hub ({reason(error)}); without a network give a local "
