@@ -80,7 +80,7 @@ class Config:
     ema: float = field(0.0, "decay of an average of the weights, which is then what is judged and sampled (0: none)")
 
     eval_interval: int = field(250, "steps between held-out bounds, samples and log lines", "evaluation")
-    eval_rows: int = field(64, "held-out rows while training, each with one mask")
+    eval_rows: int = field(256, "held-out rows while training, each with one mask")
     final_rows: int = field(256, "held-out rows at the end, each with final_masks masks")
     final_masks: int = field(8, "masks a row at the end")
 

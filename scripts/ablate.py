@@ -2,10 +2,11 @@
 
     python scripts/ablate.py optimizer                                 trains each variant; likewise weighting, ...
     python scripts/ablate.py optimizer --base shakespeare --iters 300  the same at a preset's own size
+    python scripts/ablate.py optimizer --data data/stories.txt         the same on another text
     python scripts/ablate.py samplers                                  the newest tales run
     python scripts/ablate.py samplers --checkpoint artifacts/models/tales.best.pt --num_samples 200
 
-Writes artifacts/ablations/NAME.csv, .md and .png (NAME_BASE with --base). To add a comparison, add a
+Writes artifacts/ablations/NAME.csv, .md and .png (NAME_BASE_DATA with those). To add a comparison, add a
 function and an entry to COMPARISONS; a comparison of training runs is an entry of TRAINED.
 """
 import csv
@@ -40,6 +41,7 @@ class AblateConfig:
     checkpoint: str = field("", "of the comparisons that need a trained model (default: the newest run's best)", "what")
     num_samples: int = field(200, "samples of each setting, seeds 0, 1, ...")
     base: str = field("", "preset that the training runs start from (default: Tiny Shakespeare at 4 x 128, window 64)")
+    data: str = field("", "corpus of the training runs instead of the base's, with a BPE of its own")
     iters: int = field(300, "steps of each training run; with other batch sizes as many rows")
     yardstick_iters: int = field(5000, "steps of the sources' recipe (recipe)")
     seeds: int = field(1, "training runs of each variant, with the seeds 1, 2, ...")
@@ -197,7 +199,8 @@ TRAINED = {
 
 def base_config(options):
     base = config.PRESETS["shakespeare"] | SMALL if not options.base else config.preset(options.base)
-    return {"name": "run"} | base | {"max_iters": options.iters, "device": options.device, "dtype": options.dtype,
+    data = {"data": options.data, "tokenizer": "bpe"} if options.data else {}
+    return {"name": "run"} | base | data | {"max_iters": options.iters, "device": options.device, "dtype": options.dtype,
                                      "compile": options.compile, "eval_rows": 256, "final_rows": 1024, "final_masks": 2}
 
 
@@ -233,7 +236,7 @@ def train_variants(comparison, options):
                 return dict.fromkeys(FIGURES, math.nan) | {"curve": ""}
             with open(os.path.join(folder, "logs", f"{cfg.name}.jsonl"), encoding="utf-8") as log:
                 entries = [json.loads(line) for line in log]
-        # minutes of training steps alone: starting, compiling and evaluating cost all variants alike
+        # minutes of training steps alone, without starting, compiling and evaluating
         minutes = lambda steps: steps * report["seconds_a_step"] / 60
         return {"bound": report["bound_nats_per_token"], "bits_per_character": report["bound_bits_per_character"],
                 "se_rows": report["bound_se_rows"], "se_masks": report["bound_se_masks"],
@@ -294,7 +297,8 @@ def read_table(path):
 
 
 def write_tables(rows, summary, stem):
-    """The rows as CSV and those of the summary as Markdown, each replaced as a whole."""
+    """The rows as CSV and those of the summary as Markdown, each replaced as a whole. What is the same in all rows of the
+    Markdown stands above it."""
     names = lambda rows: list(dict.fromkeys(name for row in rows for name in row))
     try:
         os.makedirs(os.path.dirname(stem) or ".", exist_ok=True)
@@ -304,6 +308,11 @@ def write_tables(rows, summary, stem):
             writer.writerows(rows)
         with open(f"{stem}.md.tmp", "w", encoding="utf-8") as file:
             columns = names(summary)
+            same = {name: summary[0].get(name, "") for name in columns[1:]
+                    if len(summary) > 1 and len({row.get(name, "") for row in summary}) == 1}
+            if any(same.values()):
+                file.write(", ".join(f"{name} {value}" for name, value in same.items() if value) + "\n\n")
+            columns = [name for name in columns if name not in same]
             for cells in (columns, ["---"] * len(columns), *([row.get(name, "") for name in columns] for row in summary)):
                 file.write("| " + " | ".join(map(str, cells)) + " |\n")
         for ending in ("csv", "md"):
@@ -324,8 +333,8 @@ def main(argv):
         raise UserError(f"say which comparison: python scripts/ablate.py NAME; known: {', '.join(COMPARISONS)}")
     cli.check_name("comparison", positional[0], COMPARISONS)
     options = cli.merge(AblateConfig, overrides)
-    base = os.path.splitext(os.path.basename(options.base))[0]  # a file of its own for each size
-    comparison, name = COMPARISONS[positional[0]], positional[0] + (f"_{base}" if base else "")
+    comparison, stem_of = COMPARISONS[positional[0]], lambda path: os.path.splitext(os.path.basename(path))[0]
+    name = "_".join(filter(None, (positional[0], stem_of(options.base), stem_of(options.data))))  # a file for each
     stem, settings = os.path.join(options.out_dir, name), comparison.settings(options)
     (measure, common), table = comparison.measure(options), read_table(f"{stem}.csv")
     keys = [{name: str(value) for name, value in (setting | common).items()} for setting in settings]

@@ -6,6 +6,7 @@
     python scripts/bench.py sample artifacts/models/tales.best.pt --samplers confidence,entropy_bounded:0.03
     python scripts/bench.py video                           seconds to encode 256 tokens x 100 steps as MP4
 """
+import contextlib
 import dataclasses
 import math
 import multiprocessing
@@ -128,7 +129,8 @@ class Variant:
         return answer
 
     def end(self):
-        self.pipe.send(0)
+        with contextlib.suppress(OSError):  # it has died
+            self.pipe.send(0)
         self.process.join()
 
 
@@ -181,12 +183,14 @@ def time_together(variants, vocab_size, device, matrices, options):
     rows of the largest step."""
     processes = [Variant(label, keep, cfg, vocab_size, device, *rest) for label, (keep, cfg, *rest) in variants.items()]
     answers, rates, most = {label: [] for label in variants}, [], max(cfg.batch_size for _, cfg, *_ in variants.values())
-    for number in range(options.rounds + options.warm_up):
-        rates.append(matrix_rate(device, *matrices))
+    try:
+        for number in range(options.rounds + options.warm_up):
+            rates.append(matrix_rate(device, *matrices))
+            for process in processes:
+                answers[process.label].append(process.turn(most // variants[process.label][1].batch_size))
+    finally:
         for process in processes:
-            answers[process.label].append(process.turn(most // variants[process.label][1].batch_size))
-    for process in processes:
-        process.end()
+            process.end()
     return {label: rows[options.warm_up:] for label, rows in answers.items()}, statistics.median(rates[options.warm_up:])
 
 
@@ -202,23 +206,34 @@ def bench_train(name, options):
     if not labels:
         raise UserError(f"variants={options.variants}: no variant's name holds this; known: {', '.join(variants)}")
     tokens = lambda label: variants[label][1].batch_size * variants[label][1].block_size
-    base = None
+    own, timed = f"{runtime.dtype_name(dtype)} compiled", {}
     for label in [SOURCE, *labels] if device.type == "cuda" else labels:
-        # beside the sources' recipe, since a machine's speed drifts; alone on a GPU, which may lack memory for both
-        group = [label] if device.type == "cuda" else [SOURCE, label]
-        answers, rate = time_together({one: variants[one] for one in group}, vocab_size, device, matrices, options)
-        base = answers.get(SOURCE, base)
+        # beside the sources' recipe, since a machine's speed drifts (torch's Muon beside ours, from which it hardly
+        # differs); alone on a GPU, which may lack memory for both
+        reference = own if label == f"{own}, torch.optim.Muon" and own in figures else SOURCE
+        group = [label] if device.type == "cuda" else [reference, label]
+        try:
+            answers, rate = time_together({one: variants[one] for one in group}, vocab_size, device, matrices, options)
+        except UserError as error:  # a GPU's memory that is too small for one may do for the others
+            failed = error
+            print(f"left out: {error}", file=sys.stderr)
+            continue
+        timed |= {one: rows for one, rows in answers.items() if one not in timed}
+        base = answers.get(reference) or timed.get(reference)
         for one, rows in answers.items():
-            if one in figures:  # the sources' recipe, shown as it was beside the first
+            if one in figures:  # shown as it was beside the first
                 continue
             seconds = statistics.median(row[0] for row in rows)
             flops = model_flops(variants[one][1], vocab_size, rows[-1][1]) / seconds
             figures[one] = {
                 "rows_a_step": variants[one][1].batch_size, "median_step_seconds": seconds,
                 "tokens_per_second": tokens(one) / seconds,
-                "speed_up": tokens(one) / tokens(SOURCE) * statistics.median(a[0] / b[0] for a, b in zip(base, rows)),
+                "speed_up": base and tokens(one) / tokens(reference) * figures.get(reference, {"speed_up": 1.0})[
+                    "speed_up"] * statistics.median(a[0] / b[0] for a, b in zip(base, rows)),
                 "model_flops_per_second": flops, "matrix_product_flops_per_second": rate,
                 "share_of_matrix_rate": flops / rate, "peak_memory_gb": rows[-1][3] / 2**30, "parameters": rows[-1][2]}
+    if not figures:
+        raise failed
     return {"preset": name, "device": device_name(device), "torch": torch.__version__, "threads": torch.get_num_threads(),
             "block_size": cfg.block_size, "vocab_size": vocab_size, "rounds": options.rounds,
             "matrix_product_dtype": runtime.dtype_name(dtype), "matrix_product_size": matrices[1],
@@ -342,7 +357,8 @@ def show_train(report):
           f"{report['matrix_product_dtype']} matrix products, {size} x {size} x {size}")
     for label, f in report["variants"].items():
         print(f"  {label:<38} {f['rows_a_step']:4} rows {f['median_step_seconds'] * 1000:8.0f} ms a step "
-              f"{f['tokens_per_second']:10,.0f} tokens/s  x{f['speed_up']:.2f} {f['model_flops_per_second'] / 1e9:10,.0f} "
+              f"{f['tokens_per_second']:10,.0f} tokens/s  x{f['speed_up'] or math.nan:.2f} "
+              f"{f['model_flops_per_second'] / 1e9:10,.0f} "
               f"of {f['matrix_product_flops_per_second'] / 1e9:,.0f} GFLOP/s {f['share_of_matrix_rate']:6.1%} "
               f"{f['peak_memory_gb']:6.1f} GB")
 

@@ -32,7 +32,7 @@ class DataConfig:
     num_stories: int = field(10_000, "documents to take, at most")
     seed: int = field(1337, "of the shuffle")
     shuffle_buffer: int = field(10_000, "documents among which the stream is shuffled")
-    output: str = field("", "file to write (default data/stories.txt; data/shakespeare.txt for that)", "to")
+    output: str = field("", "file to write (default: data/stories.txt for TinyStories, data/shakespeare.txt for that)", "to")
     tokens: str = field("", "write token shards instead, of at least so many tokens: 500M, 10B; not shuffled")
     tokenizer: str = field("", "tokenizer file of the shards (scripts/train_tokenizer.py)")
     separator: str = field("", "between documents, \\n for a line break (default: a line <|endoftext|>)")
@@ -105,9 +105,12 @@ def main(argv):
         raise UserError(f"what is {positional[0]}? Name a source with --dataset {positional[0]}")
     cfg = cli.merge(DataConfig, SOURCES.get(overrides.get("dataset"), {}),
                     {name: value for name, value in overrides.items() if not (name == "dataset" and value in SOURCES)})
-    if cfg.dataset.endswith(texts.LOCAL) and not os.path.exists(cfg.dataset):
+    if cfg.dataset.endswith((*texts.LOCAL, ".txt")) and not os.path.exists(cfg.dataset):
         raise UserError(f"there is no file {cfg.dataset}")
-    output = cfg.output or (f"data/{cfg.dataset}.txt" if cfg.dataset in texts.DOWNLOADS else "data/stories.txt")
+    usual = {DataConfig.dataset: "data/stories.txt"} | {name: f"data/{name}.txt" for name in texts.DOWNLOADS}
+    output = cfg.output or usual.get(cfg.dataset)
+    if not output:
+        raise UserError(f"dataset={cfg.dataset} needs --output FILE: where to write it")
     if cfg.tokens:
         return write_shards(cfg, output, overrides)
     stream = islice(documents(cfg), cfg.num_stories)

@@ -21,7 +21,7 @@ import train
 from config import Config
 from conftest import ROOT, interrupt
 from scripts import data as data_script
-from utils import checkpoint, cli, corpus, metrics, optim, runtime, tales, texts, tokenizer
+from utils import checkpoint, cli, corpus, metrics, optim, plots, runtime, tales, texts, tokenizer
 from utils.cli import UserError
 
 TINY = dict(data="tales", rows="document", vocab_size=1024, block_size=67, n_layer=1, n_head=2, n_embd=16, batch_size=4,
@@ -142,6 +142,15 @@ def test_activation_checkpointing_changes_nothing():
     assert_close(weights("plain"), weights("again"), 0)
 
 
+def test_activation_checkpointing_computes_blocks_twice():
+    calls = []
+    for wanted in (False, True):
+        model = train.Transformer(tiny(activation_checkpointing=wanted), 12).train()
+        model.blocks[0].attn.register_forward_pre_hook(lambda *_: calls.append(wanted))
+        model(torch.zeros(1, 8, dtype=torch.long)).sum().backward()
+    assert calls == [False, True, True]
+
+
 # --- an average of the weights ----------------------------------------------------------------------------------
 
 
@@ -221,6 +230,20 @@ def test_a_stop_between_evaluations_leaves_no_trace(monkeypatch):
     assert_close(weights("whole"), weights("parts"), 0)
     one, two = ([json.loads(line) | {"minutes": 0} for line in open(f"artifacts/logs/{name}.jsonl")] for name in ("whole", "parts"))
     assert one == two
+
+
+@pytest.mark.parametrize("stop, begin", ((1, 0), (3, 1)))
+def test_a_stopped_run_that_ends_where_it_stopped_is_judged(stop, begin, monkeypatch):
+    """Ctrl-C between evaluations, and no step is left to do: these steps get their evaluation, also if it is the first."""
+    interrupt(monkeypatch, stop, signal.SIGINT)
+    train.train(tiny(eval_interval=3))
+    assert len(open("artifacts/logs/tiny.jsonl").readlines()) == begin
+    cfg, state = train.resumed_config(["--resume", "auto", "--max_iters", str(stop + 1)])
+    report = train.train(cfg, state, quiet=True)
+    last = json.loads(open("artifacts/logs/tiny.jsonl").readlines()[-1])
+    assert report["steps"] == stop + 1 == last["step"] and math.isfinite(report["bound_nats_per_token"])
+    state = checkpoint.read("artifacts/models/tiny.pt")
+    assert state["nll"] == last["bound"] and state["counted"] == 0
 
 
 def test_a_checkpoint_from_before_goes_on():
@@ -351,6 +374,42 @@ def test_a_crash_in_the_final_metrics_loses_nothing(monkeypatch):
     assert_close(before, weights("tiny"), 0)
     with pytest.raises(UserError, match="is finished"):
         train.resumed_config(["--resume", "auto"])
+    with monkeypatch.context() as patch:  # and again at the end of a longer run, whose last metrics are of the shorter
+        patch.setattr(metrics, "held_out", crash)
+        with pytest.raises(RuntimeError, match="crash"):
+            train.train(*train.resumed_config(["--resume", "auto", "--max_iters", "8"]), quiet=True)
+    assert train.train(*train.resumed_config(["--resume", "auto"]), quiet=True)["steps"] == 8
+
+
+@pytest.mark.parametrize("last_is_better", (True, False))
+def test_the_best_is_found_anew_at_the_end(last_is_better, monkeypatch):
+    """Few rows and one mask find step 3 the best of 3 and 6; all of them may find that it is the last."""
+    nlls, finals = [1.0, 2.0], [5.0, 4.0 if last_is_better else 6.0]
+    monkeypatch.setattr(diffusion, "mean_and_errors", lambda nll: (nlls.pop(0), 0.1, 0.1))
+    monkeypatch.setattr(metrics, "held_out", lambda *_: {"bound_nats_per_token": finals.pop(0)})
+    report = train.train(tiny(ema=0.9), quiet=True)
+    wanted = 6 if last_is_better else 3
+    assert report["best_step"] == wanted == checkpoint.read("artifacts/models/tiny.best.pt")["step"]
+    assert report["bound_nats_per_token"] == min(5.0, 4.0 if last_is_better else 6.0)
+    if last_is_better:
+        assert_close(weights("tiny.best"), weights("tiny", "ema"), 0)
+
+
+def test_no_matplotlib_is_no_crash(monkeypatch, capsys):
+    def missing():
+        raise ModuleNotFoundError("No module named 'matplotlib'")
+    monkeypatch.setattr(plots, "pyplot", missing)
+    assert train.train(tiny())["steps"] == 6
+    assert "no plot of the loss curves: No module named 'matplotlib'" in capsys.readouterr().out
+
+
+def test_a_log_goes_on_after_a_line_without_its_end(tmp_path):
+    path = str(tmp_path / "x.jsonl")
+    with open(path, "w") as file:
+        file.write('{"step": 1}\n{"step": 2}')
+    runtime.begin_log(path, 2)
+    runtime.write_line(path, {"step": 3})
+    assert [json.loads(line)["step"] for line in open(path)] == [1, 2, 3]
 
 
 def test_evaluations_take_no_more_rows_than_training(monkeypatch):

@@ -13,7 +13,7 @@ import torch
 
 from utils import tales, texts, tokenizer
 from utils.cli import UserError
-from utils.runtime import generator
+from utils.runtime import generator, is_first
 
 TALES_HELD_OUT = 2048  # stories
 SHORTEST_TALE = 60  # tokens; a tale has 65 words and punctuation marks, which no tokenizer trained here joins
@@ -199,15 +199,16 @@ def check_same(data, recorded, cfg):
 
 def make_tokenizer(cfg, sample, documents):
     """Text for cfg.tokenizer: characters of `sample` (list of str), a BPE trained on it, or a tokenizer file."""
+    say = print if is_first() else lambda line: None
     if cfg.tokenizer == "char":
         return tokenizer.train_char(sample, documents)
     if cfg.tokenizer == "bpe":
         return tokenizer.train_bpe(sample, cfg.vocab_size)
     if cfg.tokenizer == tokenizer.DEFAULT and not os.path.exists(cfg.tokenizer):
-        print(f"training the tokenizer {cfg.tokenizer} ({cfg.vocab_size:,} tokens)")
+        say(f"training the tokenizer {cfg.tokenizer} ({cfg.vocab_size:,} tokens)")
         tokenizer.save(tokenizer.train_bpe(sample, cfg.vocab_size), cfg.tokenizer)
     text = tokenizer.load(cfg.tokenizer)
-    print(f"tokenizer {cfg.tokenizer}: {text.mask:,} tokens and MASK (--tokenizer bpe trains one for this run)")
+    say(f"tokenizer {cfg.tokenizer}: {text.mask:,} tokens and MASK (--tokenizer bpe trains one for this run)")
     return text
 
 

@@ -149,7 +149,7 @@ def start_ranks(name):
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     elif device.type == "cpu":
-        torch.set_num_threads(max(1, os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"])))
+        torch.set_num_threads(max(1, cpu_cores() // int(os.environ["LOCAL_WORLD_SIZE"])))
     else:
         raise UserError(f"torchrun works with device=cuda and cpu, not {device.type}")
     if not dist.is_initialized():
@@ -159,6 +159,17 @@ def start_ranks(name):
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
                                 world_size=world)
     return Ranks(dist.get_rank(), dist.get_world_size()), device
+
+
+def cpu_cores():
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def end_ranks(ranks):
+    """Leave the other processes, when all have done their work."""
+    if ranks.world > 1:
+        dist.destroy_process_group()
 
 
 def torchrun_job():
@@ -254,7 +265,7 @@ def begin_log(path, step):
         for line in open(path, encoding="utf-8") if os.path.exists(path) else ():
             try:
                 if json.loads(line)["step"] <= step:
-                    kept.append(line)
+                    kept.append(line.rstrip("\n") + "\n")
             except ValueError:  # a line that a crash cut off
                 pass
         with open(f"{path}.tmp", "w", encoding="utf-8") as file:
@@ -276,11 +287,12 @@ def write_line(path, entry):
 
 
 def write_json(path, data):
-    """Write `data` as JSON; an unwritable path is a UserError."""
+    """Write `data` as JSON, whole or not at all; an unwritable path is a UserError."""
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with open(path, "w", encoding="utf-8") as file:
+        with open(f"{path}.tmp", "w", encoding="utf-8") as file:
             json.dump(data, file, indent=1)
+        os.replace(f"{path}.tmp", path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error}") from None
 
