@@ -362,23 +362,27 @@ def check_finite(loss, model, step, cfg):
                         f"Try a lower --lr ({cfg.lr:g}) and --muon_lr ({cfg.muon_lr:g}), or --dtype float32")
 
 
-def finish(cfg, data, device, dtype, step, minutes, seconds_a_step, path, say):
-    """The final metrics block of the best checkpoint, its files, and what to try next; returns the metrics.
+def find_best(cfg, data, device, dtype, path):
+    """(network, its Text, its step): the better one of the best checkpoint, which few rows and one mask decided, and the last,
+    whose learning rate has decayed. It becomes the best checkpoint."""
+    best, last = (checkpoint.read(path[kind]) for kind in ("best", "last"))
+    model, text, _ = checkpoint.restore(best, device, path["best"])
+    if best["step"] == last["step"]:
+        return model, text, best["step"]
+    other, *_ = checkpoint.restore(last, device, path["last"])
+    with runtime.autocast(device, dtype):
+        old, new = (metrics.held_out(one, cfg, data, device)["bound_nats_per_token"] for one in (model, other))
+    if new >= old:
+        return model, text, best["step"]
+    checkpoint.save(path["best"], checkpoint.snapshot(cfg, text, other, last["step"], last["nll"]))
+    return other, text, last["step"]
 
-    The best is found anew between that of the evaluations, which few rows and one mask decided, and the last, whose learning
-    rate has decayed.
-    """
-    found = []
-    for kind in ("best", "last"):
-        state = checkpoint.read(path[kind])
-        model, text, _ = checkpoint.restore(state, device, path[kind])
-        with runtime.autocast(device, dtype):
-            found.append((metrics.held_out(model, cfg, data, device), state["step"]))
-        if state["step"] == step:
-            break
-    report, best_step = min(found, key=lambda one: one[0]["bound_nats_per_token"])
-    if best_step > found[0][1]:
-        checkpoint.save(path["best"], checkpoint.snapshot(cfg, text, model, step, state["nll"]))
+
+def finish(cfg, data, device, dtype, step, minutes, seconds_a_step, path, say):
+    """The final metrics block of the best checkpoint, its files, and what to try next; returns the metrics."""
+    model, text, best_step = find_best(cfg, data, device, dtype, path)
+    with runtime.autocast(device, dtype):
+        report = metrics.held_out(model, cfg, data, device)
     report |= {"best_step": best_step, "name": cfg.name, "parameters": model.num_parameters(), "steps": step, "minutes": minutes,
                "seconds_a_step": seconds_a_step,
                "tokens_per_second": cfg.batch_size * cfg.block_size / seconds_a_step if seconds_a_step else None}
