@@ -179,7 +179,9 @@ TRAINED = {
     "recipe": recipe,
     "optimizer": lambda options: {f"Muon {muon:g}, AdamW {lr:g}": {"muon_lr": muon, "lr": lr}
                                   for muon in (0.01, 0.02, 0.03, 0.04) for lr in (5e-3, 1e-2, 2e-2)} | {
-        f"AdamW {lr:g}": {"optimizer": "adamw", "lr": lr} for lr in (3e-4, 1e-3, 3e-3, 6e-3, 1e-2)},
+        f"AdamW {lr:g}{f', {steps} steps of warm-up' if steps else ''}": {"optimizer": "adamw", "lr": lr} | (
+            {"warmup_iters": steps} if steps else {})
+        for steps, rates in ((0, (3e-4, 1e-3, 3e-3, 6e-3, 1e-2)), (50, (3e-3, 6e-3, 1e-2))) for lr in rates},
     "weighting": lambda options: {name: {"loss_weighting": name} for name in ("elbo", "flat", "clip", "pooled", "full")},
     "schedule": lambda options: {name: {"schedule": name} for name in diffusion.SCHEDULES} | {
         f"{name}, the bound as loss": {"schedule": name, "loss_weighting": "elbo"} for name in diffusion.SCHEDULES},
@@ -284,8 +286,8 @@ COMPARISONS = {
 
 
 def label(setting):
-    return ", ".join(f"{key} {value}" for key, value in setting.items()
-                     if key not in ("config", "dtype") and value not in ("", 0, "none", 1.0))
+    return ", ".join(f"{key} {value}" for number, (key, value) in enumerate(setting.items())
+                     if not number or key not in ("config", "dtype") and value not in ("", 0, "none", 1.0))
 
 
 def read_table(path):
@@ -343,15 +345,17 @@ def main(argv):
               if str(next(iter(setting.values()))).startswith(options.only)]
     if not wanted:
         raise UserError(f"only={options.only}: no setting of {positional[0]} begins so")
+    rows = lambda: [row for key in keys for row in done(key)]
     for number, (key, setting) in enumerate(wanted, 1):
         if done(key):
             continue
         figures = measure(setting)
         table.append(key | {name: rounded(value) for name, value in figures.items()})
-        write_tables(table, comparison.summary([row for key in keys for row in done(key)]), stem)
+        write_tables(table, comparison.summary(rows()), stem)
         print(f"{number} of {len(wanted)}: {label(setting)} | " + ", ".join(
             f"{name} {table[-1][name]}" for name in list(figures)[:6]), flush=True)
-    comparison.plot([row for key in keys for row in done(key)], name, f"{stem}.png")
+    write_tables(table, comparison.summary(rows()), stem)
+    comparison.plot(rows(), name, f"{stem}.png")
     print(f"wrote {stem}.csv, {stem}.md and {stem}.png")
 
 
