@@ -352,7 +352,9 @@ def train(cfg, state=None, quiet=False):
         say(f"stopped at step {step:,}; " + (f"go on with: python train.py --resume {path['last']}" if step else
                                              "nothing was done yet"))
         return {}
-    return finish(cfg, data, device, dtype, step, used, busy / max(1, step - begun), path, say) if not ranks.rank else {}
+    if ranks.rank:
+        return {}
+    return finish(cfg, data, device, dtype, model.num_parameters(), step, used, busy / max(1, step - begun), path, say)
 
 
 def check_finite(loss, model, step, cfg):
@@ -363,27 +365,23 @@ def check_finite(loss, model, step, cfg):
 
 
 def find_best(cfg, data, device, dtype, path):
-    """(network, its Text, its step): the better one of the best checkpoint, which few rows and one mask decided, and the last,
+    """(held-out metrics, step) of the better one of the best checkpoint, which few rows and one mask decided, and the last,
     whose learning rate has decayed. It becomes the best checkpoint."""
     best, last = (checkpoint.read(path[kind]) for kind in ("best", "last"))
-    model, text, _ = checkpoint.restore(best, device, path["best"])
-    if best["step"] == last["step"]:
-        return model, text, best["step"]
-    other, *_ = checkpoint.restore(last, device, path["last"])
+    (model, *_), (other, *_) = (checkpoint.restore(state, device) for state in (best, last))
     with runtime.autocast(device, dtype):
-        old, new = (metrics.held_out(one, cfg, data, device)["bound_nats_per_token"] for one in (model, other))
-    if new >= old:
-        return model, text, best["step"]
-    checkpoint.save(path["best"], checkpoint.snapshot(cfg, text, other, last["step"], last["nll"]))
-    return other, text, last["step"]
+        old = metrics.held_out(model, cfg, data, device)
+        new = metrics.held_out(other, cfg, data, device) if last["step"] > best["step"] else old
+    if new["bound_nats_per_token"] >= old["bound_nats_per_token"]:
+        return old, best["step"]
+    checkpoint.save(path["best"], checkpoint.snapshot(cfg, data.text, other, last["step"], last["nll"]))
+    return new, last["step"]
 
 
-def finish(cfg, data, device, dtype, step, minutes, seconds_a_step, path, say):
+def finish(cfg, data, device, dtype, parameters, step, minutes, seconds_a_step, path, say):
     """The final metrics block of the best checkpoint, its files, and what to try next; returns the metrics."""
-    model, text, best_step = find_best(cfg, data, device, dtype, path)
-    with runtime.autocast(device, dtype):
-        report = metrics.held_out(model, cfg, data, device)
-    report |= {"best_step": best_step, "name": cfg.name, "parameters": model.num_parameters(), "steps": step, "minutes": minutes,
+    report, best_step = find_best(cfg, data, device, dtype, path)
+    report |= {"best_step": best_step, "name": cfg.name, "parameters": parameters, "steps": step, "minutes": minutes,
                "seconds_a_step": seconds_a_step,
                "tokens_per_second": cfg.batch_size * cfg.block_size / seconds_a_step if seconds_a_step else None}
     runtime.write_json(path["metrics"], report)
@@ -393,7 +391,7 @@ def finish(cfg, data, device, dtype, step, minutes, seconds_a_step, path, say):
     except ImportError as error:
         say(f"no plot of the loss curves: {error}")
     say("wrote " + ", ".join(filter(os.path.exists, path.values())))
-    prompt = "" if text.is_char or cfg.data != "tales" else ' --prompt "Once upon a time"'
+    prompt = "" if data.text.is_char or cfg.data != "tales" else ' --prompt "Once upon a time"'
     say(f"next: python inference.py --checkpoint {path['best']}{prompt} --viz-video {cfg.out_dir}/media/trace.mp4")
     return report
 
