@@ -6,7 +6,7 @@
     python scripts/ablate.py samplers                                  the newest tales run
     python scripts/ablate.py samplers --checkpoint artifacts/models/tales.best.pt --num_samples 200
 
-Writes artifacts/ablations/NAME.csv, .md and .png (NAME_BASE_DATA with those). To add a comparison, add a
+Writes artifacts/ablations/NAME.csv, .md and .png (NAME_BASE_on_DATA with those). To add a comparison, add a
 function and an entry to COMPARISONS; a comparison of training runs is an entry of TRAINED.
 """
 import csv
@@ -134,34 +134,44 @@ SMALL = dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=64, lr=0
 
 
 def recipe(options):
-    """The sources' recipe and ours; ours shorter and longer, without each of its parts, and with what it leaves out."""
+    """The sources' recipe and ours; ours shorter and longer, without each of its parts, and with what it leaves out.
+    What a base has already is left out of its table."""
     base = cli.merge(Config, base_config(options))
     loss = "full" if base.tokenizer == "char" else "pooled"  # as in the two micro-dLLMs
-    yardstick = config.MICRO | {"loss_weighting": loss, "dtype": "float32", "compile": "off"}
+    yardstick = config.MICRO | {"rows": base.rows, "loss_weighting": loss, "dtype": "float32", "compile": "off"}
     theirs = ("optimizer", "lr", "beta1", "beta2", "weight_decay", "warmup_iters", "lr_decay")
-    return {f"the sources' recipe, {options.yardstick_iters} steps": yardstick | {"max_iters": options.yardstick_iters}} | {
-        f"our recipe, {share:g} of the steps": {"max_iters": round(share * options.iters)}
+    variants = {f"the sources' recipe, {options.yardstick_iters} steps": yardstick | {"max_iters": options.yardstick_iters}} | {
+        f"our recipe, {share:g} of the steps": {"max_iters": max(1, round(share * options.iters))}
         for share in (0.4, 0.6, 0.8, 1.5, 2, 2.5)} | {"our recipe": {}} | {
         f"our recipe, half the rows a step, {share:g} of all rows": {
-            "batch_size": base.batch_size // 2, "max_iters": round(2 * share * options.iters)} for share in (0.6, 0.8, 1)} | {
+            "batch_size": max(1, base.batch_size // 2), "max_iters": round(2 * share * options.iters)}
+        for share in (0.6, 0.8, 1)} | {
         "the sources' optimizer: AdamW 3e-4, constant": {name: config.MICRO[name] for name in theirs},
         "AdamW for all, 3e-3": {"optimizer": "adamw", "lr": 3e-3},
         "the bound as loss": {"loss_weighting": "elbo"},
+        "flat loss": {"loss_weighting": "flat"},
+        "beta1 0.9": {"beta1": 0.9},
+        "beta1 0.8": {"beta1": 0.8},
         "no warm-up": {"warmup_iters": 0},
         "no decay": {"lr_decay": "constant"},
         "decay over the whole run": {"decay_share": 1.0},
         "cosine decay over the whole run": {"decay_share": 1.0, "lr_decay": "cosine"},
         "projections and head start at zero": {"init": "zero"},
+        "projections and head start as the rest": {"init": "normal"},
         "rotary base 10,000": {"rope_base": 10_000.0},
+        "rotary base 100": {"rope_base": 100.0},
         "masks drawn one by one": {"corruption": "bernoulli"},
         "loss at all positions": {"loss_weighting": "full"},
         "tied embeddings": {"tie_embeddings": True},
+        "embeddings of their own": {"tie_embeddings": False},
         "logits capped at 15": {"softcap": 15.0},
         "gradients not clipped": {"grad_clip": 0.0},
         "dropout 0.1": {"dropout": 0.1},
         "weight decay 0.1": {"weight_decay": 0.1},
         "no short rows": {"short_rows": 0.0},
     }
+    return {name: changes for name, changes in variants.items()
+            if not changes or cli.merge(Config, base_config(options), changes) != base}
 
 
 def batch_size(options):
@@ -302,25 +312,19 @@ def write_tables(rows, summary, stem):
     """The rows as CSV and those of the summary as Markdown, each replaced as a whole. What is the same in all rows of the
     Markdown stands above it."""
     names = lambda rows: list(dict.fromkeys(name for row in rows for name in row))
-    try:
-        os.makedirs(os.path.dirname(stem) or ".", exist_ok=True)
-        with open(f"{stem}.csv.tmp", "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, names(rows), restval="")
-            writer.writeheader()
-            writer.writerows(rows)
-        with open(f"{stem}.md.tmp", "w", encoding="utf-8") as file:
-            columns = names(summary)
-            same = {name: summary[0].get(name, "") for name in columns[1:]
-                    if len(summary) > 1 and len({row.get(name, "") for row in summary}) == 1}
-            if any(same.values()):
-                file.write(", ".join(f"{name} {value}" for name, value in same.items() if value) + "\n\n")
-            columns = [name for name in columns if name not in same]
-            for cells in (columns, ["---"] * len(columns), *([row.get(name, "") for name in columns] for row in summary)):
-                file.write("| " + " | ".join(map(str, cells)) + " |\n")
-        for ending in ("csv", "md"):
-            os.replace(f"{stem}.{ending}.tmp", f"{stem}.{ending}")
-    except OSError as error:
-        raise UserError(f"cannot write {stem}: {error}") from None
+    with cli.replacing(f"{stem}.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names(rows), restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+    with cli.replacing(f"{stem}.md") as temporary, open(temporary, "w", encoding="utf-8") as file:
+        columns = names(summary)
+        same = {name: summary[0].get(name, "") for name in columns[1:]
+                if len(summary) > 1 and len({row.get(name, "") for row in summary}) == 1}
+        if any(same.values()):
+            file.write(", ".join(f"{name} {value}" for name, value in same.items() if value) + "\n\n")
+        columns = [name for name in columns if name not in same]
+        for cells in (columns, ["---"] * len(columns), *([row.get(name, "") for name in columns] for row in summary)):
+            file.write("| " + " | ".join(map(str, cells)) + " |\n")
 
 
 def rounded(value):
@@ -335,8 +339,10 @@ def main(argv):
         raise UserError(f"say which comparison: python scripts/ablate.py NAME; known: {', '.join(COMPARISONS)}")
     cli.check_name("comparison", positional[0], COMPARISONS)
     options = cli.merge(AblateConfig, overrides)
+    if (options.base or options.data) and positional[0] not in TRAINED:
+        raise UserError(f"{positional[0]} trains nothing; leave out --base and --data, and give a --checkpoint")
     comparison, stem_of = COMPARISONS[positional[0]], lambda path: os.path.splitext(os.path.basename(path))[0]
-    name = "_".join(filter(None, (positional[0], stem_of(options.base), stem_of(options.data))))  # a file for each
+    name = "_".join(filter(None, (positional[0], stem_of(options.base), options.data and f"on_{stem_of(options.data)}")))
     stem, settings = os.path.join(options.out_dir, name), comparison.settings(options)
     (measure, common), table = comparison.measure(options), read_table(f"{stem}.csv")
     keys = [{name: str(value) for name, value in (setting | common).items()} for setting in settings]
@@ -350,13 +356,17 @@ def main(argv):
         if done(key):
             continue
         figures = measure(setting)
+        table = read_table(f"{stem}.csv")  # another process may have measured meanwhile
         table.append(key | {name: rounded(value) for name, value in figures.items()})
         write_tables(table, comparison.summary(rows()), stem)
         print(f"{number} of {len(wanted)}: {label(setting)} | " + ", ".join(
             f"{name} {table[-1][name]}" for name in list(figures)[:6]), flush=True)
     write_tables(table, comparison.summary(rows()), stem)
-    comparison.plot(rows(), name, f"{stem}.png")
-    print(f"wrote {stem}.csv, {stem}.md and {stem}.png")
+    try:
+        comparison.plot(rows(), name, f"{stem}.png")
+    except ImportError as error:
+        print(f"no plot: {error}")
+    print(f"wrote {stem}.csv, {stem}.md" + (f" and {stem}.png" if os.path.exists(f"{stem}.png") else ""))
 
 
 if __name__ == "__main__":

@@ -219,7 +219,7 @@ def bench_train(name, options):
             print(f"left out: {error}", file=sys.stderr)
             continue
         timed |= {one: rows for one, rows in answers.items() if one not in timed}
-        base = answers.get(reference) or timed.get(reference)
+        base, known = answers.get(reference) or timed.get(reference), 1.0 if reference == SOURCE else figures[reference]["speed_up"]
         for one, rows in answers.items():
             if one in figures:  # shown as it was beside the first
                 continue
@@ -228,8 +228,8 @@ def bench_train(name, options):
             figures[one] = {
                 "rows_a_step": variants[one][1].batch_size, "median_step_seconds": seconds,
                 "tokens_per_second": tokens(one) / seconds,
-                "speed_up": base and tokens(one) / tokens(reference) * figures.get(reference, {"speed_up": 1.0})[
-                    "speed_up"] * statistics.median(a[0] / b[0] for a, b in zip(base, rows)),
+                "speed_up": base and known and known * tokens(one) / tokens(reference) * statistics.median(
+                    a[0] / b[0] for a, b in zip(base, rows)),
                 "model_flops_per_second": flops, "matrix_product_flops_per_second": rate,
                 "share_of_matrix_rate": flops / rate, "peak_memory_gb": rows[-1][3] / 2**30, "parameters": rows[-1][2]}
     if not figures:

@@ -18,7 +18,7 @@ from config import Config, SampleConfig
 from conftest import interrupt
 from scripts import data as data_script
 from scripts import ablate, bench, evaluate, train_tokenizer
-from utils import checkpoint, cli, tales, texts, trace
+from utils import checkpoint, cli, plots, runtime, tales, texts, tokenizer, trace
 from utils.cli import UserError
 
 TINY = ("--n_layer 1 --n_head 2 --n_embd 16 --batch_size 4 --max_iters 6 --eval_interval 3 --eval_rows 4 "
@@ -331,17 +331,49 @@ def test_max_minutes_ends_a_run():
     assert report["steps"] == 1, "time that is over before the first step is no reason to lose the run"
 
 
-def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
-    path = str(tmp_path / "x.pt")
-    state = dict(version=config.VERSION, config={}, sample={}, step=1, model={})
-    checkpoint.save(path, {**state, "tokenizer": "old"})
+def make_figure(path, content):
+    plots.save(plots.pyplot().figure(figsize=(1, content)), path)
 
-    def full(*_, **__):
+
+WRITERS = {  # file -> function of its path and of a number, which makes contents differ
+    "x.pt": lambda path, n: checkpoint.save(path, {"step": n}),
+    "x.json": lambda path, n: runtime.write_json(path, {"step": n}),
+    "x.jsonl": lambda path, n: runtime.begin_log(path, n) if os.path.exists(path) else runtime.write_line(path, {"step": n}),
+    "x.txt": lambda path, n: texts.write_documents(path, ["a" * n]),
+    "tokenizer.json": lambda path, n: tokenizer.save(tokenizer.train_char(["abc"[:n]], 1), path),
+    "x.csv": lambda path, n: ablate.write_tables([{"a": n}], [{"a": n}], path.removesuffix(".csv")),
+    "x.png": make_figure,
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_full_disk_leaves_the_old_file(name, monkeypatch):
+    """Nothing is half written, and nothing is left beside it."""
+    WRITERS[name](name, 2)
+    before = open(name, "rb").read()
+
+    def full(*_):
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match="No space left"):
-        checkpoint.save(path, {**state, "tokenizer": "new"})
-    assert checkpoint.read(path)["tokenizer"] == "old" and os.listdir(tmp_path).count("x.pt.tmp") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(UserError, match=f"cannot write {name}.*No space left"):
+            WRITERS[name](name, 1)
+    assert open(name, "rb").read() == before and not [file for file in os.listdir() if file.endswith(".tmp")]
+    WRITERS[name](name, 1)
+    assert open(name, "rb").read() != before
+
+
+def test_links_and_devices_stay_what_they_are():
+    open("target.json", "w").write("old")
+    os.symlink("target.json", "link.json")
+    runtime.write_json("link.json", "new")
+    assert os.path.islink("link.json") and open("target.json").read() == '"new"'
+    os.symlink("/dev/null", "device")
+    runtime.write_json("device", "new")
+    assert os.path.islink("device") and not os.path.isfile("/dev/null")
+    with pytest.raises(UserError, match="cannot write folder"):
+        os.mkdir("folder")
+        runtime.write_json("folder", "new")
 
 
 def test_a_checkpoint_runs_no_code(tmp_path):
@@ -516,6 +548,22 @@ def test_bench_goes_on_without_what_fails(monkeypatch, capsys):
     assert code == 2 and err.strip().endswith("its process died")
 
 
+def test_bench_where_the_sources_recipe_does_not_fit(monkeypatch, capsys):
+    """On a small GPU, say, where each variant is timed alone; ours are shown without a speed-up."""
+    def alone(variants, *_):
+        if bench.SOURCE in variants:
+            raise UserError("out of memory")
+        return {label: [(1.0, 8, 100, 0)] for label in variants}, 1e12
+    monkeypatch.setattr(bench, "time_together", alone)
+    monkeypatch.setattr(bench, "device_name", lambda device: "a small GPU")
+    monkeypatch.setattr(bench.runtime, "has_bfloat16", lambda device: True)
+    monkeypatch.setattr(bench.runtime, "choose_device", lambda name: torch.device("cuda"))
+    code, out, err = run(bench.main, "train tales --json b.json", monkeypatch, capsys)
+    assert code == 0 and "out of memory" in err
+    found = {label: figures["speed_up"] for label, figures in json.load(open("b.json"))[0]["variants"].items()}
+    assert found["bfloat16 compiled, torch.optim.Muon"] is None and set(found.values()) == {None}
+
+
 def test_bench_samples(monkeypatch, capsys):
     open("tiny.py", "w").write("config = {'preset': 'tales', 'n_layer': 1, 'n_head': 1, 'n_embd': 8, 'block_size': 16}")
     code, out, err = run(bench.main, "sample tiny.py --rounds 1 --steps 4 --batches 1,2 --device cpu --json b.json",
@@ -543,8 +591,13 @@ def test_every_variant_of_a_training_comparison_is_allowed(name):
     options = cli.merge(ablate.AblateConfig, {})
     for base in ("", "tales", "stories"):
         options = dataclasses.replace(options, base=base)
-        for changes in ablate.TRAINED[name](options).values():
-            cli.merge(Config, ablate.base_config(options), changes)
+        plain = cli.merge(Config, ablate.base_config(options))
+        variants = [cli.merge(Config, ablate.base_config(options), changes)
+                    for changes in ablate.TRAINED[name](options).values()]
+        assert {(cfg.data, cfg.rows, cfg.block_size, cfg.tokenizer) for cfg in variants} == {
+            (plain.data, plain.rows, plain.block_size, plain.tokenizer)}, "all are judged on the same rows"
+        if name == "recipe":
+            assert sum(cfg == plain for cfg in variants) == 1, "what the base has already is not compared with it"
 
 
 def test_ablate_trains_each_variant_once(monkeypatch, capsys):
@@ -567,7 +620,7 @@ def test_ablate_trains_each_variant_once(monkeypatch, capsys):
     mean = (float(rows[0]["bound"]) + float(rows[1]["bound"])) / 2
     assert f"| {mean:.4g} |" in table[4]
     code, out, err = run(ablate.main, words.replace("tiny.py", "tiny.py --data my.txt --only elbo"), monkeypatch, capsys)
-    assert code == 0 and ablate.read_table("out/weighting_tiny_my.csv")[0]["data"] == "my.txt", err
+    assert code == 0 and ablate.read_table("out/weighting_tiny_on_my.csv")[0]["data"] == "my.txt", err
     monkeypatch.setattr(train, "train", None)
     code, out, _ = run(ablate.main, words, monkeypatch, capsys)
     assert code == 0 and "of 6" not in out
@@ -592,7 +645,8 @@ def test_ablate_samplers(tales_run, monkeypatch, capsys):
     code, out, _ = run(ablate.main, [*command, "--only", "margin", "--num_samples", "3"], monkeypatch, capsys)
     assert code == 0 and ablate.read_table("x/samplers.csv")[:len(rows)] == rows, "other measurements are kept"
     for words, message in (("", "known: samplers"), ("sampler", "did you mean samplers"), ("samplers --num_samples 1", "num_samples=1"),
-                           (" ".join([*command, "--only", "x"]), "no setting of samplers begins so")):
+                           (" ".join([*command, "--only", "x"]), "no setting of samplers begins so"),
+                           ("samplers --base tales", "trains nothing")):
         code, _, err = run(ablate.main, words, monkeypatch, capsys)
         assert code == 2 and message in err
 

@@ -19,25 +19,9 @@ from utils.cli import UserError, reason
 
 def save(path, state):
     """Write the dict `state` to `path`, all or nothing. A full disk or missing permission is a UserError."""
-    temporary = f"{path}.tmp"
-    try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch's zip writer turns a failed write into RuntimeError
-        if os.path.exists(temporary):
-            os.remove(temporary)
-        raise UserError(f"cannot write {path}: {reason(error)}; what was there before is untouched") \
-            from None
-    with contextlib.suppress(OSError, AttributeError):  # the new name on the disk too, where the system can
-        folder = os.open(os.path.dirname(path) or ".", os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    # torch's zip writer turns a failed write into RuntimeError
+    with cli.replacing(path, RuntimeError) as temporary, open(temporary, "wb") as file:
+        torch.save(state, file)
 
 
 def read(path):

@@ -1,4 +1,5 @@
-"""What all command lines share: a dataclass whose fields are flags, errors in one line, exit codes."""
+"""What all command lines share: a dataclass whose fields are flags, errors in one line, exit codes, whole files."""
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -13,6 +14,38 @@ class UserError(Exception):
 def reason(error):
     """The first line of an exception's message, or its name where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+
+
+@contextlib.contextmanager
+def replacing(path, *also):
+    """A name to write to, which takes the place of `path` once all is written and on the disk.
+
+    What was there stays whole if that fails, or if the machine stops at any moment. OSError (full disk, missing permission)
+    and the exceptions `also` become a UserError. A link stays one; a device, /dev/stdout say, is written as it is.
+    """
+    target = os.path.realpath(path)
+    device = os.path.exists(target) and not os.path.isfile(target)
+    temporary = target if device else f"{target}.tmp"
+    try:
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        yield temporary
+        if not device:
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+    except BaseException as error:
+        if not device:
+            with contextlib.suppress(OSError):
+                os.remove(temporary)
+        if not isinstance(error, (OSError, *also)):
+            raise
+        raise UserError(f"cannot write {path}: {reason(error)}; what was there before is untouched") from None
+    with contextlib.suppress(OSError, AttributeError):  # the new name on the disk too, where the system can
+        folder = os.open(os.path.dirname(target), os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def nearest(word, words):

@@ -13,7 +13,7 @@ import torch
 
 from utils import tales, texts, tokenizer
 from utils.cli import UserError
-from utils.runtime import generator, is_first
+from utils.runtime import generator, is_first, write_json
 
 TALES_HELD_OUT = 2048  # stories
 SHORTEST_TALE = 60  # tokens; a tale has 65 words and punctuation marks, which no tokenizer trained here joins
@@ -267,13 +267,9 @@ def write_shards(folder, source, text, wanted, settings, progress=lambda tokens:
             if sum(counts.values()):
                 index["shards"].append({"name": name} | counts)
             index["state"] = dataset.state_dict()
-            with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-                json.dump(index, file, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(f"{path}.tmp", path)
+            write_json(path, index)
     except OSError as error:
-        raise UserError(f"cannot write {folder}: {error}; the same command goes on from the last whole shard") from None
+        raise UserError(f"cannot write {folder}: {reason(error)}; the same command goes on from the last whole shard") from None
     return index
 
 

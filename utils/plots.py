@@ -2,7 +2,7 @@
 import json
 import os
 
-from utils.cli import UserError
+from utils import cli
 
 OKABE_ITO = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#1d1d1f")  # told apart by all eyes
 
@@ -123,8 +123,5 @@ def quality_against_cost(rows, title, path):
 
 def save(figure, path):
     """Write a matplotlib figure; an unwritable path is a UserError."""
-    try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error}") from None
+    with cli.replacing(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from utils import cli
 from utils.cli import UserError, reason
 
 
@@ -191,12 +192,13 @@ def restarted():
 
 @contextlib.contextmanager
 def first_rank_first(ranks):
-    """The first process of each machine goes through, then the others: it makes the files that these find."""
-    local = int(os.environ["LOCAL_RANK"]) if ranks.world > 1 else 0
-    if local:
+    """The first process goes through, then the first of each machine, then the others: they make the files that these find,
+    and machines may share a disk."""
+    turn = 0 if not ranks.rank else 1 if os.environ["LOCAL_RANK"] == "0" else 2
+    for _ in range(turn):
         dist.barrier()
     yield
-    if ranks.world > 1 and not local:
+    for _ in range(2 - turn if ranks.world > 1 else 0):
         dist.barrier()
 
 
@@ -258,8 +260,8 @@ def restore_signals(previous):
 def begin_log(path, step):
     """Make the JSONL log at `path`, or take its entries after `step` away (a resumed run writes them anew)."""
     try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
         if not step:
+            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
             return open(path, "x").close()
         kept = []
         for line in open(path, encoding="utf-8") if os.path.exists(path) else ():
@@ -268,9 +270,8 @@ def begin_log(path, step):
                     kept.append(line.rstrip("\n") + "\n")
             except ValueError:  # a line that a crash cut off
                 pass
-        with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+        with cli.replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
             file.writelines(kept)
-        os.replace(f"{path}.tmp", path)
     except FileExistsError:
         raise UserError(f"{path} exists: another run of this name has just begun; start again, or give a --name") from None
     except OSError as error:
@@ -288,13 +289,8 @@ def write_line(path, entry):
 
 def write_json(path, data):
     """Write `data` as JSON, whole or not at all; an unwritable path is a UserError."""
-    try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-            json.dump(data, file, indent=1)
-        os.replace(f"{path}.tmp", path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error}") from None
+    with cli.replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        json.dump(data, file, indent=1)
 
 
 def synchronise(device):

@@ -14,7 +14,7 @@ import re
 import zipfile
 from itertools import islice
 
-from utils import tokenizer
+from utils import cli, tokenizer
 from utils.cli import UserError, reason
 
 HELD_OUT = 0.1  # share of the documents, or of the text of a single one
@@ -129,22 +129,14 @@ def repair_mojibake(text):
 
 def write_documents(path, documents, separator=None):
     """Write documents (iterable of str) as a prepared text file, all or nothing; returns how many."""
-    separator, count, temporary = separator or f"\n{tokenizer.END}\n", 0, f"{path}.tmp"
-    try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with open(temporary, "w", encoding="utf-8") as file:
-            for document in documents:
-                if document and not document.isspace():
-                    file.write(separator * bool(count) + document)
-                    count += 1
+    separator, count = separator or f"\n{tokenizer.END}\n", 0
+    with cli.replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        for document in documents:
+            if document and not document.isspace():
+                file.write(separator * bool(count) + document)
+                count += 1
         if not count:
             raise UserError(f"no documents came; {path} was not written")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error}") from None
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
     return count
 
 

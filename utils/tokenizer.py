@@ -7,6 +7,7 @@ import os
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from utils import cli
 from utils.cli import UserError
 
 END = "<|endoftext|>"
@@ -141,9 +142,5 @@ def load(path):
 
 def save(text, path):
     """Write the tokenizer file; an unwritable path is a UserError."""
-    try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(text.to_json())
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error}") from None
+    with cli.replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.write(text.to_json())

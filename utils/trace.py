@@ -5,7 +5,6 @@ are told apart by shape as well as by colour (Okabe-Ito's colours, which colour-
 a hidden token is a hollow box, a fresh one bold on a filled box, a re-masked one a crossed box, the given text is
 underlined. What the model has written stands on a tint: the paler, the surer it was.
 """
-import contextlib
 import functools
 import json
 import math
@@ -19,6 +18,7 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
+from utils import cli
 from utils.cli import UserError
 
 WIDTH, HEIGHT, MARGIN = 1280, 720, 48
@@ -375,11 +375,8 @@ def write_html(path, frames, text, title):
     # "<" is escaped, so that no token can end the script
     script = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     page = page.replace("/*DATA*/null", script)
-    try:
-        with _replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-            file.write(page)
-    except OSError as error:
-        raise UserError(f"cannot write the page {path}: {error}") from None
+    with cli.replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.write(page)
 
 
 # --- files ------------------------------------------------------------------------------------------------------
@@ -388,18 +385,16 @@ def write_html(path, frames, text, title):
 def write_mp4(path, images, frame_ms):
     """H.264, yuv420p: what browsers and QuickTime play. `images` as `pictures` yields them."""
     import av
-    try:
-        with _replacing(path) as file, av.open(file, "w", "mp4", options={"movflags": "faststart"}) as container:
-            stream = container.add_stream("libx264", rate=Fraction(1000, frame_ms))
-            stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
-            stream.options = {"crf": "20", "preset": "veryfast"}
-            for image, seconds in images:
-                frame = av.VideoFrame.from_image(image)
-                for _ in range(max(1, round((seconds or 0) * 1000 / frame_ms))):
-                    container.mux(stream.encode(frame))
-            container.mux(stream.encode())
-    except (OSError, ValueError, av.error.FFmpegError) as error:
-        raise UserError(f"cannot write the video {path}: {error}") from None
+    with cli.replacing(path, ValueError, av.error.FFmpegError) as temporary, av.open(
+            temporary, "w", "mp4", options={"movflags": "faststart"}) as container:
+        stream = container.add_stream("libx264", rate=Fraction(1000, frame_ms))
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        stream.options = {"crf": "20", "preset": "veryfast"}
+        for image, seconds in images:
+            frame = av.VideoFrame.from_image(image)
+            for _ in range(max(1, round((seconds or 0) * 1000 / frame_ms))):
+                container.mux(stream.encode(frame))
+        container.mux(stream.encode())
 
 
 def _palette():
@@ -423,11 +418,8 @@ def write_gif(path, images, frame_ms):
     for image, seconds in images:
         small.append(image.resize((WIDTH // 2, HEIGHT // 2), Image.LANCZOS).quantize(palette=palette, dither=Image.Dither.NONE))
         times.append(frame_ms if seconds is None else int(1000 * seconds))
-    try:
-        with _replacing(path) as file:
-            small[0].save(file, "GIF", save_all=True, append_images=small[1:], duration=times, loop=0)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot write the GIF {path}: {error}") from None
+    with cli.replacing(path, ValueError) as temporary:
+        small[0].save(temporary, "GIF", save_all=True, append_images=small[1:], duration=times, loop=0)
 
 
 def check(path, ending):
@@ -440,15 +432,3 @@ def check(path, ending):
         raise UserError(f"cannot write {path}: {error}") from None
     if not os.access(os.path.dirname(path) or ".", os.W_OK) or os.path.isdir(path):
         raise UserError(f"cannot write {path}: the folder is not writable, or this is a folder")
-
-
-@contextlib.contextmanager
-def _replacing(path):
-    """A name to write to, which takes the place of `path` once all is written: what was there stays if that fails."""
-    temporary = f"{path}.tmp"
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
