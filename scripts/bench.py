@@ -219,7 +219,8 @@ def bench_train(name, options):
             print(f"left out: {error}", file=sys.stderr)
             continue
         timed |= {one: rows for one, rows in answers.items() if one not in timed}
-        base, known = answers.get(reference) or timed.get(reference), 1.0 if reference == SOURCE else figures[reference]["speed_up"]
+        base = answers.get(reference) or timed.get(reference)
+        known = 1.0 if reference == SOURCE else figures[reference]["speed_up"]
         for one, rows in answers.items():
             if one in figures:  # shown as it was beside the first
                 continue

@@ -11,7 +11,7 @@ from utils.optim import Muon, lr_scale, make_optimizers
 
 
 def shape(**changes):
-    return settings(**{"n_layer": 2, "n_head": 2, "n_embd": 32, "init": "normal"} | changes)
+    return settings(**{"n_layer": 2, "n_head": 2, "n_embd": 32, "init": "normal", "tie_embeddings": False} | changes)
 
 
 def build(vocab_size=12, **changes):
