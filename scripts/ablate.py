@@ -351,7 +351,9 @@ def main(argv):
               if str(next(iter(setting.values()))).startswith(options.only)]
     if not wanted:
         raise UserError(f"only={options.only}: no setting of {positional[0]} begins so")
-    rows = lambda: [row for key in keys for row in done(key)]
+    # all seeds that were measured count, also those of other calls
+    shown = dict.fromkeys(tuple((name, value) for name, value in key.items() if name != "seed") for key in keys)
+    rows = lambda: [row for key in shown for row in done(dict(key))]
     for number, (key, setting) in enumerate(wanted, 1):
         if done(key):
             continue
