@@ -3,6 +3,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -15,7 +16,7 @@ import diffusion
 import inference
 import train
 from config import Config, SampleConfig
-from conftest import interrupt
+from conftest import ROOT, interrupt
 from scripts import data as data_script
 from scripts import ablate, bench, evaluate, train_tokenizer
 from utils import checkpoint, cli, plots, runtime, tales, texts, tokenizer, trace
@@ -727,3 +728,10 @@ def test_mistakes_in_canvases(words, message, tales_run, monkeypatch, capsys):
     code, _, err = run(inference.main, ["--checkpoint", str(tales_run / "models" / "tales.best.pt"), *words.split()],
                        monkeypatch, capsys)
     assert code == 2 and message in err.strip().splitlines()[-1] and "Traceback" not in err, err
+
+
+@pytest.mark.parametrize("name", ("README.md", "learning.md"))
+def test_links_lead_somewhere(name):
+    """Pictures, tables and files that the text points to are part of the repository."""
+    links = re.findall(r"\]\((?!http|#)([^)#]+)", open(os.path.join(ROOT, name), encoding="utf-8").read())
+    assert not [link for link in links if not os.path.exists(os.path.join(ROOT, link))]
