@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 
 from config import SampleConfig
-from utils import blocks, rules, runtime
+from utils import blocks, draws, rules, runtime, uniform
 from utils.cli import UserError, check_name
+from utils.draws import at_least_float32
 
 # --- schedules --------------------------------------------------------------------------------------------------
 # A schedule is the masked share m(t), rising from 0 at t = 0 to 1 at t = 1, and its inverse t(m). The survival
@@ -77,34 +78,6 @@ def mask_rate_slope(schedule, t):
 # --- corruption -------------------------------------------------------------------------------------------------
 
 
-def stratified(n, generator):
-    """n uniforms in [0, 1), (n,) float64, one in each stratum [i/n, (i+1)/n), with one random offset for all.
-
-    Together they cover [0, 1) evenly (variational diffusion models, arXiv:2107.00630). Row r takes the r-th stratum in
-    bit-reversed (van der Corput) order, so that every contiguous slice of the rows, a micro-batch or a rank's share, is
-    spread evenly too. Which row takes which never changes: what stands in the rows must be in random order.
-    """
-    offset = torch.rand((), generator=generator, dtype=torch.float64)
-    return (stratum_of(n) + offset) / n
-
-
-def stratum_of(n):
-    """Which of n strata each of n rows takes, (n,) long."""
-    width = max(1, (n - 1).bit_length())
-    return torch.tensor([int(f"{row:0{width}b}"[::-1], 2) for row in range(n)]).argsort().argsort()
-
-
-def exactly(counts, L, given, generator):
-    """Uniformly random masks (B, L) bool with exactly counts (B,) True in each row, none in the first `given`."""
-    return F.pad(first_of(torch.rand(len(counts), L - given, generator=generator), counts), (given, 0))
-
-
-def first_of(numbers, counts):
-    """Where the counts (B,) least of each row of numbers (B, n) are: (B, n) bool."""
-    order = numbers.argsort(1)
-    return torch.zeros_like(order, dtype=torch.bool).scatter(1, order, torch.arange(order.size(1)) < counts[:, None])
-
-
 def given_tokens(cfg):
     """How many tokens at the start of a row are never masked: the `<|endoftext|>` that every document row starts with.
 
@@ -115,21 +88,31 @@ def given_tokens(cfg):
 
 
 class Corruption(NamedTuple):
-    masked: torch.Tensor  # (B, L) bool
-    weight: torch.Tensor  # (B,) float32; the loss of a row is weight * sum of CE over masked / L
+    masked: torch.Tensor  # (B, L) bool: what is hidden, replaced (uniform noise) or predicted (autoregressive)
+    weight: torch.Tensor  # (B,) float32; the loss of a row is weight * sum of CE over masked / L; or, with blocks, (B, K)
+    #                       weights of its K blocks
     index: torch.Tensor = None  # (N,) flat positions of the masked ones, and -1 to fill up; found on the CPU, so that
     #                             a GPU need not wait
+    noise: torch.Tensor = None  # (B, L) long, modulo V the tokens that uniform noise puts there
+    level: torch.Tensor = None  # (B,) float32 noise level of uniform noise, which a row does not show
 
     def to(self, device):
-        index = self.masked.flatten().nonzero()[:, 0] if self.index is None else self.index
-        return Corruption(*(runtime.move(part, device) for part in (self.masked, self.weight, index)))
+        index = self.index
+        if index is None and self.noise is None:
+            index = self.masked.flatten().nonzero()[:, 0]
+        return self._replace(index=index).each(lambda part: runtime.move(part, device))
+
+    def each(self, function):
+        """A Corruption of what `function` makes of each part that there is."""
+        return Corruption(*(part if part is None else function(part) for part in self))
 
 
-def draw_corruption(cfg, B, L, generator):
+def draw_corruption(cfg, B, L, generator, density=None):
     """Masks and loss weights of a whole (global) batch of B rows of L tokens, on the CPU; see `Corruption`.
 
     cfg.corruption       count      an exact number of masks per row, stratified over the batch: no row without a
-                                    mask, no 1/t tail, an 8 times smaller deviation of the batch loss at L = 256
+                                    mask, no 1/t tail, an 8 times smaller deviation of the batch loss at L = 256. With
+                                    blocks, of each block: with one token a block, all are always masked
                          bernoulli  each token by itself, as in the sources
     cfg.diffusion_steps  0: continuous time, T: the sources' T discrete times 1/T, ..., 1 (bernoulli only)
     cfg.loss_weighting   elbo   the negative ELBO in nats per token, whatever the schedule: with counts
@@ -139,35 +122,48 @@ def draw_corruption(cfg, B, L, generator):
                          clip   elbo, but at most 5 per masked token
                          pooled the sources' mean over all masked tokens of the batch
                          full   the char micro-dLLM's mean over all positions, visible ones included (see `loss`)
+    density              (n,) of the times that are drawn (`draws.warped`), whatever weights its rows' losses so that
+                         their mean is what it is without
     """
-    T, given = cfg.diffusion_steps, given_tokens(cfg)
+    T, given, own = cfg.diffusion_steps, given_tokens(cfg), block_len(cfg)
+    if cfg.objective == "ar":
+        return Corruption((torch.arange(L) >= given).repeat(B, 1), torch.ones(B))
+    units, n = (B * (L - given) // own, own) if own else (B, L - given)  # what has a noise level of its own
+    u = draws.warped(draws.stratified(units // 2 if cfg.complementary else units, generator), density)
+    if own:  # strata are fixed to rows, and so must not be to places in a row
+        u = u.view(B, -1)
+        u = u.gather(1, torch.rand(u.shape, generator=generator).argsort(1)).flatten()
     if cfg.corruption == "count":
-        n = L - given
-        counts = counts_of(cfg, stratified(B // 2 if cfg.complementary else B, generator), n)
+        counts = counts_of(cfg, u, n)
         if cfg.complementary:
             numbers = torch.rand(B // 2, n, generator=generator)
-            pair = first_of(numbers, counts), ~first_of(numbers, counts % n)  # l and n - l; of n, both
-            masked = F.pad(torch.stack(pair, 1).flatten(0, 1), (given, 0))
+            pair = draws.first_of(numbers, counts), ~draws.first_of(numbers, counts % n)  # l and n - l; of n, both
+            masked = torch.stack(pair, 1).flatten(0, 1)
             counts = masked.sum(1)
         else:
-            masked = exactly(counts, L, given, generator)
-        chance = time_of(cfg.schedule, counts.double() / n) - time_of(cfg.schedule, (counts - 1).double() / n)
-        elbo = 1 / (chance * counts)
+            masked = draws.exactly(counts, n, generator)
+        begin, end = (time_of(cfg.schedule, (counts - less).double() / n) for less in (1, 0))
+        elbo = 1 / ((end - begin) * counts)
+        ratio = (end - begin) / (draws.cdf(end, density) - draws.cdf(begin, density))
     else:
-        u = stratified(B, generator)
         t = (u * T).floor() / T + 1 / T if T else u.clamp(min=1e-9)
         m = mask_rate(cfg.schedule, t)
-        masked = F.pad(torch.rand(B, L - given, generator=generator) < m[:, None], (given, 0))
+        masked = torch.rand(B, n, generator=generator) < m[:, None]
         elbo = T * (m - mask_rate(cfg.schedule, t - 1 / T)) / m if T else mask_rate_slope(cfg.schedule, t) / m
+        ratio = 1 / draws.density_at(t, density)
+    masked = F.pad(masked.view(B, -1), (given, 0))
+    if cfg.objective == "uniform":
+        noise = torch.randint(2**62, (B, L), generator=generator)
+        return Corruption(masked, (ratio * mask_rate_slope(cfg.schedule, t)).float(), None, noise, m.float())
     if cfg.loss_weighting == "elbo":
         weight = elbo
     elif cfg.loss_weighting == "clip":
         weight = elbo.clamp(max=5.0)
     elif cfg.loss_weighting == "pooled":
-        weight = torch.full((B,), masked.numel() / max(1, masked.sum().item()))
+        weight = torch.full((units,), masked.numel() / max(1, masked.sum().item()))
     else:  # flat and full
-        weight = torch.ones(B)
-    return Corruption(masked, weight.float())
+        weight = torch.ones(units)
+    return Corruption(masked, (ratio * weight).float().view((B, -1) if own else (B,)))
 
 
 def counts_of(cfg, u, n):
@@ -175,7 +171,7 @@ def counts_of(cfg, u, n):
     return (1 + (mask_rate(cfg.schedule, u) * n).floor().long()).clamp(max=n)
 
 
-def split_corruption(cfg, whole, rows, size):
+def split_corruption(cfg, whole, rows, size, density=None):
     """The part of `whole`, a batch's Corruption, that belongs to rows (a slice), in pieces of `size` rows (whole pairs,
     with complementary masks).
 
@@ -183,20 +179,24 @@ def split_corruption(cfg, whole, rows, size):
     most. The strata and their order are fixed, so that is hardly more than what they mask on average.
     """
     B, L = whole.masked.shape
-    if cfg.corruption == "count":
-        n, pairs = L - given_tokens(cfg), 2 if cfg.complementary else 1
-        most = counts_of(cfg, (stratum_of(B // pairs) + 1).double() / (B // pairs), n)  # of each row
+    counted = cfg.corruption == "count" and cfg.objective == "masked"
+    if counted:
+        pairs, K = 2 if cfg.complementary else 1, whole.weight[0].numel()
+        units, n = B // pairs * K, (L - given_tokens(cfg)) // K
+        most = counts_of(cfg, draws.warped((draws.stratum_of(units) + 1).double() / units, density), n)  # of each unit
         if pairs == 2:  # l and n - l, but n and n
             most = torch.where(most == n, n, n / 2).repeat_interleave(2)
-        bound = math.ceil(max(part.sum().item() for part in most.split(size)))
+        bound = math.ceil(max(part.sum().item() for part in most.view(B, K).split(size)))
     pieces = []
     for start in range(rows.start, rows.stop, size):
-        part = slice(start, start + size)
-        index = whole.masked[part].flatten().nonzero()[:, 0]
-        if cfg.corruption == "count":
+        piece = whole.each(lambda part: part[start:start + size])
+        if counted:
+            index = piece.masked.flatten().nonzero()[:, 0]
             assert len(index) <= bound, (len(index), bound)
-            index = F.pad(index, (0, bound - len(index)), value=-1)
-        pieces.append(Corruption(whole.masked[part], whole.weight[part], index))
+            piece = piece._replace(index=F.pad(index, (0, bound - len(index)), value=-1))
+        elif cfg.objective != "uniform":
+            piece = piece._replace(index=piece.masked.flatten().nonzero()[:, 0])
+        pieces.append(piece)
     return pieces
 
 
@@ -205,12 +205,37 @@ def hide(x0, masked, mask_id):
     return torch.where(masked, mask_id, x0)
 
 
+# --- what a network of each family is asked ---------------------------------------------------------------------
+# A masked network sees all. An autoregressive one sees what is to the left, and position i reads token i - 1 (the first
+# reads MASK), so that all L tokens of a row are predicted, as in diffusion. One of blocks sees its own block and those
+# to the left.
+
+
+def block_len(cfg):
+    """Tokens of a block of block diffusion (BD3-LM, arXiv:2503.09573); 0: the window is one block, plain diffusion."""
+    return 0 if cfg.block_len in (0, cfg.block_size) else cfg.block_len
+
+
+def options_of(cfg):
+    """What `sample` and `predict` need to know about a model that was trained with cfg (dict)."""
+    return {"objective": cfg.objective, "block_len": block_len(cfg), "given": given_tokens(cfg)}
+
+
+def predict(model, ids, *, objective="masked", block_len=0, given=0, select=None):
+    """Logits of a network of any family but uniform for the canvas ids (B, L): (B, L, V), or (N, V) with `select`.
+
+    What is asked at a position is the token there, given all MASKs and tokens that the family may look at.
+    """
+    hidden = ids == model.vocab_size - 1
+    if objective == "ar":
+        return model(blocks.shifted(ids, model.vocab_size - 1), None, attention="causal", select=select)
+    if block_len:
+        own = blocks.number(ids.size(1), block_len, given, ids.device)
+        return model(ids, blocks.level(hidden, block_len, given), attention=own[None] <= own[:, None], select=select)
+    return model(ids, hidden.float().mean(1), select=select)
+
+
 # --- losses -----------------------------------------------------------------------------------------------------
-
-
-def at_least_float32(logits):
-    """bfloat16 logits as float32, for softmax and losses; float32 and float64 as they are."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def token_nll(logits, targets):
@@ -218,46 +243,119 @@ def token_nll(logits, targets):
     return F.cross_entropy(at_least_float32(logits), targets, reduction="none")
 
 
-def loss(model, x0, corruption, full=False, token_nll=token_nll):
+def loss(model, x0, corruption, full=False, token_nll=token_nll, *, objective="masked", block_len=0, given=0):
     """Training loss of each row, (B,) nats per token, for x0 (B, L) long.
 
     full=True is the char micro-dLLM's loss over all positions; it falls as the network learns to copy what it sees.
     token_nll: a compiled one may be given, which does not hold all the logits in float32.
+    objective="ar": the exact -log p, all tokens after the `given` ones predicted. block_len: block diffusion, whose
+    network sees the clean row beside the corrupted one (`blocks.doubled_mask`).
     """
     B, L = x0.shape
     if full:
-        xt = hide(x0, corruption.masked, model.vocab_size - 1)
-        logits = model(xt, corruption.masked.float().mean(1))
+        logits = predict(model, hide(x0, corruption.masked, model.vocab_size - 1))
         return token_nll(logits.flatten(0, 1), x0.flatten()).view(B, L).mean(1)
-    masked, _, index = corruption.to(x0.device)
-    row = torch.where(index < 0, B, index // L)  # what fills up belongs to row B, and is left out
+    masked, weight, index, *_ = corruption.to(x0.device)
+    row, place = torch.where(index < 0, B, index // L), index % L  # what fills up belongs to row B, and is left out
     index = index.clamp(min=0)
-    logits = model(hide(x0, masked, model.vocab_size - 1), masked.float().mean(1), select=index)
+    if objective == "ar":
+        logits = predict(model, x0, objective=objective, select=index)
+    elif block_len:
+        own = blocks.number(L, block_len, given, x0.device)
+        level = F.pad(blocks.level(masked, block_len, given), (0, L))  # and the clean row is clean
+        logits = model(torch.cat((hide(x0, masked, model.vocab_size - 1), x0), 1), level,
+                       attention=blocks.doubled_mask(L, block_len, given, x0.device),
+                       positions=torch.arange(L, device=x0.device).repeat(2), select=row.clamp(max=B - 1) * 2 * L + place)
+        weight = F.pad(weight, (0, 0, 0, 1))[row, own[place].clamp(min=0)]
+    else:
+        logits = predict(model, hide(x0, masked, model.vocab_size - 1), select=index)
     ce = token_nll(logits, x0.flatten()[index])
-    return ce.new_zeros(B + 1).index_add(0, row, ce)[:B] * corruption.weight / L
+    if block_len:
+        return ce.new_zeros(B + 1).index_add(0, row, ce * weight)[:B] / L
+    return ce.new_zeros(B + 1).index_add(0, row, ce)[:B] * weight / L
+
+
+def uniform_loss(model, x0, corruption, cfg, token_nll=None):
+    """Training loss of each row under uniform noise, (B,) nats per token: the closed-form bound (`uniform.nelbo`)."""
+    masked, weight, _, noise, level = corruption.to(x0.device)
+    xt = torch.where(masked, noise % (model.vocab_size - 1), x0)
+    integrand = uniform.nelbo(at_least_float32(model(xt, level)), xt, x0, level)
+    given = given_tokens(cfg)
+    return integrand[:, given:].sum(1) * weight / x0.size(1)
 
 
 @torch.no_grad()
-def nll_bound(model, x0, passes=1, given=0, rows_at_once=64):
+def nll_bound(model, x0, passes=1, given=0, rows_at_once=64, *, block_len=0):
     """Upper bound on -log p(x0): (R, passes) nats per token, for x0 (R, L) long; its mean over passes is unbiased.
 
     -log p(x0) <= E_l [ (L / l) E_S sum of CE over S ], l uniform on 1..L and S a uniform set of l positions (LLaDA,
-    arXiv:2502.09992, eq. 14). The same whatever schedule or loss the network was trained with, and its masks are
-    always the same, so that checkpoints and runs compare. Each pass stratifies the counts over all rows, and gives them
+    arXiv:2502.09992, eq. 14), with blocks so for each of them. The same whatever schedule or loss the network was trained
+    with, and its masks are always the same, so that checkpoints and runs compare. Each pass stratifies the counts over all rows, and gives them
     to the rows in a new random order. The first `given` tokens of a row are certain (`given_tokens`): never masked,
     and without cost.
     """
     R, L = x0.shape
+    units, n = (R * (L - given) // block_len, block_len) if block_len else (R, L - given)
     generator = torch.Generator().manual_seed(0)
     out = torch.empty(R, passes)
     for k in range(passes):
-        u = stratified(R, generator)[torch.randperm(R, generator=generator)]
-        counts = 1 + (u * (L - given)).floor().long()
-        masked = exactly(counts, L, given, generator)
+        u = draws.stratified(units, generator)[torch.randperm(units, generator=generator)]
+        counts = 1 + (u * n).floor().long()
+        masked = F.pad(draws.exactly(counts, n, generator).view(R, -1), (given, 0))
+        weight = (n / counts).float().view((R, -1) if block_len else (R,))
         for rows in torch.arange(R).split(rows_at_once):
-            batch = Corruption(masked[rows], ((L - given) / counts[rows]).float()).to(x0.device)
-            out[rows, k] = loss(model, x0[rows.to(x0.device)], batch).float().cpu()
+            batch = Corruption(masked[rows], weight[rows]).to(x0.device)
+            part = loss(model, x0[rows.to(x0.device)], batch, block_len=block_len, given=given)
+            out[rows, k] = part.float().cpu()
     return out
+
+
+@torch.no_grad()
+def uniform_bound(model, x0, passes, cfg, rows_at_once):
+    """Upper bound on -log p(x0) under uniform noise: (R, passes) nats per token. Times are stratified over all rows, and
+    m = t^2, since the integrand grows like log(1 / m): nothing is cut off below."""
+    R, generator = len(x0), torch.Generator().manual_seed(0)
+    out = torch.empty(R, passes)
+    for k in range(passes):
+        t = draws.stratified(R, generator)[torch.randperm(R, generator=generator)]
+        m = (t**2).clamp(max=1 - 1e-3)
+        masked = torch.rand(x0.shape, generator=generator) < m[:, None]
+        masked[:, :given_tokens(cfg)] = False
+        batch = Corruption(masked, (2 * t).float(), None, torch.randint(2**62, x0.shape, generator=generator), m.float())
+        for rows in torch.arange(R).split(rows_at_once):
+            part = uniform_loss(model, x0[rows.to(x0.device)], batch.each(lambda whole: whole[rows]), cfg)
+            out[rows, k] = part.float().cpu()
+    return out
+
+
+@torch.no_grad()
+def ar_nll(model, x0, passes, cfg, rows_at_once):
+    """-log p(x0) of an autoregressive network, exact: (R, 1) nats per token, for x0 (R, L) long."""
+    parts = [loss(model, rows, draw_corruption(cfg, *rows.shape, None), objective="ar") for rows in x0.split(rows_at_once)]
+    return torch.cat(parts).float().cpu()[:, None]
+
+
+class Objective(NamedTuple):
+    loss: Callable   # model, x0 (B, L), Corruption, cfg, token_nll -> (B,) nats per token
+    bound: Callable  # model, x0 (R, L), passes, cfg, rows at once -> (R, passes) nats per token
+
+
+def masked_loss(model, x0, corruption, cfg, token_nll=token_nll):
+    """`loss` with cfg's settings."""
+    return loss(model, x0, corruption, cfg.loss_weighting == "full", token_nll, **options_of(cfg))
+
+
+OBJECTIVES = {
+    "masked": Objective(masked_loss, lambda model, x0, passes, cfg, rows_at_once: nll_bound(
+        model, x0, passes, given_tokens(cfg), rows_at_once, block_len=block_len(cfg))),
+    "uniform": Objective(uniform_loss, uniform_bound),
+    "ar": Objective(masked_loss, ar_nll),
+}
+
+
+def bound(model, x0, passes, cfg, rows_at_once=64):
+    """Upper bound on -log p(x0), (R, passes) nats per token, of a model of cfg's family; exact for ar, in one pass."""
+    return OBJECTIVES[cfg.objective].bound(model, x0, passes, cfg, rows_at_once)
 
 
 def mean_and_errors(nll):
@@ -270,6 +368,24 @@ def mean_and_errors(nll):
     rows = nll.mean(1).std().item() / math.sqrt(R) if R > 1 else math.nan
     masks = nll.mean(0).std().item() / math.sqrt(passes) if passes > 1 else math.nan
     return nll.mean().item(), rows, masks
+
+
+SPREAD_BINS = 16
+
+
+@torch.no_grad()
+def time_density(model, x0, cfg, rows_at_once=64):
+    """Density of times (SPREAD_BINS,), in proportion to the root mean square of the rows' weighted losses at each, for
+    x0 (R, L) long: importance sampling, as Nichol & Dhariwal (arXiv:2102.09672, section 3.3). Half of it is uniform, so
+    that no weight is above 2."""
+    R, generator = len(x0), torch.Generator().manual_seed(0)
+    whole = draw_corruption(cfg, R, x0.size(1), generator)
+    bins = (draws.stratum_of(R) * SPREAD_BINS // R)
+    losses = torch.cat([OBJECTIVES[cfg.objective].loss(model, x0[rows.to(x0.device)], whole.each(lambda part: part[rows]), cfg)
+                        for rows in torch.arange(R).split(rows_at_once)]).double().cpu()
+    squares = torch.zeros(SPREAD_BINS, dtype=torch.float64).index_add(0, bins, losses**2)
+    spread = (squares / torch.bincount(bins, minlength=SPREAD_BINS).clamp(min=1)).sqrt()
+    return 0.5 + 0.5 * spread / spread.mean().clamp(min=1e-12)
 
 
 # --- sampling ---------------------------------------------------------------------------------------------------
@@ -328,73 +444,11 @@ def find_sampler(name):
     return rule, value
 
 
-def warp(logits, temperature=1.0, top_k=0, top_p=1.0):
-    """Token distribution (N, V) to draw from: temperature, then top-k (0 = all), then top-p (1 = all).
-
-    top-p keeps the likeliest tokens until their sum reaches top_p, the one that crosses it included. Temperature 0 is
-    all mass on the likeliest token.
-    """
-    if temperature == 0:
-        return F.one_hot(logits.argmax(-1), logits.size(-1)).to(logits.dtype)
-    logits = logits / temperature
-    if 0 < top_k < logits.size(-1):
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
-    p = logits.softmax(-1)
-    if top_p < 1:
-        sorted_p, order = p.sort(descending=True)
-        dropped = sorted_p.cumsum(-1) - sorted_p >= top_p
-        p = p.masked_fill(torch.zeros_like(dropped).scatter(1, order, dropped), 0.0)
-    return p
-
-
-def draw(p, u):
-    """Tokens (N,) from p (N, V), which need not be normalised, by inverting the cumulative sum at u (N,) in [0, 1).
-
-    In float64: float32 never draws a token below about 1e-8, which shifts the text's entropy (arXiv:2409.02908). A
-    token of probability zero is never drawn. On MPS, which lacks float64, float32 does for vocabularies of some 4,000.
-    """
-    cumulative = p.to(u.dtype).cumsum(-1)
-    return (cumulative <= u[:, None] * cumulative[:, -1:]).sum(-1).clamp(max=p.size(-1) - 1)
-
-
-def _mix(x):
-    """SplitMix64's finaliser on int64 tensors: a one-to-one scrambling of 64 bits (Steele et al. 2014)."""
-    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -4658895280553007687
-    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685
-    return x ^ ((x >> 31) & 0x1FFFFFFFF)
-
-
-def row_uniforms(seeds, k, L, dtype=torch.float64):
-    """Uniforms in [0, 1) of step k for rows with the integer seeds (B,): (2, B, L), on the seeds' device.
-
-    A hash of (seed, step, which of the two, position): a row's numbers depend on its own seed alone, are the same on
-    every device, and cost no loop over rows and no copy from the host.
-    """
-    which = torch.arange(2, device=seeds.device)[:, None, None]
-    position = torch.arange(L, device=seeds.device)
-    bits = _mix(_mix(_mix(_mix(seeds + 1)[None, :, None] + k) + which) + position)
-    digits = 53 if dtype == torch.float64 else 24
-    return ((bits >> (64 - digits)) & (2**digits - 1)).to(dtype) * 2.0**-digits
-
-
-class Step(NamedTuple):
-    """The state after a step; tensors on the model's device, the sampler's own: copy what you keep."""
-    ids: torch.Tensor         # (B, L) long, MASK where still hidden
-    masked: torch.Tensor      # (B, L) bool, still hidden
-    fresh: torch.Tensor       # (B, L) bool, written in this step
-    remasked: torch.Tensor    # (B, L) bool, hidden again in this step
-    confidence: torch.Tensor  # (B, L) float32, of the distribution: when last computed; 1 for given tokens
-    top: tuple                # (tokens (B, L, top) long, probabilities float32), when last computed; None if not asked
-    evaluations: int          # network evaluations so far; one is a call of the network, whatever its rows
-    row_evaluations: torch.Tensor  # (B,) long, in how many of them each row was; with guidance in two a step
-    t: torch.Tensor           # (B,) masked share of what is to be written, from 1 to 0
-
-
 @torch.no_grad()
 def sample(model, canvas, *, sampler=SampleConfig.sampler, steps=None, schedule="linear", temperature=1.0, top_k=0,
-           top_p=1.0, min_tokens=1, guidance=0.0, decode_block=0, window=None, cache="none", refresh=0, given=0, stop=None,
-           top=0, seeds=None):
-    """Fill the MASKs of canvas (B, L) long; yields a `Step` after every step.
+           top_p=1.0, min_tokens=1, guidance=0.0, decode_block=0, window=None, cache="auto", refresh=0, given=0, stop=None,
+           top=0, seeds=None, objective="masked", block_len=0, correctors=0):
+    """Fill the MASKs of canvas (B, L) long; yields a `rules.Step` after every step.
 
     sampler       a name in SAMPLERS, or NAME:VALUE with the rule's number
     steps         steps of the grid (default: one a token). No rule but first_hitting, which writes one token a step,
@@ -405,16 +459,20 @@ def sample(model, canvas, *, sampler=SampleConfig.sampler, steps=None, schedule=
                   - w with the prompt masked; twice the work. 0: off. Not with a cache
     decode_block  write left to right in blocks of so many tokens, the grid's steps shared among them (LLaDA); later
                   blocks stay MASK and visible to the network. 0: all at once
-    window        most positions that the network can take; a longer canvas needs decode_block, and each block is
-                  written at the right end of the window, with what is before it as context (`window_columns`)
-    cache         none | prefix | dual: keep keys and values of what is before the block, or around it, from the block's
+    window        most positions that the network can take; a longer canvas is written in blocks, by default of a quarter
+                  of the window, each at its right end, with what is before it as context (`window_columns`)
+    cache         prefix | dual: keep keys and values of what is before the block, or around it, from the block's
                   first step on (Fast-dLLM, arXiv:2505.22618). Approximate: what was kept does not see what was written
-                  since. refresh > 0 computes everything anew every so many steps
+                  since. refresh > 0 computes everything anew every so many steps. none | auto: auto keeps what is
+                  finished for models that see nothing to the right of it (`blocks.Exact`)
     given         tokens at the start of a row that are no prompt (`given_tokens`): always in sight
     stop          token id: with decode_block, a row whose finished blocks hold it, after all given text, is filled up
                   with it
     top           how many of the likeliest tokens to keep for viewers, in Step.top
     seeds         one integer a row (default 0, 1, ...): a row gets the same text whatever the rest of the batch
+    objective, block_len    of the model (`options_of`): ar and block diffusion write left to right, block by block of the
+                  model's own, and see nothing after it; with uniform, steps counts the reverse steps, correctors the
+                  sweeps after each (`uniform.sample`), and no sampler, block or cache matters
     Given tokens are never changed, no MASK is left, and MASK is never drawn: the network has no logit for it. Rows that
     are finished, or that write nothing in a step, cost nothing.
     A `model` needs `vocab_size` and `model(ids, noise_level, select=...)`, for a cache also `positions` and `cache`.
@@ -422,16 +480,24 @@ def sample(model, canvas, *, sampler=SampleConfig.sampler, steps=None, schedule=
     (B, L), device, mask = canvas.shape, canvas.device, model.vocab_size - 1
     rule, value = find_sampler(sampler)
     W = min(L, window or L)
-    decode_block = min(decode_block or L, L)
+    check_family(objective, block_len, decode_block, guidance, cache, correctors, W < L)
+    seeds = torch.tensor(list(range(B) if seeds is None else seeds), device=device)
+    if objective == "uniform":
+        yield from uniform.sample(model, canvas, steps=steps, grid=partial(mask_rate, schedule), seeds=seeds, top=top,
+                                  warp=lambda logits: draws.warp(logits, temperature, top_k, top_p), correctors=correctors)
+        return
+    ar = objective == "ar"
+    block_len = 1 if ar else block_len
+    decode_block = block_len or min(decode_block or (L if W == L else max(1, W // 4)), L)
     if W < L and decode_block >= W:
         raise UserError(f"a text of {L} tokens is longer than the window of {W}: decode_block={decode_block} must be "
                         f"less than {W}, {W // 4} say")
     precision = torch.float32 if device.type == "mps" else torch.float64
     grid = rule.grid or partial(mask_rate, schedule)
-    seeds = torch.tensor(list(range(B) if seeds is None else seeds), device=device)
     ids, masked, editable = canvas.clone(), canvas == mask, canvas == mask
     place = torch.arange(L, device=device)
-    begin = editable.int().argmax(1, keepdim=True)  # first MASK of each row
+    # of the first block: the first MASK of each row, but a model of blocks has them where it was trained with them
+    begin = torch.full((B, 1), given, device=device) if block_len else editable.int().argmax(1, keepdim=True)
     number = (place - begin).clamp(min=0) // decode_block  # (B, L) which block a position belongs to
     total = editable.sum(1)
     given_until = torch.where(editable, 0, place + 1).amax(1, keepdim=True)  # all given text ends before this position
@@ -441,7 +507,11 @@ def sample(model, canvas, *, sampler=SampleConfig.sampler, steps=None, schedule=
     confidence, chosen = (torch.ones(B, L, device=device).masked_fill(masked, 0) for _ in range(2))
     top = min(top, mask)
     best = torch.zeros(B, L, top, dtype=torch.long, device=device), torch.zeros(B, L, top, device=device)
-    kept, evaluations = blocks.Cache(cache, B, refresh) if cache != "none" else None, 0
+    kept, evaluations = None, 0
+    if block_len and cache == "auto":
+        kept = blocks.Exact(B, block_len, given, ar, device)
+    elif cache in ("prefix", "dual"):
+        kept = blocks.Cache(cache, B, refresh)
     row_evaluations = torch.zeros(B, dtype=torch.long, device=device)
     prompt = ~editable & (place >= given)
     if guidance and not prompt.any():  # nothing to guide
@@ -458,7 +528,7 @@ def sample(model, canvas, *, sampler=SampleConfig.sampler, steps=None, schedule=
         wanted = torch.where(over, share.clamp(min=1), wanted)
         left = (wanted - k).clamp(min=1)[rows, None]  # rules that write one token a step may take more than `steps`
         time = lambda steps_left: steps_left.to(precision) / wanted[rows, None]
-        u = row_uniforms(seeds, tick, L, precision)
+        u = draws.row_uniforms(seeds, tick, L, precision)
         now = rules.Moment(
             open=(masked & inside)[rows], written=(editable & ~masked & inside)[rows], here=grid(time(left)),
             there=grid(time(left - 1)), left=left, u=u[0, rows], confidence=confidence[rows], chosen=chosen[rows],
@@ -473,11 +543,18 @@ def sample(model, canvas, *, sampler=SampleConfig.sampler, steps=None, schedule=
         if len(rows):
             seen, seen_asked, seen_prompt = ids[rows], asked, prompt[rows]  # in the window
             start = begin[rows] + block[rows, None] * decode_block  # of the block, in the canvas and then in the window
+            shift = torch.zeros_like(start)
             if W < L:
-                columns, shift = window_columns(start, decode_block, given_until[rows], W, L, given)
+                columns, shift = window_columns(start, decode_block, given_until[rows], W, L, given, block_len)
                 seen, seen_asked, seen_prompt = (x.gather(1, columns) for x in (seen, seen_asked, seen_prompt))
+                seen_asked &= shift + torch.arange(W, device=device) < L  # a last block may reach over the end
                 start = start - shift
-            if kept is None:
+            if block_len and kept:
+                logits = kept.logits(model, seen, seen_asked, rows, start[:, 0], shift[:, 0])
+            elif block_len:
+                logits = predict(model, seen, objective=objective, block_len=block_len, given=given,
+                                 select=seen_asked.flatten().nonzero()[:, 0])
+            elif kept is None:
                 logits = _guided(model, seen, seen_asked, seen_prompt, guidance)
             else:
                 logits = kept.logits(model, seen, seen_asked, rows, start, decode_block, block[rows], k[rows])
@@ -491,7 +568,7 @@ def sample(model, canvas, *, sampler=SampleConfig.sampler, steps=None, schedule=
                 change = rule.pick(now)
                 pick, remasked[rows] = change & now.open, change & now.written
             picked = pick[asked]
-            tokens = draw(warp(logits[picked], temperature, top_k, top_p), u[1, rows][pick])
+            tokens = draws.draw(draws.warp(logits[picked], temperature, top_k, top_p), u[1, rows][pick])
             ids[rows] = ids[rows].masked_scatter(pick, tokens)
             chosen[rows] = chosen[rows].masked_scatter(pick, p[picked].gather(1, tokens[:, None])[:, 0].float())
             confidence[rows] = confidence[rows].masked_scatter(asked, rules.max_probability(p).float())
@@ -514,21 +591,43 @@ def sample(model, canvas, *, sampler=SampleConfig.sampler, steps=None, schedule=
             masked, fresh = masked & ~ended, fresh | ended
         if not len(rows) and not (fresh | remasked).any():  # nothing happened
             continue
-        yield Step(ids, masked, fresh, remasked, confidence, best if top else None, evaluations, row_evaluations,
+        yield rules.Step(ids, masked, fresh, remasked, confidence, best if top else None, evaluations, row_evaluations,
                    masked.sum(1) / total.clamp(min=1))
 
 
-def window_columns(start, length, given_until, W, L, given):
+def check_family(objective, block_len, decode_block, guidance, cache, correctors, beyond):
+    """Refuse what a model of this family cannot do; `beyond`: whether the canvas is longer than the window."""
+    own = {"ar": "an autoregressive model", "uniform": "a model of uniform noise"}.get(objective) or (
+        block_len and f"a model of blocks of {block_len} tokens")
+    if own and guidance:
+        raise UserError(f"guidance={guidance} with {own}: only a masked model of the whole window has it")
+    if own and cache not in ("auto", "none"):
+        raise UserError(f"cache={cache} with {own}: it keeps keys and values by itself (cache=auto), or none")
+    if own and decode_block and decode_block != block_len:
+        raise UserError(f"decode_block={decode_block} with {own}: leave it out")
+    if objective == "uniform" and beyond:
+        raise UserError("a model of uniform noise writes no more than its window; make --gen-len smaller")
+    if correctors and objective != "uniform":
+        raise UserError(f"correctors={correctors}: only a model of uniform noise has them")
+
+
+def window_columns(start, length, given_until, W, L, given, block_len=0):
     """Which positions (b, W) of a canvas of L the network sees when it writes blocks of `length` that begin at start
     (b, 1), and how far (b, 1) they are shifted: the block at the right end, and what is before it.
 
     Where given text comes after the block, as given_until (b, 1) tells, up to a quarter of the window looks ahead. The
-    first `given` positions are always in sight.
+    first `given` positions are always in sight. A model of blocks (block_len; 1 for ar) looks ahead at nothing, and its
+    window moves by a quarter at a time, in whole blocks, so that what it keeps lasts.
     """
     end = start + length
-    ahead = torch.where(given_until > end, min(W // 4, (W - length - given) // 2), 0)
-    shift = ((end + ahead).clamp(max=L) - W).clamp(min=0)
-    columns = shift + torch.arange(W, device=start.device)
+    if block_len:
+        stride = max(1, W // 4 // block_len) * block_len
+        shift = -(-(end - W).clamp(min=0) // stride) * stride
+        columns = (shift + torch.arange(W, device=start.device)).clamp(max=L - 1)
+    else:
+        ahead = torch.where(given_until > end, min(W // 4, (W - length - given) // 2), 0)
+        shift = ((end + ahead).clamp(max=L) - W).clamp(min=0)
+        columns = shift + torch.arange(W, device=start.device)
     columns[:, :given] = torch.arange(given, device=start.device)
     return columns, shift
 

@@ -90,14 +90,13 @@ def generate(model, text, options, cfg, device, dtype):
     for length in dict.fromkeys(len(row) for row, _ in rows):  # rows of a length are one batch
         members = [i for i, (row, _) in enumerate(rows) if len(row) == length]
         blank = torch.tensor([rows[i][0] for i in members], device=device)
-        beyond = length > cfg.block_size and not options.decode_block
         spent = []
         steps = timed(diffusion.sample(
             model, blank, sampler=options.sampler, steps=options.steps, schedule=options.schedule,
             temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, min_tokens=options.min_tokens,
-            guidance=options.guidance, decode_block=cfg.block_size // 4 if beyond else options.decode_block,
-            window=cfg.block_size, cache=options.cache, refresh=options.cache_refresh,
-            given=diffusion.given_tokens(cfg), stop=None if options.no_stop else text.end,
+            guidance=options.guidance, decode_block=options.decode_block, window=cfg.block_size, cache=options.cache,
+            refresh=options.cache_refresh, correctors=options.correctors, **diffusion.options_of(cfg),
+            stop=None if options.no_stop else text.end,
             top=ALTERNATIVES if options.viz_html and 0 in members else 0, seeds=[rows[i][1] for i in members]), spent)
         if 0 in members:
             if options.viz_video or options.viz_gif or options.viz_html:
@@ -111,7 +110,7 @@ def generate(model, text, options, cfg, device, dtype):
             for step in steps:
                 number = number + (step.fresh | step.remasked).any(1, keepdim=True)
                 settled = torch.where(step.fresh, number, settled)
-                bar.update(int(step.fresh.sum()) - int(step.remasked.sum()))
+                bar.update(round(masks * (1 - step.t.mean().item())) - bar.n)
         seconds, final = sum(spent), step.ids.tolist()
         evaluations, total = evaluations + step.evaluations, total + seconds
         ends = [len(ids) if options.no_stop else canvas.end(text, ids, rows[i][0]) for ids, i in zip(final, members)]

@@ -35,8 +35,9 @@ MAY_CHANGE = {"max_iters", "max_minutes", "save_interval", "device", "dtype", "c
               "activation_checkpointing", "out_dir"}  # out_dir: for "auto"
 # seconds of eager CPU training: compiling takes up to a minute, a step is then 1.2 (float32) to 2 times (bfloat16) as fast
 COMPILE_PAYS = 300
+DENSITY_EVERY, DENSITY_ROWS = 100, 256  # steps between measurements of time_sampling=importance, and rows of each
 # what --init_from must agree on
-SHAPE = ("n_layer", "n_head", "n_embd", "tie_embeddings", "rope_base", "softcap", "time_conditioning")
+SHAPE = ("n_layer", "n_head", "n_embd", "tie_embeddings", "rope_base", "softcap", "time_conditioning", "objective")
 
 
 def resumed_config(argv):
@@ -102,7 +103,7 @@ def make_model(cfg, text, given):
     return model
 
 
-def prepare(cfg, data, step, ranks, device):
+def prepare(cfg, data, step, ranks, device, density=None):
     """(this rank's part of the step's global batch: a list of (x0 (b, L), Corruption), on the CPU; seed of its dropout).
 
     Everything random is a function of (seed, step), drawn for the whole batch and cut by row: so the number of ranks and
@@ -111,7 +112,10 @@ def prepare(cfg, data, step, ranks, device):
     generator, L = runtime.generator(cfg.seed, "masks", step), cfg.block_size
     if torch.rand((), generator=generator) < cfg.short_rows:  # as LLaDA: canvases can be shorter than the window
         L = 2 + int(torch.randint(cfg.block_size - 1, (), generator=generator))
-    whole = diffusion.draw_corruption(cfg, cfg.batch_size, L, generator)
+        if block := diffusion.block_len(cfg):  # whole ones
+            given = diffusion.given_tokens(cfg)
+            L = given + max(1, (L - given) // block) * block
+    whole = diffusion.draw_corruption(cfg, cfg.batch_size, L, generator, density)
     seed = int(torch.randint(2**31, (), generator=generator)) + ranks.rank
     share = cfg.batch_size // ranks.world
     rows = slice(ranks.rank * share, (ranks.rank + 1) * share)
@@ -119,9 +123,9 @@ def prepare(cfg, data, step, ranks, device):
     x0 = data.batch(step, rows)[:, :L]
     if cfg.complementary:
         x0 = x0[::2].repeat_interleave(2, 0)
-    pieces = list(zip(x0.split(size), diffusion.split_corruption(cfg, whole, rows, size), strict=True))
+    pieces = list(zip(x0.split(size), diffusion.split_corruption(cfg, whole, rows, size, density), strict=True))
     if device.type == "cuda":
-        pieces = [(x.pin_memory(), diffusion.Corruption(*(part.pin_memory() for part in c))) for x, c in pieces]
+        pieces = [(x.pin_memory(), corruption.each(torch.Tensor.pin_memory)) for x, corruption in pieces]
     return pieces, seed
 
 
@@ -135,18 +139,28 @@ def gradients(network, cfg, pieces, seed, ranks, device, dtype, token_nll=diffus
         for number, (x0, corruption) in enumerate(pieces, 1):
             with runtime.gradient_sync(network, number == len(pieces)):
                 with runtime.autocast(device, dtype):
-                    loss = diffusion.loss(network, runtime.move(x0, device), corruption.to(device),
-                                          cfg.loss_weighting == "full", token_nll).sum() / cfg.batch_size
+                    loss = diffusion.OBJECTIVES[cfg.objective].loss(
+                        network, runtime.move(x0, device), corruption.to(device), cfg, token_nll).sum() / cfg.batch_size
                 scale(loss * ranks.world).backward()  # ranks' gradients are averaged
             total += loss.detach()
     return total
+
+
+def measure_density(model, cfg, data, step, ranks, device, dtype):
+    """`diffusion.time_density` of coming training rows, the same on all ranks."""
+    rows = torch.cat([data.batch(step + i, slice(None)) for i in range(-(-DENSITY_ROWS // cfg.batch_size))])[:DENSITY_ROWS]
+    model.eval()
+    with runtime.autocast(device, dtype):
+        density = diffusion.time_density(model, rows.to(device), cfg, cfg.micro_batch or 64)
+    model.train()
+    return torch.tensor(runtime.agree(ranks, density.tolist()), dtype=density.dtype)
 
 
 def show_sample(model, text, cfg, device):
     """An unconditional sample (str) in at most 64 network evaluations, always from the same random numbers."""
     blank = torch.tensor([canvas.build(text, [None], cfg.block_size)], device=device)
     steps = min(64, cfg.block_size)
-    *_, last = diffusion.sample(model, blank, steps=steps, top_p=SampleConfig.top_p, seeds=[0])
+    *_, last = diffusion.sample(model, blank, steps=steps, top_p=SampleConfig.top_p, seeds=[0], **diffusion.options_of(cfg))
     return canvas.finished(text, last.ids[0].tolist())
 
 
@@ -214,12 +228,13 @@ def train(cfg, state=None, quiet=False):
     judged = ema or model
     optimizers = optim.make_optimizers(model, cfg, dtype)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    step, best, minutes, nll = 0, math.inf, 0.0, math.inf
+    step, best, minutes, nll, density = 0, math.inf, 0.0, math.inf, None
     running, counted = torch.zeros((), device=device), 0  # sum of the training loss since the last evaluation, and steps
     if state:
         corpus.check_same(data, state.get("corpus"), cfg)
         step, minutes, nll = state["step"], state["minutes"], state["nll"]
         running, counted = state["running"].to(device) / ranks.world, state["counted"]
+        density = state.get("density")
         model.load_state_dict(state["model"])
         if ema:
             ema.load_state_dict(state["ema"])
@@ -291,8 +306,8 @@ def train(cfg, state=None, quiet=False):
             if evaluate:
                 model.eval()
                 with runtime.autocast(device, dtype):
-                    nll, rows_error, _ = diffusion.mean_and_errors(diffusion.nll_bound(
-                        judged, held_out, given=diffusion.given_tokens(cfg), rows_at_once=cfg.micro_batch or 64))
+                    nll, rows_error, _ = diffusion.mean_and_errors(diffusion.bound(
+                        judged, held_out, 1, cfg, cfg.micro_batch or 64))
                     sample = "" if quiet else show_sample(judged, data.text, cfg, device)
                 model.train()
                 loss = so_far.item() / max(1, counted)
@@ -311,7 +326,7 @@ def train(cfg, state=None, quiet=False):
                     checkpoint.save(path["last"], checkpoint.snapshot(
                         cfg, data.text, model, step, nll, minutes=used, running=so_far, counted=counted,
                         scaler=scaler.state_dict(), ema=ema.state_dict() if ema else None, corpus=data.fingerprint,
-                        job=runtime.torchrun_job(),
+                        job=runtime.torchrun_job(), density=density,
                         optimizers=[optimizer.state_dict() for optimizer in optimizers]))
                 written = step
             if done:
@@ -320,8 +335,11 @@ def train(cfg, state=None, quiet=False):
                 clock = time.perf_counter()
 
             # -- a training step
-            pieces, seed = ready.result() if ready else prepare(cfg, data, step, ranks, device)
-            ready = pool and pool.submit(prepare, cfg, data, step + 1, ranks, device)
+            measure = lambda step: cfg.time_sampling == "importance" and step and step % DENSITY_EVERY == 0
+            if measure(step):
+                density = measure_density(model, cfg, data, step, ranks, device, dtype)
+            pieces, seed = ready.result() if ready else prepare(cfg, data, step, ranks, device, density)
+            ready = pool and not measure(step + 1) and pool.submit(prepare, cfg, data, step + 1, ranks, device, density)
             loss = gradients(network, cfg, pieces, seed, ranks, device, dtype, token_nll, scaler.scale)
             for optimizer in optimizers:
                 scaler.unscale_(optimizer)

@@ -12,7 +12,7 @@ import diffusion
 from diffusion import SAMPLERS, SCHEDULES, Corruption, mask_rate, mask_rate_slope, sample, time_of
 from model import Transformer
 from toy import CANVASES, MASK, P, SEQUENCES, L, Lookup, V, code, conditionals, empirical, settings, total_variation
-from utils import rules
+from utils import draws, rules
 from utils.cli import UserError
 from utils.runtime import generator
 
@@ -87,7 +87,7 @@ def test_count_corruption_masks_exactly_and_uniformly():
     assert counts.min() >= 1 and counts.max() <= length
     assert torch.bincount(counts, minlength=length + 1)[1:].float().std() < 0.6, "512 / 24 rows of each count, stratified"
     torch.testing.assert_close(corruption.weight, length / counts.float())
-    many = torch.stack([diffusion.exactly(torch.tensor([2]), 4, 0, generator(i))[0] for i in range(3000)])
+    many = torch.stack([draws.exactly(torch.tensor([2]), 4, generator(i))[0] for i in range(3000)])
     patterns = torch.bincount(many.long() @ torch.tensor([8, 4, 2, 1]), minlength=16)
     assert (patterns > 0).sum() == 6 and patterns[patterns > 0].min() > 500 - 4 * math.sqrt(500)
 
@@ -96,7 +96,7 @@ def test_bernoulli_corruption_follows_the_schedule():
     B, length = 256, 400
     for name in SCHEDULES:
         corruption = diffusion.draw_corruption(settings(schedule=name, corruption="bernoulli"), B, length, generator(2))
-        u = diffusion.stratified(B, generator(2))
+        u = draws.stratified(B, generator(2))
         m = mask_rate(name, u)
         off = (corruption.masked.float().mean(1) - m).abs()
         assert (off < 4.5 * (m * (1 - m) / length).sqrt() + 3 / length).all()
@@ -105,12 +105,12 @@ def test_bernoulli_corruption_follows_the_schedule():
 
 @pytest.mark.parametrize("slices", (1, 2, 8))
 def test_strata_cover_every_slice_of_the_batch(slices):
-    u = diffusion.stratified(64, generator(5))
+    u = draws.stratified(64, generator(5))
     for part in u.chunk(slices):
         gaps = part.sort().values.diff()
         assert gaps.max() < 2.01 / len(part)
     assert u.min() >= 0 and u.max() < 1
-    assert len(diffusion.stratified(7, generator(6)).mul(7).floor().unique()) == 7
+    assert len(draws.stratified(7, generator(6)).mul(7).floor().unique()) == 7
 
 
 def test_document_rows_keep_their_first_token():
@@ -202,7 +202,7 @@ def test_discrete_time_loss_has_the_documented_gap(T):
     expected = GAPS[T][0]
     cfg = settings(corruption="bernoulli", diffusion_steps=T)
     drawn = diffusion.draw_corruption(cfg, T, L, generator(8))  # stratified: each time once
-    times = ((diffusion.stratified(T, generator(8)) * T).floor() + 1) / T
+    times = ((draws.stratified(T, generator(8)) * T).floor() + 1) / T
     model, total = Lookup(), 0.0
     ce = torch.stack([diffusion.loss(model, SEQUENCES, Corruption(s.expand(81, L), torch.ones(81).double())) * L
                       for s in SUBSETS])  # (15, 81)
@@ -481,7 +481,7 @@ def test_confidence_of_the_drawn_token_is_wrong():
     ids = torch.full((n, L), MASK)
     for k in range(L):
         p = model(ids).softmax(-1)
-        tokens = diffusion.draw(p.flatten(0, 1), torch.rand(n * L, dtype=torch.float64, generator=generator(10, k)))
+        tokens = draws.draw(p.flatten(0, 1), torch.rand(n * L, dtype=torch.float64, generator=generator(10, k)))
         drawn = p.flatten(0, 1).gather(1, tokens[:, None]).view(n, L).masked_fill(ids != MASK, -1)
         best = drawn.argmax(1, keepdim=True)
         ids.scatter_(1, best, tokens.view(n, L).gather(1, best))
@@ -566,19 +566,19 @@ def test_balanced_counts():
 
 def test_warp():
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
-    assert diffusion.warp(logits, top_k=2)[0].tolist() == pytest.approx([0.625, 0.375, 0, 0])
-    kept = diffusion.warp(logits, top_p=0.6)[0]
+    assert draws.warp(logits, top_k=2)[0].tolist() == pytest.approx([0.625, 0.375, 0, 0])
+    kept = draws.warp(logits, top_p=0.6)[0]
     assert (kept > 0).tolist() == [True, True, False, False], "the token that crosses top_p is kept"
-    assert (diffusion.warp(logits, top_p=0.5)[0] > 0).tolist() == [True, False, False, False]
-    assert diffusion.warp(logits, temperature=0)[0].tolist() == [1, 0, 0, 0]
-    assert diffusion.warp(logits, temperature=0.5)[0].tolist() == pytest.approx(
+    assert (draws.warp(logits, top_p=0.5)[0] > 0).tolist() == [True, False, False, False]
+    assert draws.warp(logits, temperature=0)[0].tolist() == [1, 0, 0, 0]
+    assert draws.warp(logits, temperature=0.5)[0].tolist() == pytest.approx(
         [p / 0.365 for p in (0.25, 0.09, 0.0225, 0.0025)])
 
 
 def test_a_token_of_probability_zero_is_never_drawn():
     p = torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]])
     u = torch.cat((torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64), torch.linspace(0, 1, 1001).double()[:-1]))
-    assert set(diffusion.draw(p.expand(len(u), -1), u).tolist()) == {1, 3}
+    assert set(draws.draw(p.expand(len(u), -1), u).tolist()) == {1, 3}
 
 
 class Tail:
@@ -620,10 +620,10 @@ def test_one_stage_float32_draw_loses_the_tail():
 
 
 def test_row_uniforms_are_uniform_and_independent():
-    u = diffusion.row_uniforms(torch.arange(500), 3, 100)
+    u = draws.row_uniforms(torch.arange(500), 3, 100)
     assert u.min() >= 0 and u.max() < 1
     assert abs(u.mean().item() - 0.5) < 4 / math.sqrt(12 * u.numel()) and abs(u.var().item() * 12 - 1) < 0.02
-    later = diffusion.row_uniforms(torch.arange(500), 4, 100)
+    later = draws.row_uniforms(torch.arange(500), 4, 100)
     columns = torch.stack([u[0].flatten(), u[1].flatten(), later[0].flatten(), u[0].roll(1, 0).flatten(),
                            u[0].roll(1, 1).flatten()])
     correlation = torch.corrcoef(columns) - torch.eye(5)
@@ -819,7 +819,9 @@ def test_texts_longer_than_the_window():
     assert last[0] == 1, "what every row begins with stays in sight"
     assert torch.equal(last[1:-8], ids[0, 37:52]), "the text before the last block"
     with pytest.raises(UserError, match="longer than the window"):
-        documents_of(network(), canvas, window=24)
+        documents_of(network(), canvas, window=24, decode_block=24)
+    plain = documents_of(network(), canvas, window=24)[0]
+    assert torch.equal(plain, documents_of(network(), canvas, window=24, decode_block=6)[0]), "a quarter of the window by default"
 
 
 @pytest.mark.parametrize("block", (4, 12, 20, 22, 23))

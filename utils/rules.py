@@ -28,6 +28,19 @@ class Moment(NamedTuple):
     least: int                # tokens to write in a step, if there are so many
 
 
+class Step(NamedTuple):
+    """The state after a step; tensors on the model's device, the sampler's own: copy what you keep."""
+    ids: torch.Tensor         # (B, L) long, MASK where still hidden
+    masked: torch.Tensor      # (B, L) bool, still hidden
+    fresh: torch.Tensor       # (B, L) bool, written in this step
+    remasked: torch.Tensor    # (B, L) bool, hidden again in this step
+    confidence: torch.Tensor  # (B, L) float32, of the distribution: when last computed; 1 for given tokens
+    top: tuple                # (tokens (B, L, top) long, probabilities float32), when last computed; None if not asked
+    evaluations: int          # network evaluations so far; one is a call of the network, whatever its rows
+    row_evaluations: torch.Tensor  # (B,) long, in how many of them each row was; with guidance in two a step
+    t: torch.Tensor           # (B,) masked share of what is to be written, from 1 to 0
+
+
 # --- keys: p (N, V) -> (N,), higher goes first ------------------------------------------------------------------
 
 

@@ -40,7 +40,7 @@ class Frame(NamedTuple):
 
 
 def record(steps, canvas, mask, every=1):
-    """Wrap the stream of `diffusion.Step`s: returns (frames, iterator that yields the same steps).
+    """Wrap the stream of `rules.Step`s: returns (frames, iterator that yields the same steps).
 
     frames fills as the iterator is consumed: row 0 of `canvas`, then of every `every`-th step, and of the last, unless
     nothing changed in it. What became fresh or was hidden in steps between is marked in the next frame.
@@ -268,7 +268,7 @@ def pictures(frames, text, title):
 
 
 def live(steps, text, given, frame_ms=0, out=None):
-    """Wrap the stream of `diffusion.Step`s: shows row 0 in the terminal `out` after each, and yields the same steps.
+    """Wrap the stream of `rules.Step`s: shows row 0 in the terminal `out` after each, and yields the same steps.
 
     given (L bools) is what the user wrote. Not a terminal: shows nothing. A terminal that cannot move its cursor gets a
     line a step. Without colour (NO_COLOR), states are told apart by weight, underline and reversal alone. The text is

@@ -1,0 +1,512 @@
+"""Uniform, block and autoregressive models against exact answers, through the code that trains and samples them.
+
+Expected values are those of the design's mathematics document, section 5, items 5 to 8; the item is named at each test.
+"""
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import diffusion
+from model import Transformer
+from test_maths import ENTROPY, SUBSETS, empirical, total_variation
+from toy import CANVASES, MASK, P, SEQUENCES, L, Lookup, V, code, settings
+from utils import blocks, draws, uniform
+from utils.cli import UserError
+from utils.runtime import generator
+
+ROW = code(torch.tensor([0, 1, 2, 0])).item()
+
+
+def network(vocab_size=6, **changes):
+    """A small real network in float64 with weights that matter."""
+    cfg = settings(**{"n_layer": 2, "n_head": 2, "n_embd": 16, "init": "normal"} | changes)
+    torch.manual_seed(5)
+    model = Transformer(cfg, vocab_size).double().eval()
+    for p in model.parameters():
+        p.data.mul_(12)
+    return model
+
+
+# --- autoregressive ---------------------------------------------------------------------------------------------
+
+
+class Causal:
+    """Of the toy: position i, which reads tokens 0..i-1 (the first MASK), knows p(x_i | x_<i); blurred if asked."""
+    vocab_size = V + 1
+
+    def __init__(self, blur=0.0):
+        self.lookup = Lookup(blur)
+
+    def __call__(self, ids, noise_level=None, attention=None, select=None):
+        assert attention == "causal" and (ids[:, 0] == MASK).all()
+        out = []
+        for i in range(L):
+            canvas = torch.full((len(ids), L), MASK)
+            canvas[:, :i] = ids[:, 1:i + 1]
+            out.append(self.lookup(canvas)[:, i])
+        logits = torch.stack(out, 1)
+        return logits if select is None else logits.flatten(0, 1)[select]
+
+
+def test_ar_is_the_exact_likelihood():
+    nll = diffusion.bound(Causal(), SEQUENCES, 1, settings(objective="ar")) * L
+    assert nll.shape == (81, 1)
+    torch.testing.assert_close(nll[:, 0].double(), -P.log(), atol=1e-6, rtol=0)
+    blurred = diffusion.bound(Causal(0.2), SEQUENCES, 1, settings(objective="ar"))[:, 0].double() * L
+    assert (P * blurred).sum().item() == pytest.approx(3.7295673421, abs=1e-6)
+
+
+@pytest.mark.parametrize("rows, given", (("stream", 0), ("document", 1)))
+def test_ar_scores_equal_a_plain_loop(rows, given):
+    """Token by token, each from the MASK and the tokens before it; a given first token costs nothing."""
+    model, cfg = network(), settings(objective="ar", rows=rows)
+    x0 = torch.randint(5, (3, 9), generator=torch.Generator().manual_seed(1))
+    total = torch.zeros(3, dtype=torch.float64)
+    for i in range(given, 9):
+        seen = torch.cat((torch.full((3, 1), 5), x0[:, :i]), 1)
+        total -= model(seen, attention="causal")[:, -1].log_softmax(-1)[torch.arange(3), x0[:, i]]
+    torch.testing.assert_close(diffusion.bound(model, x0, 1, cfg)[:, 0].double() * 9, total, atol=1e-5, rtol=1e-6)
+
+
+def test_ar_does_not_see_what_it_predicts():
+    model, cfg = network(), settings(objective="ar")
+    x0 = torch.zeros(5, 9, dtype=torch.long)
+    x0[1:, 4] = torch.arange(1, 5)
+    logits = diffusion.predict(model, x0, **diffusion.options_of(cfg))
+    assert (logits[:, :5] == logits[:1, :5]).all() and not torch.equal(logits[0, 5], logits[1, 5])
+
+
+# --- item 8: blocks ---------------------------------------------------------------------------------------------
+
+
+class Blocks:
+    """Of the toy: what a network of blocks of n tokens knows of [corrupted ; clean], or of a canvas in sampling."""
+    vocab_size = V + 1
+
+    def __init__(self, n, blur=0.0):
+        self.n, self.lookup = n, Lookup(blur)
+
+    def __call__(self, ids, noise_level=None, attention=None, positions=None, select=None):
+        noisy, clean, doubled = ids[:, :L], ids[:, -L:], ids.size(1) == 2 * L
+        out = []
+        for start in range(0, L, self.n):
+            canvas = torch.full((len(ids), L), MASK)
+            canvas[:, :start] = clean[:, :start]
+            canvas[:, start:start + self.n] = noisy[:, start:start + self.n]
+            out.append(self.lookup(canvas)[:, start:start + self.n])
+        logits = torch.cat(out, 1)
+        logits = torch.cat((logits, torch.zeros_like(logits)), 1) if doubled else logits
+        return logits if select is None else logits.flatten(0, 1)[select]
+
+
+def exact_block_nelbo(model, x0, n):
+    """All masks of each block enumerated: sum over S of 1 / (|S| C(n, |S|)) sum of CE over S; (81,) nats."""
+    total = torch.zeros(len(x0), dtype=torch.float64)
+    for block in range(L // n):
+        for subset in itertools.product((False, True), repeat=n):
+            if any(subset):
+                masked = torch.zeros(len(x0), L, dtype=torch.bool)
+                masked[:, block * n:(block + 1) * n] = torch.tensor(subset)
+                weight = torch.zeros(len(x0), L // n, dtype=torch.float64)
+                weight[:, block] = 1 / sum(subset) / math.comb(n, sum(subset))
+                total += diffusion.loss(model, x0, diffusion.Corruption(masked, weight), block_len=n) * L
+    return total
+
+
+@pytest.mark.parametrize("n, expected", ((1, 3.7295673421), (2, 3.7333134174), (4, 3.7346923253)))
+def test_bound_of_blocks(n, expected):
+    assert (P * exact_block_nelbo(Blocks(n, 0.2), SEQUENCES, n)).sum().item() == pytest.approx(expected, abs=1e-9)
+    assert (exact_block_nelbo(Blocks(n), SEQUENCES, n) + P.log()).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("n", (1, 2))
+@pytest.mark.parametrize("name", ("linear", "cos", "poly2"))
+def test_block_training_loss_is_an_unbiased_bound(n, name):
+    cfg, model = settings(block_len=n, block_size=L, schedule=name), Blocks(n, 0.2)
+    x0 = SEQUENCES[[ROW]].expand(2000, L)
+    draw = lambda i: diffusion.draw_corruption(cfg, 2000, L, generator(name, i))
+    means = torch.stack([diffusion.OBJECTIVES["masked"].loss(model, x0, draw(i), cfg).mean() * L for i in range(8)])
+    exact = exact_block_nelbo(Blocks(n, 0.2), SEQUENCES[[ROW]], n).item()
+    assert abs(means.mean().item() - exact) < 5 * means.std().item() / math.sqrt(8) + 1e-3
+    if n == 1:
+        assert means.std() < 1e-6, "one token a block is always masked: no noise"
+    counts = draw(0).masked.view(2000, -1, n).sum(2)
+    assert counts.min() == 1 and counts.max() == n, "each block has its own count, at least one"
+    for block in counts.double().T:
+        assert block.mean().item() == pytest.approx(counts.double().mean().item(), abs=0.05), "wherever it stands"
+
+
+def test_block_bound_estimator():
+    cfg = settings(block_len=2, block_size=L)
+    nll = diffusion.bound(Blocks(2, 0.2), SEQUENCES.repeat(30, 1), 4, cfg).double().mean(1).view(30, 81).mean(0) * L
+    assert (P * nll).sum().item() == pytest.approx(3.7333134174, abs=0.01)
+
+
+def test_a_block_as_large_as_the_window_is_plain_diffusion():
+    cfg = settings(block_len=12, block_size=12)
+    assert diffusion.options_of(cfg)["block_len"] == 0
+    model, x0 = network(), torch.randint(5, (4, 12), generator=torch.Generator().manual_seed(1))
+    corruption = diffusion.draw_corruption(settings(), 4, 12, generator(1))
+    one = corruption._replace(weight=corruption.weight[:, None])
+    torch.testing.assert_close(diffusion.loss(model, x0, one, block_len=12), diffusion.loss(model, x0, corruption))
+    assert torch.equal(diffusion.nll_bound(model, x0, 2, block_len=12), diffusion.nll_bound(model, x0, 2))
+
+
+def doubled(model, xt, x0, n, given=0):
+    """Logits of the corrupted half in training."""
+    size = xt.size(1)
+    level = blocks.level(xt == 5, n, given)
+    return model(torch.cat((xt, x0), 1), torch.cat((level, torch.zeros_like(level)), 1),
+                 attention=blocks.doubled_mask(size, n, given, xt.device), positions=torch.arange(size).repeat(2))[:, :size]
+
+
+@pytest.mark.parametrize("given", (0, 1))
+def test_who_sees_whom_in_block_training(given):
+    """A change of the corrupted tokens of a block reaches that block alone, one of the clean tokens later blocks alone;
+    exactly, and by gradients too."""
+    model, n = network(), 3
+    size = given + 12
+    x0 = torch.randint(5, (1, size), generator=torch.Generator().manual_seed(1))
+    xt = x0.masked_fill(torch.rand(1, size, generator=torch.Generator().manual_seed(2)) < 0.5, 5)
+    xt[:, :given] = x0[:, :given]
+    before, own = doubled(model, xt, x0, n, given), blocks.number(size, n, given, xt.device)
+    for i in range(given, size):
+        noisy, clean = xt.clone(), x0.clone()
+        noisy[0, i], clean[0, i] = (noisy[0, i] + 1) % 6, (clean[0, i] + 1) % 5
+        by_noisy = (doubled(model, noisy, x0, n, given) != before).any(-1)[0]
+        by_clean = (doubled(model, xt, clean, n, given) != before).any(-1)[0]
+        assert by_noisy.equal(own == own[i]) and by_clean.equal(own > own[i])
+    inputs = []
+    hook = model.embedding.register_forward_hook(lambda module, args, out: inputs.append(out) or out.retain_grad())
+    doubled(model, xt, x0, n, given)[0, given + 4].sum().backward()  # of block 1
+    hook.remove()
+    felt = inputs[0].grad[0].abs().sum(-1) > 0
+    assert felt[:size].equal(own == 1) and felt[size:].equal(own < 1)
+
+
+@pytest.mark.parametrize("time_conditioning", ("none", "sinusoidal"))
+@pytest.mark.parametrize("given, cache", list(itertools.product((0, 1), ("auto", "none"))))
+def test_sampling_of_blocks_gives_the_logits_of_training(given, cache, time_conditioning):
+    """Whatever was written, cached sampling saw the distribution that training has for [corrupted ; clean]."""
+    model, n, size = network(time_conditioning=time_conditioning).float(), 4, 12 + given  # noise levels are float32
+    canvas = torch.full((3, size), 5)
+    canvas[:, :given] = 1
+    canvas[1, given:given + 6] = torch.tensor([0, 1, 2, 3, 4, 0])  # a prompt that ends within a block
+    steps = [(step.ids.clone(), step.fresh.clone(), step.top[1].clone(), step.evaluations) for step in diffusion.sample(
+        model, canvas, sampler="first_hitting", block_len=n, given=given, cache=cache, top=5)]
+    final, before = steps[-1][0], canvas
+    for ids, fresh, top, _ in steps:
+        p = doubled(model, before, final, n, given).softmax(-1)
+        torch.testing.assert_close(top[fresh], p[fresh].sort(-1, descending=True).values, atol=1e-5, rtol=1e-4)
+        before = ids
+    assert steps[-1][3] == 12 and not (final == 5).any()
+
+
+@pytest.mark.parametrize("sampler", ("confidence", "first_hitting", "ancestral", "remask", "remdm_cap:0.3", "entropy_bounded:0.5"))
+def test_any_rule_writes_inside_blocks(sampler):
+    """Blocks from left to right, given tokens stay, no MASK is left; a row alone is the row of a batch."""
+    model, canvas = network(), torch.full((3, 12), 5)
+    canvas[0, :5], canvas[1, 3] = 1, 2
+    own = blocks.number(12, 4, 0, canvas.device)
+    for step in diffusion.sample(model, canvas, sampler=sampler, block_len=4, steps=9, seeds=[3, 4, 5]):
+        for row in range(3):
+            open_, begun = own[step.masked[row]], own[(canvas[row] == 5) & ~step.masked[row]]
+            assert not len(open_) or not len(begun) or begun.max() <= open_.min()
+    assert not step.masked.any() and (step.ids[canvas != 5] == canvas[canvas != 5]).all()
+    for row in range(3):
+        *_, alone = diffusion.sample(model, canvas[row:row + 1], sampler=sampler, block_len=4, steps=9, seeds=[3 + row])
+        assert torch.equal(alone.ids[0], step.ids[row])
+
+
+@pytest.mark.parametrize("n", (1, 2))
+def test_blocks_write_the_data(n):
+    """Item 6: the exact conditionals, one token at a time in blocks."""
+    canvas = torch.full((40_000, L), MASK)
+    *_, last = diffusion.sample(Blocks(n), canvas, sampler="first_hitting", block_len=n, cache="none")
+    assert total_variation(empirical(last.ids), P) < 0.0225
+
+
+@pytest.mark.parametrize("options", ({"objective": "ar"}, {"block_len": 4}))
+@pytest.mark.parametrize("given", (0, 1))
+def test_texts_of_any_length(options, given):
+    """Beyond the window, keeping what is finished changes nothing, and the network sees windows as in training."""
+    model, seen = network(), []
+    canvas = torch.full((2, 45), 5)
+    canvas[:, :3], canvas[1, 20:23] = torch.tensor([1, 2, 3]), 4
+    window = 16 + given
+    rows = {}
+    for cache in ("auto", "none"):
+        handle = model.embedding.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
+        *_, last = diffusion.sample(model, canvas, window=window, cache=cache, given=given, sampler="confidence", **options)
+        handle.remove()
+        rows[cache] = last.ids.clone()
+    assert torch.equal(rows["auto"], rows["none"]) and not (rows["auto"] == 5).any()
+    assert all(width <= window for _, width in seen)
+    computed = [width for _, width in seen[:len(seen) // 2]]
+    assert sorted(computed)[len(computed) // 2] <= 4, "most calls compute a block"
+
+
+def test_ar_samples_follow_the_model():
+    """Item 6 for the exact conditionals; with a cache and without, the same tokens."""
+    canvas = torch.full((40_000, L), MASK)
+    *_, last = diffusion.sample(Causal(), canvas, objective="ar", cache="none")
+    assert total_variation(empirical(last.ids), P) < 0.0225 and last.evaluations == L
+    model, canvas = network(), torch.full((4, 20), 5)
+    canvas[1, :4], canvas[2, 7] = 2, 3
+    results = [list(diffusion.sample(model, canvas, objective="ar", cache=cache, top=5))[-1] for cache in ("auto", "none")]
+    assert torch.equal(results[0].ids, results[1].ids)
+    torch.testing.assert_close(results[0].top[1], results[1].top[1], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("options, message", (
+    ({"objective": "ar", "guidance": 1.0}, "guidance=1.0 with an autoregressive model"),
+    ({"block_len": 2, "cache": "dual", "decode_block": 2}, "cache=dual with a model of blocks of 2"),
+    ({"block_len": 2, "decode_block": 3}, "decode_block=3 with a model of blocks of 2"),
+    ({"objective": "uniform", "window": 3}, "no more than its window"), ({"correctors": 1}, "correctors=1: only")))
+def test_what_a_family_cannot_do(options, message):
+    with pytest.raises(UserError, match=message):
+        list(diffusion.sample(Blocks(2), CANVASES[-1:].clone(), **options))
+
+
+# --- item 7: uniform noise --------------------------------------------------------------------------------------
+
+
+class LeaveOneOut:
+    """The perfect network under uniform noise, p(x0_i | xt without its token i); blurred, or the full posterior instead."""
+    vocab_size = V + 1
+
+    def __init__(self, blur=0.0, full=False):
+        self.blur, self.full = blur, full
+
+    def posterior(self, level):
+        """(81, 4, 3) for every xt at one noise level (float)."""
+        keep = (1 - level) * torch.eye(V, dtype=torch.float64) + level / V  # (x0, xt) chance of a token
+        each = torch.stack([keep[SEQUENCES[:, i]][:, SEQUENCES[:, i]] for i in range(L)])  # (4, 81 x0, 81 xt)
+        one_hot = torch.nn.functional.one_hot(SEQUENCES, V).double()
+        out = []
+        for i in range(L):
+            chance = P[:, None] * (each.prod(0) if self.full else torch.stack([each[j] for j in range(L) if j != i]).prod(0))
+            p = chance.T @ one_hot[:, i]
+            out.append(p / p.sum(1, keepdim=True))
+        return (1 - self.blur) * torch.stack(out, 1) + self.blur / V
+
+    def __call__(self, ids, noise_level, select=None):
+        assert (noise_level == noise_level[0]).all(), "all rows of a test are at one level"
+        logits = self.posterior(noise_level[0].double()).log()[code(ids)]
+        return logits if select is None else logits.flatten(0, 1)[select]
+
+
+def exact_uniform_nelbo(model, nodes=32):
+    """(81,) nats: all xt enumerated, the integral over m = s^3 by Gauss-Legendre."""
+    s, weights = np.polynomial.legendre.leggauss(nodes)
+    total = torch.zeros(81, dtype=torch.float64)
+    for s, w in zip(torch.tensor(s / 2 + 0.5), torch.tensor(weights / 2)):
+        m = s**3
+        keep = (1 - m) * torch.eye(V, dtype=torch.float64) + m / V
+        chance = torch.stack([keep[SEQUENCES[:, i]][:, SEQUENCES[:, i]] for i in range(L)]).prod(0)  # (81 x0, 81 xt)
+        logits = model(SEQUENCES, m.expand(81))
+        for x in range(81):
+            x0 = SEQUENCES[x].expand(81, L)
+            total[x] += 3 * s**2 * w * (chance[x] * uniform.nelbo(logits, SEQUENCES, x0, m.expand(81)).sum(1)).sum()
+    return total
+
+
+def test_uniform_bound_of_the_perfect_network_is_the_likelihood():
+    assert (exact_uniform_nelbo(LeaveOneOut()) + P.log()).abs().max() < 1e-7
+
+
+def test_uniform_bound_of_imperfect_networks():
+    assert (P * exact_uniform_nelbo(LeaveOneOut(blur=0.2))).sum().item() == pytest.approx(3.7400459560, abs=1e-7)
+    gap = (P * exact_uniform_nelbo(LeaveOneOut(full=True))).sum().item() - ENTROPY
+    assert gap == pytest.approx(1.88, abs=0.01), "the full posterior is not what the bound wants"
+
+
+def test_the_published_forms_of_the_uniform_bound_are_one():
+    """UDLM's form (arXiv:2412.10193), written as in the mathematics document, against GIDD's."""
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(50, 6, 7, generator=generator, dtype=torch.float64)
+    x0, xt = torch.randint(7, (2, 50, 6), generator=generator)
+    m = torch.rand(50, generator=generator, dtype=torch.float64) * 0.98 + 0.01
+    alpha, N = (1 - m)[:, None, None], 7
+    bar = N * alpha * torch.nn.functional.one_hot(x0, N) + 1 - alpha
+    theta = N * alpha * logits.softmax(-1) + 1 - alpha
+    at = lambda table: table.gather(-1, xt[..., None])
+    udlm = (1 / (N * alpha)) * (N / at(theta) - N / at(bar) + (bar / at(bar) * (
+        (bar * at(theta)) / (at(bar) * theta)).log()).sum(-1, keepdim=True))
+    torch.testing.assert_close(uniform.nelbo(logits, xt, x0, m), udlm[..., 0], atol=1e-10, rtol=1e-10)
+    single = uniform.nelbo(logits.float(), xt, x0, m.float())
+    torch.testing.assert_close(single.double(), udlm[..., 0], atol=1e-4, rtol=1e-4)
+
+
+def test_forward_and_posterior_of_uniform_noise():
+    """Item 2: the noise keeps a token with chance alpha + b, and q(xs | xt, x0) is Bayes' rule and sums to 1."""
+    n = 4
+    for s, t in ((0.0, 0.4), (0.2, 0.7), (0.5, 1.0)):
+        q = lambda level: (1 - level) * torch.eye(n, dtype=torch.float64) + level / n  # (from, to)
+        step = 1 - (1 - t) / (1 - s)
+        for x0, xt in itertools.product(range(n), repeat=2):
+            bayes = q(s)[x0] * q(step)[:, xt] / (q(s) @ q(step))[x0, xt]
+            pi = torch.nn.functional.one_hot(torch.tensor([x0]), n).double()
+            found = uniform.posterior(pi, torch.tensor([xt]), *torch.tensor([[t], [s]], dtype=torch.float64))[0]
+            normal = n * (1 - t) * (x0 == xt) + t  # the denominator of the mathematics document
+            assert found.sum().item() == pytest.approx(normal, abs=1e-12)
+            torch.testing.assert_close(found / normal, bayes, atol=1e-12, rtol=0)
+
+
+def uniform_law(model, T):
+    """Exact law (81,) of ancestral sampling on the linear grid."""
+    law = torch.full((81,), 1 / 81, dtype=torch.float64)
+    for k in range(T, 0, -1):
+        m, s = (torch.full((81 * L,), x / T, dtype=torch.float64) for x in (k, k - 1))
+        pi = model(SEQUENCES, m[:81]).softmax(-1).flatten(0, 1)
+        q = uniform.posterior(pi, SEQUENCES.flatten(), m, s).view(81, L, V)
+        q = q / q.sum(-1, keepdim=True)
+        move = torch.stack([q[:, i][:, SEQUENCES[:, i]] for i in range(L)]).prod(0)  # (from, to)
+        law = law @ move
+    return law
+
+
+@pytest.mark.parametrize("T, expected", ((2, .27334), (4, .13945), (8, .065789), (16, .031262), (32, .015193), (64, .007478)))
+def test_law_of_uniform_sampling(T, expected):
+    assert total_variation(uniform_law(LeaveOneOut(), T), P) == pytest.approx(expected, abs=1e-5)
+    if T == 64:
+        assert total_variation(uniform_law(LeaveOneOut(full=True), T), P) == pytest.approx(0.287, abs=1e-3)
+
+
+@pytest.mark.parametrize("T", (1, 2, 4))
+def test_uniform_sampler_follows_its_law(T):
+    canvas = torch.full((40_000, L), MASK)
+    *_, last = diffusion.sample(LeaveOneOut(), canvas, objective="uniform", steps=T)
+    assert total_variation(empirical(last.ids), uniform_law(LeaveOneOut(), T)) < 0.0255 and last.evaluations == T
+
+
+def test_correctors_keep_the_noisy_distribution():
+    """One position at a time, the sweep's law leaves q(x_m) as it is; swept samples are nearer to the data."""
+    m = 0.4
+    keep = (1 - m) * torch.eye(V, dtype=torch.float64) + m / V
+    noisy = P @ torch.stack([keep[SEQUENCES[:, i]][:, SEQUENCES[:, i]] for i in range(L)]).prod(0)
+    pi = LeaveOneOut()(SEQUENCES, torch.full((81,), m)).softmax(-1)
+    for i in range(L):
+        same = torch.stack([SEQUENCES[:, j][:, None] == SEQUENCES[:, j] for j in range(L) if j != i]).all(0)
+        move = same * ((1 - m) * pi[:, i] + m / V)[:, SEQUENCES[:, i]]
+        torch.testing.assert_close(noisy @ move, noisy, atol=1e-7, rtol=0)
+    canvas, errors = torch.full((40_000, L), MASK), []
+    for sweeps in (0, 8):
+        *_, last = diffusion.sample(LeaveOneOut(), canvas, objective="uniform", steps=4, correctors=sweeps)
+        errors.append(total_variation(empirical(last.ids), P))
+    assert last.evaluations == 4 + 3 * 8 and errors[1] < errors[0] - 0.02, "no sweep after the last step: there is no noise left"
+
+
+def test_uniform_training_loss_is_an_unbiased_bound():
+    """Whatever the schedule, on rows of one noise level each (the lookup wants that): m by quadrature, noise drawn."""
+    cfg = settings(objective="uniform", corruption="bernoulli", schedule="poly2")
+    drawn = diffusion.draw_corruption(cfg, 4000, L, generator(3))
+    kept = (~drawn.masked).float().mean(1)
+    assert ((1 - drawn.level) - kept).mean().abs() < 0.02 and drawn.noise.shape == (4000, L)
+    t = drawn.level.double().sqrt()
+    torch.testing.assert_close(drawn.weight.double(), 2 * t, atol=1e-5, rtol=0)
+    one = torch.ones(1, dtype=torch.float64)
+
+    class Perfect(LeaveOneOut):
+        def __call__(self, ids, noise_level, select=None):
+            return torch.stack([LeaveOneOut.__call__(self, row[None], level[None])[0] for row, level in zip(ids, noise_level)])
+    x0 = SEQUENCES[[ROW]].expand(1500, L)
+    drawn = diffusion.draw_corruption(cfg, 1500, L, generator(4))
+    losses = diffusion.uniform_loss(Perfect(), x0, drawn, cfg).double() * L
+    exact = -P[ROW].log().item()
+    assert abs(losses.mean().item() - exact) < 4 * losses.std().item() / math.sqrt(1500) and one.item()
+    bound = diffusion.bound(Perfect(), x0[:300], 2, cfg) * L
+    assert abs(bound.mean().item() - exact) < 4 * bound.std().item() / math.sqrt(600)
+
+
+@pytest.mark.parametrize("sampler", ("ancestral", "confidence"))
+def test_uniform_steps_for_viewers(sampler):
+    """Given tokens stay; every state is text; the first step shows all, later ones what changed."""
+    class Rows(LeaveOneOut):
+        def __call__(self, ids, noise_level, select=None):
+            return super().__call__(ids, noise_level, select)
+    canvas = torch.tensor([[0, MASK, MASK, MASK], [MASK, 1, MASK, 2], [0, 1, 2, 0]])
+    before = canvas
+    for number, step in enumerate(diffusion.sample(Rows(), canvas, objective="uniform", steps=5, sampler=sampler, top=2)):
+        assert (step.ids[canvas != MASK] == canvas[canvas != MASK]).all() and step.ids.max() < MASK
+        assert step.fresh.equal((canvas == MASK) if number == 0 else step.ids != before)
+        assert step.t[0].item() == pytest.approx(1 - (number + 1) / 5) and not step.masked.any()
+        before = step.ids.clone()
+    assert step.row_evaluations.tolist() == [5, 5, 0] and step.evaluations == 5
+    *_, alone = diffusion.sample(Rows(), canvas[1:2], objective="uniform", steps=5, seeds=[1])
+    assert torch.equal(alone.ids[0], step.ids[1])
+
+
+# --- gradients, importance sampling ------------------------------------------------------------------------------
+
+
+def gradient(model, value):
+    model.zero_grad()
+    value.backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("n", (0, 1, 2))
+def test_gradients_of_the_training_loss_are_those_of_the_exact_bound(n):
+    """The mean over 60,000 drawn corruptions against all masks enumerated, on the toy's data."""
+    model = network(vocab_size=4, n_layer=1)
+    for p in model.parameters():
+        p.data.div_(6)
+    x0 = SEQUENCES[[0, ROW, 50, 77]]
+    if n:
+        exact = exact_block_nelbo(model, x0, n).mean() / L
+    else:
+        exact = sum(diffusion.loss(model, x0, diffusion.Corruption(s.expand(4, L), torch.full((4,), 1 / int(s.sum()) / math.comb(
+            L, int(s.sum())), dtype=torch.float64))).mean() for s in SUBSETS)
+    exact, cfg = gradient(model, exact), settings(block_len=n, block_size=L)
+    drawn = diffusion.draw_corruption(cfg, 60_000, L, generator(6))
+    drawn = drawn._replace(weight=drawn.weight.double())
+    rows = x0.repeat(15_000, 1)[torch.randperm(60_000, generator=generator(7))]  # strata are fixed to rows
+    many = gradient(model, diffusion.OBJECTIVES["masked"].loss(model, rows, drawn, cfg).mean())
+    assert (many - exact).norm() < 0.06 * exact.norm()
+    flat = gradient(model, diffusion.OBJECTIVES["masked"].loss(model, rows, drawn._replace(
+        weight=torch.ones_like(drawn.weight)), cfg).mean())
+    assert n == 1 or (flat - exact).norm() > 0.1 * exact.norm(), "another weighting has other gradients"
+
+
+def test_draws_of_a_density():
+    density = torch.tensor([0.5, 2.0, 0.5, 1.0], dtype=torch.float64)
+    u = (torch.arange(100_000).double() + 0.5) / 100_000
+    t = draws.warped(u, density)
+    torch.testing.assert_close(torch.histc(t, 4, 0, 1) / 25_000, density, atol=1e-3, rtol=0)
+    torch.testing.assert_close(draws.cdf(t, density), u, atol=1e-12, rtol=0)
+    torch.testing.assert_close(draws.density_at(torch.tensor([0.1, 0.3, 0.99]), density), density[[0, 1, 3]])
+
+
+@pytest.mark.parametrize("corruption, schedule, n", (("count", "linear", 0), ("count", "cos", 0), ("bernoulli", "poly2", 0),
+                                                     ("count", "linear", 2)))
+def test_importance_sampling_keeps_the_bound(corruption, schedule, n):
+    """Other times, the same mean: of the bound, and of the flat loss."""
+    density = torch.tensor([0.5, 0.6, 0.9, 2.0], dtype=torch.float64)
+    x0, model = SEQUENCES[[ROW]].expand(4000, L), Blocks(n, 0.2) if n else Lookup(0.2)
+    for weighting in ("elbo", "flat"):
+        cfg = settings(corruption=corruption, schedule=schedule, block_len=n, block_size=L, loss_weighting=weighting)
+        loss = lambda d, i: diffusion.OBJECTIVES["masked"].loss(model, x0, diffusion.draw_corruption(
+            cfg, 4000, L, generator(i), d), cfg).mean()
+        plain, warped = (torch.stack([loss(d, i) for i in range(8)]) * L for d in (None, density))
+        assert abs((plain.mean() - warped.mean()).item()) < 5 * (plain.var() / 8 + warped.var() / 8).sqrt().item() + 2e-3
+    drawn = [diffusion.draw_corruption(cfg, 4000, L, generator(1), d).masked.float().mean().item() for d in (None, density)]
+    assert drawn[1] > drawn[0] + 0.05, "more rows with many masks"
+
+
+def test_the_density_of_times_follows_the_spread_of_the_losses():
+    """A network that is sure of everything but rows without context has its loss there."""
+    class Blind:
+        vocab_size = 11
+
+        def __call__(self, ids, noise_level=None, select=None):
+            logits = torch.zeros(len(select), 10)
+            level = (ids == 10).float().mean(1)[select // ids.size(1)]
+            logits[:, 0] = torch.where(level > 0.75, 0.0, 9.0)
+            return logits
+    density = diffusion.time_density(Blind(), torch.zeros(256, 32, dtype=torch.long), settings())
+    assert density.mean().item() == pytest.approx(1) and density.min() >= 0.5
+    assert density[12:].min() > 1.5 and density[:12].max() < 0.6

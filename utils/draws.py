@@ -1,0 +1,113 @@
+"""Random draws, each a pure function of what it is given: strata, masks, tokens, and a row's own uniforms."""
+import math
+
+import torch
+import torch.nn.functional as F
+
+
+def at_least_float32(logits):
+    """bfloat16 logits as float32, for softmax and losses; float32 and float64 as they are."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def stratified(n, generator):
+    """n uniforms in [0, 1), (n,) float64, one in each stratum [i/n, (i+1)/n), with one random offset for all.
+
+    Together they cover [0, 1) evenly (variational diffusion models, arXiv:2107.00630). Row r takes the r-th stratum in
+    bit-reversed (van der Corput) order, so that every contiguous slice of the rows, a micro-batch or a rank's share, is
+    spread evenly too. Which row takes which never changes: what stands in the rows must be in random order.
+    """
+    offset = torch.rand((), generator=generator, dtype=torch.float64)
+    return (stratum_of(n) + offset) / n
+
+
+def stratum_of(n):
+    """Which of n strata each of n rows takes, (n,) long."""
+    width = max(1, (n - 1).bit_length())
+    return torch.tensor([int(f"{row:0{width}b}"[::-1], 2) for row in range(n)]).argsort().argsort()
+
+
+def exactly(counts, n, generator):
+    """Uniformly random masks (B, n) bool with exactly counts (B,) True in each row."""
+    return first_of(torch.rand(len(counts), n, generator=generator), counts)
+
+
+def first_of(numbers, counts):
+    """Where the counts (B,) least of each row of numbers (B, n) are: (B, n) bool."""
+    order = numbers.argsort(1)
+    return torch.zeros_like(order, dtype=torch.bool).scatter(1, order, torch.arange(order.size(1)) < counts[:, None])
+
+
+def cdf(t, density):
+    """Share of times that the density (n,), constant in each of n equal parts of [0, 1] and 1 in the mean, has below t;
+    without a density, t."""
+    if density is None:
+        return t
+    n = len(density)
+    below = F.pad(density.cumsum(0), (1, 0)) / n
+    part = (t * n).floor().long().clamp(0, n - 1)
+    return below[part] + (t - part / n) * density[part]
+
+
+def warped(u, density):
+    """Times in [0, 1] of the density, from uniforms u: the inverse of `cdf`; without a density, u."""
+    if density is None:
+        return u
+    n = len(density)
+    below = F.pad(density.cumsum(0), (1, 0)) / n
+    part = (torch.searchsorted(below, u, right=True) - 1).clamp(0, n - 1)
+    return (part / n + (u - below[part]) / density[part]).clamp(0, 1)
+
+
+def density_at(t, density):
+    """The density (n,) at times t in [0, 1], in t's shape; 1 without."""
+    return torch.ones_like(t) if density is None else density[(t * len(density)).long().clamp(max=len(density) - 1)]
+
+
+def warp(logits, temperature=1.0, top_k=0, top_p=1.0):
+    """Token distribution (N, V) to draw from: temperature, then top-k (0 = all), then top-p (1 = all).
+
+    top-p keeps the likeliest tokens until their sum reaches top_p, the one that crosses it included. Temperature 0 is
+    all mass on the likeliest token.
+    """
+    if temperature == 0:
+        return F.one_hot(logits.argmax(-1), logits.size(-1)).to(logits.dtype)
+    logits = logits / temperature
+    if 0 < top_k < logits.size(-1):
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
+    p = logits.softmax(-1)
+    if top_p < 1:
+        sorted_p, order = p.sort(descending=True)
+        dropped = sorted_p.cumsum(-1) - sorted_p >= top_p
+        p = p.masked_fill(torch.zeros_like(dropped).scatter(1, order, dropped), 0.0)
+    return p
+
+
+def draw(p, u):
+    """Tokens (N,) from p (N, V), which need not be normalised, by inverting the cumulative sum at u (N,) in [0, 1).
+
+    In float64: float32 never draws a token below about 1e-8, which shifts the text's entropy (arXiv:2409.02908). A
+    token of probability zero is never drawn. On MPS, which lacks float64, float32 does for vocabularies of some 4,000.
+    """
+    cumulative = p.to(u.dtype).cumsum(-1)
+    return (cumulative <= u[:, None] * cumulative[:, -1:]).sum(-1).clamp(max=p.size(-1) - 1)
+
+
+def _mix(x):
+    """SplitMix64's finaliser on int64 tensors: a one-to-one scrambling of 64 bits (Steele et al. 2014)."""
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -4658895280553007687
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685
+    return x ^ ((x >> 31) & 0x1FFFFFFFF)
+
+
+def row_uniforms(seeds, k, L, dtype=torch.float64):
+    """Uniforms in [0, 1) of step k for rows with the integer seeds (B,): (2, B, L), on the seeds' device.
+
+    A hash of (seed, step, which of the two, position): a row's numbers depend on its own seed alone, are the same on
+    every device, and cost no loop over rows and no copy from the host.
+    """
+    which = torch.arange(2, device=seeds.device)[:, None, None]
+    position = torch.arange(L, device=seeds.device)
+    bits = _mix(_mix(_mix(_mix(seeds + 1)[None, :, None] + k) + which) + position)
+    digits = 53 if dtype == torch.float64 else 24
+    return ((bits >> (64 - digits)) & (2**digits - 1)).to(dtype) * 2.0**-digits
