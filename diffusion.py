@@ -258,21 +258,24 @@ def loss(model, x0, corruption, full=False, token_nll=token_nll, *, objective="m
     masked, weight, index, *_ = corruption.to(x0.device)
     row, place = torch.where(index < 0, B, index // L), index % L  # what fills up belongs to row B, and is left out
     index = index.clamp(min=0)
-    if objective == "ar":
-        logits = predict(model, x0, objective=objective, select=index)
-    elif block_len:
-        own = blocks.number(L, block_len, given, x0.device)
-        level = F.pad(blocks.level(masked, block_len, given), (0, L))  # and the clean row is clean
-        logits = model(torch.cat((hide(x0, masked, model.vocab_size - 1), x0), 1), level,
-                       attention=blocks.doubled_mask(L, block_len, given, x0.device),
-                       positions=torch.arange(L, device=x0.device).repeat(2), select=row.clamp(max=B - 1) * 2 * L + place)
-        weight = F.pad(weight, (0, 0, 0, 1))[row, own[place].clamp(min=0)]
-    else:
-        logits = predict(model, hide(x0, masked, model.vocab_size - 1), select=index)
-    ce = token_nll(logits, x0.flatten()[index])
+    options = {"objective": objective, "block_len": block_len, "given": given}
+    ce = token_nll(logits_of_hidden(model, x0, masked, index, **options), x0.flatten()[index])
     if block_len:
-        return ce.new_zeros(B + 1).index_add(0, row, ce * weight)[:B] / L
+        own = blocks.number(L, block_len, given, x0.device).clamp(min=0)
+        return ce.new_zeros(B + 1).index_add(0, row, ce * F.pad(weight, (0, 0, 0, 1))[row, own[place]])[:B] / L
     return ce.new_zeros(B + 1).index_add(0, row, ce)[:B] * weight / L
+
+
+def logits_of_hidden(model, x0, masked, index, *, objective="masked", block_len=0, given=0):
+    """Logits (N, V) at the flat positions index (N,) of x0 (B, L), of which the masked (B, L) ones are hidden."""
+    if objective == "ar":
+        return predict(model, x0, objective=objective, select=index)
+    xt, L = hide(x0, masked, model.vocab_size - 1), x0.size(1)
+    if not block_len:
+        return predict(model, xt, select=index)
+    level = F.pad(blocks.level(masked, block_len, given), (0, L))  # and the clean row is clean
+    return model(torch.cat((xt, x0), 1), level, attention=blocks.doubled_mask(L, block_len, given, x0.device),
+                 positions=torch.arange(L, device=x0.device).repeat(2), select=index // L * 2 * L + index % L)
 
 
 def uniform_loss(model, x0, corruption, cfg, token_nll=None):

@@ -251,7 +251,7 @@ def train(cfg, state=None, quiet=False):
         given.clear()  # frees as much memory as weights and optimizers take
     path = {kind: os.path.join(cfg.out_dir, folder, cfg.name + ending) for kind, folder, ending in (
         ("last", "models", ".pt"), ("best", "models", ".best.pt"), ("log", "logs", ".jsonl"),
-        ("metrics", "logs", ".json"), ("plot", "plots", ".loss.png"))}
+        ("metrics", "logs", ".json"), ("plot", "plots", ".loss.png"), ("levels", "plots", ".levels.png"))}
     if os.path.exists(path["best"]):  # of the run that is resumed
         best = checkpoint.read(path["best"])["nll"]
 
@@ -383,35 +383,38 @@ def check_finite(loss, model, step, cfg):
 
 
 def find_best(cfg, data, device, dtype, path):
-    """(held-out metrics, step) of the better one of the best checkpoint, which one mask a row decided, and the last, whose
-    learning rate has decayed. It becomes the best checkpoint."""
+    """(held-out metrics, model, step) of the better one of the best checkpoint, which one mask a row decided, and the last,
+    whose learning rate has decayed. It becomes the best checkpoint."""
     def judge(state):
         model, *_ = checkpoint.restore(state, device)
         with runtime.autocast(device, dtype):
             return metrics.held_out(model, cfg, data, device), model
 
     best, last = (checkpoint.read(path[kind]) for kind in ("best", "last"))
-    old, _ = judge(best)
+    old, model = judge(best)
     if last["step"] > best["step"]:
-        new, model = judge(last)
+        new, newer = judge(last)
         if new["bound_nats_per_token"] < old["bound_nats_per_token"]:
-            checkpoint.save(path["best"], checkpoint.snapshot(cfg, data.text, model, last["step"], last["nll"]))
-            return new, last["step"]
-    return old, best["step"]
+            checkpoint.save(path["best"], checkpoint.snapshot(cfg, data.text, newer, last["step"], last["nll"]))
+            return new, newer, last["step"]
+    return old, model, best["step"]
 
 
 def finish(cfg, data, device, dtype, parameters, step, minutes, seconds_a_step, path, say):
     """The final metrics block of the best checkpoint, its files, and what to try next; returns the metrics."""
-    report, best_step = find_best(cfg, data, device, dtype, path)
-    report |= {"best_step": best_step, "name": cfg.name, "parameters": parameters, "steps": step, "minutes": minutes,
-               "seconds_a_step": seconds_a_step,
-               "tokens_per_second": cfg.batch_size * cfg.block_size / seconds_a_step if seconds_a_step else None}
+    report, model, best_step = find_best(cfg, data, device, dtype, path)
+    report |= metrics.final(model, cfg, data, device, dtype, best_step, cfg.final_samples,
+                            sampling={"top_p": SampleConfig.top_p})
+    report = {"name": cfg.name, "parameters": parameters, "steps": step, "best_step": best_step, "minutes": minutes,
+              "seconds_a_step": seconds_a_step,
+              "tokens_per_second_of_training": cfg.batch_size * cfg.block_size / seconds_a_step if seconds_a_step else None} | report
     runtime.write_json(path["metrics"], report)
     say(metrics.show(report))
     try:
         plots.loss_curves([path["log"]], path["plot"])
+        plots.levels(report["levels"], cfg.name, path["levels"])
     except ImportError as error:
-        say(f"no plot of the loss curves: {error}")
+        say(f"no plots: {error}")
     say("wrote " + ", ".join(filter(os.path.exists, path.values())))
     prompt = "" if data.text.is_char or cfg.data != "tales" else ' --prompt "Once upon a time"'
     say(f"next: python inference.py --checkpoint {path['best']}{prompt} --viz-video {cfg.out_dir}/media/trace.mp4")

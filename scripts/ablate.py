@@ -112,7 +112,7 @@ def judge_samplers(options):
                 return source_procedure(model, blank, steps, seeds[0]), torch.full((len(blank),), steps)
             *_, last = diffusion.sample(model, blank, sampler=setting["sampler"], steps=setting["steps"] or None,
                                         decode_block=setting["decode_block"], cache=setting["cache"],
-                                        top_p=setting["top_p"], seeds=seeds)
+                                        top_p=setting["top_p"], seeds=seeds, **diffusion.options_of(cfg))
             return last.ids, last.row_evaluations
         start = time.perf_counter()
         with runtime.autocast(device, dtype):
@@ -184,6 +184,27 @@ def batch_size(options):
             "lr": base.lr * share**0.5, "muon_lr": base.muon_lr * share**0.5} for share in shares if share != 1}
 
 
+def families(options):
+    """Autoregressive, blocks, masked and uniform at equal size, on the same rows. In windows of blocks of 64."""
+    base = cli.merge(Config, base_config(options))
+    given, tokens = diffusion.given_tokens(base), base.block_size * base.batch_size
+    window = max(128, -(-base.block_size // 64) * 64) + given
+    common = {"block_size": window}
+    if not given:  # as many tokens a step; documents stay as many
+        common["batch_size"] = max(1, tokens // window)
+    uniform = config.FAMILIES["uniform"] | {"objective": "uniform", "time_conditioning": "sinusoidal"}  # adaln is larger
+    return {"autoregressive": common | {"objective": "ar"}} | {
+        f"blocks of {size}": common | {"block_len": size} for size in (1, 4, 16, 64)} | {
+        "masked": common, "uniform noise": common | uniform}
+
+
+def ar_vs_diffusion(options):
+    """Many epochs over 200 documents: who overfits when. The loss of all is the bound, so that curves compare."""
+    common = {"max_documents": 200, "loss_weighting": "elbo", "short_rows": 0.0}
+    return {f"{name}{f', dropout {dropout:g}' if dropout else ''}": common | changes | {"dropout": dropout}
+            for name, changes in (("autoregressive", {"objective": "ar"}), ("masked", {})) for dropout in (0.0, 0.1, 0.2)}
+
+
 DISCRETE = dict(corruption="bernoulli")  # what discrete times need
 TRAINED = {
     "recipe": recipe,
@@ -206,6 +227,10 @@ TRAINED = {
         f"{decay:g}, no decay of the learning rate": {"ema": decay, "lr_decay": "constant"}
         for decay in (0.0, 0.95, 0.98, 0.99, 0.995)},
     "complementary": lambda options: {"independent": {}, "complementary": {"complementary": True}},
+    "time_sampling": lambda options: {f"{name}, {weighting}": {"time_sampling": name, "loss_weighting": weighting}
+                                      for weighting in ("elbo", "flat") for name in ("uniform", "importance")},
+    "families": families,
+    "ar_vs_diffusion": ar_vs_diffusion,
 }
 
 
@@ -213,7 +238,7 @@ def base_config(options):
     base = config.PRESETS["shakespeare"] | SMALL if not options.base else config.preset(options.base)
     data = {"data": options.data, "tokenizer": "bpe"} if options.data else {}
     return {"name": "run"} | base | data | {"max_iters": options.iters, "device": options.device, "dtype": options.dtype,
-                                     "compile": options.compile, "eval_rows": 256, "final_rows": 1024, "final_masks": 2}
+                                     "compile": options.compile, "eval_rows": 256, "final_rows": 1024, "final_masks": 2, "final_samples": 0}
 
 
 def variant_config(comparison, options, variant, seed):
@@ -221,10 +246,13 @@ def variant_config(comparison, options, variant, seed):
     return dataclasses.replace(cfg, eval_interval=max(1, cfg.max_iters // 15), save_interval=10**9)
 
 
+LATER = {"objective": "masked", "time_sampling": "uniform"}  # what all was before these were settings
+
+
 def train_settings(comparison, options):
     """One training run each. "config" tells runs apart that differ in anything but their names and seeds."""
     def fingerprint(cfg):  # of what is switched on, so that a setting which is added to config.py changes nothing
-        on = [(k, v) for k, v in dataclasses.asdict(cfg).items() if v and k != "seed"]
+        on = [(k, v) for k, v in dataclasses.asdict(cfg).items() if v and k != "seed" and LATER.get(k) != v]
         return hashlib.sha256(repr(on).encode()).hexdigest()[:8]
 
     def setting(name, seed):
@@ -245,7 +273,7 @@ def train_variants(comparison, options):
             except UserError as error:
                 if "not finite" not in str(error):
                     raise
-                return dict.fromkeys(FIGURES, math.nan) | {"curve": ""}
+                return dict.fromkeys(FIGURES, math.nan) | {"above_exact": None, "curve": ""}
             with open(os.path.join(folder, "logs", f"{cfg.name}.jsonl"), encoding="utf-8") as log:
                 entries = [json.loads(line) for line in log]
         # minutes of training steps alone, without starting, compiling and evaluating
@@ -254,15 +282,15 @@ def train_variants(comparison, options):
                 "se_rows": report["bound_se_rows"], "se_masks": report["bound_se_masks"],
                 "last_bound": entries[-1]["bound"], "loss": entries[-1]["loss"], "steps": report["steps"],
                 "minutes": minutes(report["steps"]), "ms_a_step": 1000 * report["seconds_a_step"],
-                "rows_a_step": cfg.batch_size, "parameters": report["parameters"],
-                "curve": " ".join(f"{e['step']}:{minutes(e['step']):.3f}:{e['bound']:.4f}" for e in entries)}
-    cfg = cli.merge(Config, base_config(options))
+                "rows_a_step": cfg.batch_size, "parameters": report["parameters"], "above_exact": report.get("excess_over_exact"),
+                "curve": " ".join(f"{e['step']}:{minutes(e['step']):.3f}:{e['bound']:.4f}:{e['loss']:.4f}" for e in entries)}
+    cfg = cli.merge(Config, base_config(options), next(iter(TRAINED[comparison](options).values())))
     what = {name: getattr(cfg, name) for name in ("data", "n_layer", "n_embd", "block_size")}
     return measure, what | {"device": runtime.choose_device(cfg.device).type}
 
 
 FIGURES = ("bound", "bits_per_character", "se_rows", "se_masks", "last_bound", "loss", "steps", "minutes", "ms_a_step",
-           "rows_a_step", "parameters")
+           "rows_a_step", "parameters", "above_exact")
 
 
 def over_seeds(rows):
@@ -273,7 +301,7 @@ def over_seeds(rows):
         groups.setdefault(tuple(key.items()), []).append(row)
     out = []
     for key, runs in groups.items():
-        mean = lambda name: statistics.fmean(float(run[name]) for run in runs)
+        mean = lambda name: statistics.fmean(float(run[name]) for run in runs) if all(run.get(name) for run in runs) else None
         bounds = [float(run["bound"]) for run in runs]
         several = len(runs) > 1 and not any(map(math.isnan, bounds))
         spread = statistics.stdev(bounds) / len(runs) ** 0.5 if several else None
@@ -281,15 +309,16 @@ def over_seeds(rows):
         out.append(key | {"seeds": len(runs), "steps": runs[0]["steps"]} | {
             name: rounded(value) for name, value in (
                 ("bound", mean("bound")), ("se_seeds", spread), ("se_rows", mean("se_rows")),
-                ("bits_per_character", mean("bits_per_character")), ("training_loss", mean("loss")),
+                ("bits_per_character", mean("bits_per_character")), ("above_exact", mean("above_exact")),
+                ("last_bound", mean("last_bound")), ("training_loss", mean("loss")), ("parameters", round(mean("parameters") or 0)),
                 ("ms_a_step", mean("ms_a_step")), ("minutes", mean("minutes")))})
     return out
 
 
 COMPARISONS = {
     "samplers": Comparison(sampler_settings, judge_samplers, plots.quality_against_cost),
-} | {name: Comparison(partial(train_settings, name), partial(train_variants, name), plots.bound_over_cost, over_seeds)
-     for name in TRAINED}
+} | {name: Comparison(partial(train_settings, name), partial(train_variants, name),
+                      plots.over_epochs if name == "ar_vs_diffusion" else plots.bound_over_cost, over_seeds) for name in TRAINED}
 
 
 # --- the runner -------------------------------------------------------------------------------------------------

@@ -67,7 +67,7 @@ def training_step(cfg, vocab_size, device, dtype=torch.float32, compiled=False, 
     if torchs_muon:
         optimizers[1] = torch.optim.Muon(optimizers[1].param_groups[0]["params"], cfg.muon_lr)
     x0 = torch.randint(vocab_size - 1, (cfg.batch_size, cfg.block_size))
-    data = corpus.Corpus(batch=lambda step, rows: x0[rows], held_out=None, text=None, tokens=0, fingerprint="")
+    data = corpus.Corpus(batch=lambda step, rows: x0[rows], held_out=None, text=None, tokens=0, fingerprint="", training=None)
 
     def step(network, token_nll=diffusion.token_nll):
         pieces, seed = train.prepare(cfg, data, next(numbers), ranks, device)
@@ -289,7 +289,7 @@ def bench_sample(name, options):
 
             def run():
                 with runtime.autocast(device, dtype):
-                    *_, last = diffusion.sample(model, blank, sampler=sampler, steps=steps, **more)
+                    *_, last = diffusion.sample(model, blank, sampler=sampler, steps=steps, **diffusion.options_of(cfg), **more)
                 return last.ids, last.evaluations
             return run
 

@@ -18,12 +18,12 @@ import train
 from config import Config, SampleConfig
 from conftest import ROOT, interrupt
 from scripts import data as data_script
-from scripts import ablate, bench, evaluate, train_tokenizer
+from scripts import ablate, bench, evaluate, export, train_tokenizer
 from utils import checkpoint, cli, plots, runtime, tales, texts, tokenizer, trace
 from utils.cli import UserError
 
 TINY = ("--n_layer 1 --n_head 2 --n_embd 16 --batch_size 4 --max_iters 6 --eval_interval 3 --eval_rows 4 "
-        "--final_rows 4 --final_masks 2 --compile off --device cpu").split()
+        "--final_rows 4 --final_masks 2 --final_samples 2 --compile off --device cpu").split()
 
 
 @pytest.fixture(autouse=True)
@@ -217,8 +217,8 @@ def test_a_checkpoint_is_saved_only_while_all_is_finite(monkeypatch):
     """Also where it is saved more often than evaluated; and not when only the last update broke the weights."""
     prepare = train.prepare
 
-    def broken(cfg, data, n, ranks, device):
-        pieces, seed = prepare(cfg, data, n, ranks, device)
+    def broken(cfg, data, n, *more):
+        pieces, seed = prepare(cfg, data, n, *more)
         return [(x0, c._replace(weight=c.weight * (math.inf if n == 3 else 1))) for x0, c in pieces], seed
     monkeypatch.setattr(train, "prepare", broken)
     with pytest.raises(UserError, match="not finite at step 4"):
@@ -504,13 +504,84 @@ def test_data_options(monkeypatch, capsys):
 
 
 def test_evaluate(tales_run, monkeypatch, capsys):
-    code, out, err = run(evaluate.main, ["--checkpoint", str(tales_run / "models" / "tales.best.pt"), "--num_samples", "3",
-                                         "--rows", "4", "--json", "report.json", "--steps", "8", "--device", "cpu"], monkeypatch, capsys)
+    """The metrics block of the end of training, from the checkpoint alone; other samples and a judge on request."""
+    path = str(tales_run / "models" / "tales.best.pt")
+    code, out, err = run(evaluate.main, ["--checkpoint", path, "--json", "report.json", "--plot", "levels.png", "--device", "cpu",
+                                         "--left_to_right", "2"], monkeypatch, capsys)
     assert code == 0, err
     report, final = json.load(open("report.json")), json.load(open(tales_run / "logs" / "tales.json"))
-    for key in ("bound_nats_per_token", "exact_nats_per_story", "bound_bits_per_character"):
-        assert report[key] == pytest.approx(final[key], rel=1e-6), "evaluate.py reproduces the final metrics"
-    assert report["samples"] == 3 and report["valid"] == 0 and report["evaluations_a_sample"] == 8
+    assert open("levels.png", "rb").read(4) == b"\x89PNG"
+    for key, value in final.items():
+        if key in report and key != "samples":
+            assert report[key] == pytest.approx(value, rel=1e-6) if isinstance(value, float) else report[key] == value, key
+    different = {key for key, value in final["samples"].items() if report["samples"][key] != value}
+    assert different <= {"tokens_per_second"} and set(final) - set(report) == {
+        "name", "parameters", "steps", "best_step", "minutes", "seconds_a_step", "tokens_per_second_of_training"}
+    assert {"accuracy", "entropy", "levels", "exp_of_masked_ce_pooled", "perplexity_of_bound", "reference"} <= set(final)
+    assert report["left_to_right_rows"] == 2 and 0 < report["left_to_right_nats_per_token"] < 10
+    words = ["--checkpoint", path, "--num_samples", "3", "--rows", "4", "--json", "report.json", "--steps", "8"]
+    code, out, err = run(evaluate.main, words, monkeypatch, capsys)
+    samples = json.load(open("report.json"))["samples"]
+    assert samples["samples"] == 3 and samples["valid"] == 0 and samples["evaluations_a_sample"] == 8
+    assert json.load(open("report.json"))["reference"]["valid"] == 1 and "held-out text" in out
+
+
+def test_evaluate_another_text(tales_run, monkeypatch, capsys):
+    """All of the text is held out; the run's own bound is another."""
+    path = str(tales_run / "models" / "tales.best.pt")
+    open("other.txt", "w").write("\n<|endoftext|>\n".join(["The cat sat on a red mat. " * 4] * 20))
+    code, out, err = run(evaluate.main, ["--checkpoint", path, "--data", "other.txt", "--json", "r.json", "--num_samples", "2",
+                                         "--rows", "50"],
+                         monkeypatch, capsys)
+    report = json.load(open("r.json"))
+    assert code == 0 and report["held_out_rows"] >= 20 and "exact_nats_per_story" not in report and "valid" not in report["samples"]
+
+
+def test_evaluate_compares_what_compares(tales_run, monkeypatch, capsys):
+    """The same rows by nats a token, in pairs; other tokens by bits per character; other text not at all."""
+    path = str(tales_run / "models" / "tales.best.pt")
+    against = lambda other, *words: run(evaluate.main, ["--checkpoint", path, "--against", other, "--rows", "8", *words], monkeypatch,
+                                        capsys)
+    code, out, _ = against(path)
+    assert code == 0 and "the first has +0.0000 ± 0.0000 nats a token" in out
+    train.train(dataclasses.replace(config.load(["tales", *TINY, "--tokenizer", "char", "--block_size", "330"])[0]), quiet=True)
+    code, out, _ = against("artifacts/models/tales.best.pt")
+    assert code == 0 and "the same text in other tokens" in out and "bits per character" in out
+    train.train(dataclasses.replace(config.load(["tales", *TINY, "--seed", "2"])[0]), quiet=True)
+    code, out, _ = against("artifacts/models/tales-2.best.pt")
+    assert code == 0 and "not comparable" in out and out.count("bits per character") == 2
+
+
+def test_a_judge_is_autoregressive(tales_run, monkeypatch, capsys):
+    path = str(tales_run / "models" / "tales.best.pt")
+    code, _, err = run(evaluate.main, ["--checkpoint", path, "--judge", path], monkeypatch, capsys)
+    assert code == 2 and "objective=masked; a judge must give exact likelihoods" in err
+    train.train(dataclasses.replace(config.load(["tales", *TINY, "--objective", "ar"])[0]), quiet=True)
+    code, out, err = run(evaluate.main, ["--checkpoint", path, "--judge", "artifacts/models/tales.best.pt", "--json", "r.json"],
+                         monkeypatch, capsys)
+    report = json.load(open("r.json"))
+    assert code == 0 and 0.1 < report["reference"]["judge_nats_per_character"] < 4, err
+
+
+def test_export_and_back(tales_run, monkeypatch, capsys):
+    """`tokenizers` and `safetensors` read it; and what comes back writes the same text."""
+    import safetensors.torch
+    import tokenizers
+    path = str(tales_run / "models" / "tales.best.pt")
+    code, out, err = run(export.main, ["--checkpoint", path, "--output", "out"], monkeypatch, capsys)
+    assert code == 0 and sorted(os.listdir("out")) == ["config.json", "model.safetensors", "tokenizer.json"], err
+    weights = safetensors.torch.load_file("out/model.safetensors")
+    state = checkpoint.read(path)
+    assert weights.keys() == state["model"].keys() - {"head.weight"} and all(torch.equal(weights[k], state["model"][k]) for k in weights)
+    assert tokenizers.Tokenizer.from_file("out/tokenizer.json").encode("a cat").ids
+    assert run(export.main, "--back out --output artifacts/models/mine.best.pt", monkeypatch, capsys)[0] == 0
+    texts = [run(inference.main, ["--checkpoint", p, "--seed", "3", "--device", "cpu"], monkeypatch, capsys)[1]
+             for p in (path, "artifacts/models/mine.best.pt")]
+    assert texts[0] == texts[1]
+    for words, message in (("--back out --output artifacts/models/mine.best.pt", "exists"), ("--back nowhere --output a.pt", "no exported"),
+                           ("--back out --output b", "say where to write")):
+        code, _, err = run(export.main, words, monkeypatch, capsys)
+        assert code == 2 and message in err and err.count("\n") == 1
 
 
 def test_bench(monkeypatch, capsys):
@@ -595,8 +666,8 @@ def test_every_variant_of_a_training_comparison_is_allowed(name):
         plain = cli.merge(Config, ablate.base_config(options))
         variants = [cli.merge(Config, ablate.base_config(options), changes)
                     for changes in ablate.TRAINED[name](options).values()]
-        assert {(cfg.data, cfg.rows, cfg.block_size, cfg.tokenizer) for cfg in variants} == {
-            (plain.data, plain.rows, plain.block_size, plain.tokenizer)}, "all are judged on the same rows"
+        assert {(cfg.data, cfg.rows, cfg.tokenizer) for cfg in variants} == {(plain.data, plain.rows, plain.tokenizer)}
+        assert len({(cfg.block_size, cfg.seed) for cfg in variants}) == 1, "all are judged on the same rows"
         if name == "recipe":
             assert sum(cfg == plain for cfg in variants) == 1, "what the base has already is not compared with it"
 

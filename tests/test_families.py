@@ -451,7 +451,7 @@ def gradient(model, value):
 
 @pytest.mark.parametrize("n", (0, 1, 2))
 def test_gradients_of_the_training_loss_are_those_of_the_exact_bound(n):
-    """The mean over 60,000 drawn corruptions against all masks enumerated, on the toy's data."""
+    """The mean over many drawn corruptions against all masks enumerated, on the toy's data."""
     model = network(vocab_size=4, n_layer=1)
     for p in model.parameters():
         p.data.div_(6)
@@ -461,10 +461,10 @@ def test_gradients_of_the_training_loss_are_those_of_the_exact_bound(n):
     else:
         exact = sum(diffusion.loss(model, x0, diffusion.Corruption(s.expand(4, L), torch.full((4,), 1 / int(s.sum()) / math.comb(
             L, int(s.sum())), dtype=torch.float64))).mean() for s in SUBSETS)
-    exact, cfg = gradient(model, exact), settings(block_len=n, block_size=L)
-    drawn = diffusion.draw_corruption(cfg, 60_000, L, generator(6))
+    exact, cfg, R = gradient(model, exact), settings(block_len=n, block_size=L), 1000 if n == 1 else 40_000
+    drawn = diffusion.draw_corruption(cfg, R, L, generator(6))
     drawn = drawn._replace(weight=drawn.weight.double())
-    rows = x0.repeat(15_000, 1)[torch.randperm(60_000, generator=generator(7))]  # strata are fixed to rows
+    rows = x0.repeat(R // 4, 1)[torch.randperm(R, generator=generator(7))]  # strata are fixed to rows
     many = gradient(model, diffusion.OBJECTIVES["masked"].loss(model, rows, drawn, cfg).mean())
     assert (many - exact).norm() < 0.06 * exact.norm()
     flat = gradient(model, diffusion.OBJECTIVES["masked"].loss(model, rows, drawn._replace(

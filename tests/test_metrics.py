@@ -40,7 +40,7 @@ def test_bits_of_a_network_that_knows_nothing():
     cfg = settings(n_layer=1, n_head=1, n_embd=8, init="zero", tie_embeddings=False, final_rows=4, final_masks=2, data="x",
                    block_size=16)
     rows = torch.randint(8, (6, 16))
-    data = corpus.Corpus(None, rows, text, 0, "")
+    data = corpus.Corpus(None, rows, text, 0, "", None)
     report = metrics.held_out(Transformer(cfg, text.vocab_size), cfg, data, torch.device("cpu"))
     assert report["bound_nats_per_token"] == pytest.approx(math.log(8), abs=1e-5)
     assert report["bound_bits_per_character"] == report["bound_bits_per_byte"] == pytest.approx(3, abs=1e-5)

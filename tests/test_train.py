@@ -18,14 +18,15 @@ import config
 import diffusion
 import toy
 import train
-from config import Config
+from config import FAMILIES, Config
 from conftest import ROOT, interrupt
 from scripts import data as data_script
 from utils import checkpoint, cli, corpus, metrics, optim, plots, runtime, tales, texts, tokenizer
 from utils.cli import UserError
 
+UNIFORM = FAMILIES["uniform"] | {"objective": "uniform"}
 TINY = dict(data="tales", rows="document", vocab_size=1024, block_size=67, n_layer=1, n_head=2, n_embd=16, batch_size=4,
-            tie_embeddings=True, max_iters=6, eval_interval=3, eval_rows=4, final_rows=4, final_masks=2, compile="off",
+            tie_embeddings=True, max_iters=6, eval_interval=3, eval_rows=4, final_rows=4, final_masks=2, final_samples=0, compile="off",
             device="cpu", dtype="float32", name="tiny")
 
 
@@ -52,7 +53,8 @@ def assert_close(a, b, tolerance):
 
 
 @pytest.mark.parametrize("changes", ({}, {"complementary": True, "optimizer": "adamw"}, {"loss_weighting": "pooled"},
-                                     {"corruption": "bernoulli", "rows": "stream", "block_size": 32}))
+                                     {"corruption": "bernoulli", "rows": "stream", "block_size": 32}, {"block_len": 11},
+                                     {"objective": "ar"}, UNIFORM))
 def test_micro_batches_are_the_batch(changes):
     """Ten steps in fp32: two rows at a time, or all at once. With the sum of gradients instead of the mean, or other masks,
     the weights would differ by their own size."""
@@ -71,23 +73,27 @@ def test_pieces_that_do_not_fit_are_refused(monkeypatch):
 
 def test_ranks_share_the_batch():
     """Two halves are the whole, and pairs of complementary rows are not torn apart."""
-    for changes in ({}, {"complementary": True}, {"rows": "stream", "corruption": "bernoulli"}):
+    for changes in ({}, {"complementary": True}, {"rows": "stream", "corruption": "bernoulli"}, {"block_len": 6}, UNIFORM):
         cfg = tiny(batch_size=8, **changes)
         data = corpus.load(cfg)
         (whole,), seed = train.prepare(cfg, data, 3, runtime.Ranks(), torch.device("cpu"))
         halves = [train.prepare(cfg, data, 3, runtime.Ranks(rank, 2), torch.device("cpu")) for rank in (0, 1)]
-        for part in (lambda piece: piece[0], lambda piece: piece[1].masked, lambda piece: piece[1].weight):
+        for part in (lambda piece: piece[0], lambda piece: piece[1].masked, lambda piece: piece[1].weight,
+                     *[lambda piece: piece[1].noise, lambda piece: piece[1].level] * (changes == UNIFORM)):
             assert torch.equal(part(whole), torch.cat([part(half[0][0]) for half in halves]))
         assert len({seed, halves[1][1]}) == 2, "dropout differs"
 
 
-@pytest.mark.parametrize("B, L, given, size, complementary, schedule", (
-    (64, 256, 0, 64, False, "linear"), (64, 256, 0, 16, False, "linear"), (48, 67, 1, 48, False, "linear"),
-    (6, 10, 0, 2, False, "cos"), (64, 256, 0, 16, True, "linear"), (8, 5, 0, 2, True, "linear"), (2, 3, 0, 2, True, "linear")))
-def test_a_layout_has_a_static_bound(B, L, given, size, complementary, schedule):
+@pytest.mark.parametrize("B, L, given, size, changes", (
+    (64, 256, 0, 64, {}), (64, 256, 0, 16, {}), (48, 67, 1, 48, {}), (6, 10, 0, 2, {"schedule": "cos"}),
+    (64, 256, 0, 16, {"complementary": True}), (8, 5, 0, 2, {"complementary": True}), (2, 3, 0, 2, {"complementary": True}),
+    (16, 64, 0, 4, {"block_len": 16}), (16, 65, 1, 16, {"block_len": 4}), (8, 16, 0, 8, {"block_len": 1})))
+def test_a_layout_has_a_static_bound(B, L, given, size, changes):
     """All pieces of a batch have an index of one length at every step; it lists the masked positions, then -1; and it is
     hardly longer than needed."""
-    cfg = toy.settings(schedule=schedule, complementary=complementary, rows="document" if given else "stream")
+    cfg = toy.settings(**{"block_size": L, "rows": "document" if given else "stream"} | changes)
+    complementary, n = cfg.complementary, cfg.block_len or L - given
+    units = B * (L - given) // n
     lengths, most = set(), 0
     for step in range(200):
         whole = diffusion.draw_corruption(cfg, B, L, runtime.generator(step))
@@ -99,8 +105,8 @@ def test_a_layout_has_a_static_bound(B, L, given, size, complementary, schedule)
             assert torch.equal(piece.masked, masked)
         most = max(most, *((piece.index >= 0).sum().item() for piece in pieces))
     (length,) = lengths
-    assert most > length - size - (L if complementary else 0), "the bound is tight"
-    assert length <= B + math.ceil((L - given) * (B + 1) / 2) or size < B or schedule != "linear" or complementary, "maths.md"
+    assert most > length - size * (L - given) // n - (L if complementary else 0), "the bound is tight"
+    assert length <= units + math.ceil(n * (units + 1) / 2) or size < B or cfg.schedule != "linear" or complementary, "maths.md"
 
 
 def test_an_index_filled_up_changes_no_loss():
@@ -116,7 +122,7 @@ def test_complementary_masks():
     stays uniform, so that the loss stays the bound (test_maths.py)."""
     cfg, counts = toy.settings(complementary=True), []
     for step in range(400):
-        masked, weight, _ = diffusion.draw_corruption(cfg, 8, 4, runtime.generator(step))
+        masked, weight, *_ = diffusion.draw_corruption(cfg, 8, 4, runtime.generator(step))
         first, second = masked[::2], masked[1::2]
         assert (first | second).all() and ((first & second).any(1) == first.all(1)).all()
         assert torch.equal(weight, 4 / masked.sum(1))
@@ -180,10 +186,12 @@ def test_what_is_judged_and_sampled_is_the_average():
 
 
 @pytest.mark.parametrize("changes", ({"ema": 0.9}, {"complementary": True, "micro_batch": 2}, {"optimizer": "adamw", "ema": 0.95},
-                                     {"weight_decay": 0.1, "softcap": 15.0, "rope_base": 1000.0}))
+                                     {"weight_decay": 0.1, "softcap": 15.0, "rope_base": 1000.0}, {"time_sampling": "importance"},
+                                     UNIFORM, {"objective": "ar"}, {"block_len": 6}))
 def test_resuming_is_exact(changes, monkeypatch):
     """Any number of stops: weights, optimizer state, average, log and best-so-far are those of a run in one go."""
     whole = tiny(name="whole", dropout=0.1, short_rows=0.5, save_interval=1, **changes)
+    monkeypatch.setattr(train, "DENSITY_EVERY", 2)
     train.train(whole, quiet=True)
     cfg, state, stops = dataclasses.replace(whole, name="parts"), None, [2, 3, 5]
     save = checkpoint.save
@@ -404,7 +412,7 @@ def test_no_matplotlib_is_no_crash(monkeypatch, capsys):
         raise ModuleNotFoundError("No module named 'matplotlib'")
     monkeypatch.setattr(plots, "pyplot", missing)
     assert train.train(tiny())["steps"] == 6
-    assert "no plot of the loss curves: No module named 'matplotlib'" in capsys.readouterr().out
+    assert "no plots: No module named 'matplotlib'" in capsys.readouterr().out
 
 
 def test_a_log_goes_on_after_a_line_without_its_end(tmp_path):
@@ -450,10 +458,10 @@ sys.path.insert(0, ROOT)
 import train
 from utils import cli
 prepare = train.prepare
-def crash(cfg, data, step, ranks, device):
+def crash(cfg, data, step, ranks, device, *more):
     if step == 7 and ranks.rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         os._exit(1)
-    return prepare(cfg, data, step, ranks, device)
+    return prepare(cfg, data, step, ranks, device, *more)
 train.prepare = crash
 cli.run(train.main)
 """

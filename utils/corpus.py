@@ -27,6 +27,7 @@ class Corpus(NamedTuple):
     text: tokenizer.Text
     tokens: int              # training tokens; 0: without end
     fingerprint: str         # of the training tokens: changes when the corpus does
+    training: Callable       # steps of a run, limit -> (N, L) int: tokens that it was trained on, about `limit` at most
 
 
 # --- tokens and rows --------------------------------------------------------------------------------------------
@@ -163,24 +164,30 @@ def load(cfg, text=None):
         if cfg.rows == "document" and len(rows) != len(held_out):
             raise UserError(f"block_size={cfg.block_size} is shorter than a tale with tokenizer={cfg.tokenizer}; "
                             "use at least 67 with bpe, 320 with char")
-        return Corpus(partial(tales_batch, text, cfg, seen), rows, text, 0, fingerprint(rows))
+        batch = partial(tales_batch, text, cfg, seen)
+        latest = lambda steps, limit: torch.cat([batch(step).int() for step in range(max(
+            0, steps - max(1, limit // (cfg.batch_size * cfg.block_size))), max(1, steps))])
+        return Corpus(batch, rows, text, 0, fingerprint(rows), latest)
     if not os.path.exists(cfg.data):
         texts.prepare(cfg.data)
     if os.path.isdir(cfg.data):
         return load_shards(cfg, text)
     documents = texts.read_documents(cfg.data)
     train, held_out = texts.split(documents)
+    train = train[: cfg.max_documents or None]
     if text is None:
         text = make_tokenizer(cfg, documents if cfg.tokenizer == "char" else train, documents=len(documents) > 1)
     rows = held_out_rows(held_out, text, cfg)
     if cfg.rows == "document":
         pool = document_rows(train, text, cfg.block_size)
-        return Corpus(partial(pool_batch, pool, cfg), rows, text, int((pool != text.end).sum()), fingerprint(pool))
+        return Corpus(partial(pool_batch, pool, cfg), rows, text, int((pool != text.end).sum()), fingerprint(pool),
+                      lambda steps, limit: pool[:max(1, limit // cfg.block_size)])
     ids = token_stream(train, text)
     if len(ids) < cfg.block_size:
         raise UserError(f"{cfg.data} has {len(ids)} training tokens, less than one window of "
                         f"block_size={cfg.block_size}; use more text or a smaller --block_size")
-    return Corpus(partial(stream_batch, ids, cfg), rows, text, len(ids), fingerprint(ids))
+    return Corpus(partial(stream_batch, ids, cfg), rows, text, len(ids), fingerprint(ids),
+                  lambda steps, limit: ids[None, :limit])
 
 
 def fingerprint(ids):
@@ -309,7 +316,8 @@ def load_shards(cfg, text=None):
     held_out = np.concatenate([part[: rows * cfg.block_size] for part in held_out] or [[]])[: rows * cfg.block_size]
     starts = np.cumsum([0] + [len(shard) - cfg.block_size + 1 for shard in shards])  # windows before each shard
     return Corpus(partial(shard_batch, shards, starts, cfg), windows(torch.from_numpy(held_out.astype(np.int64)), cfg), own,
-                  index["tokens"], hashlib.sha256(repr(index["shards"]).encode()).hexdigest()[:16])
+                  index["tokens"], hashlib.sha256(repr(index["shards"]).encode()).hexdigest()[:16],
+                  lambda steps, limit: torch.from_numpy(shards[0][:limit].astype(np.int32))[None])
 
 
 def shard_batch(shards, starts, cfg, step, rows=slice(None)):

@@ -1,28 +1,54 @@
 """The final metrics block: numbers about a trained model, each with its unit, and how they are shown."""
+import dataclasses
 import math
+import statistics
+import time
 from collections import Counter
 
 import torch
+import torch.nn.functional as F
 
 import diffusion
-from utils import canvas, corpus, tales
+from utils import canvas, corpus, draws, runtime, tales, uniform
+
+
+SEARCHED = 5_000_000  # training tokens that copies are looked for in
+
+
+def final(model, cfg, data, device, dtype, steps, samples, judge=None, sampling=()):
+    """The final metrics block but for `held_out` (dict): `levels_of`, and of so many `samples` what `judge_rows` says.
+
+    steps     of the run, which say what it was trained on where that has no end
+    judge     (model, Text, Config, name) of an autoregressive checkpoint that scores the samples too
+    sampling  options of `diffusion.sample`
+    """
+    with runtime.autocast(device, dtype):
+        report = levels_of(model, cfg, data, device)
+        if not samples:
+            return report
+        rows, figures = write_rows(model, data.text, cfg, samples, device, dict(sampling))
+    searched = data.training(steps, SEARCHED) if data.training else torch.zeros(0, 1, dtype=torch.int)
+    rest = dict(text=data.text, cfg=cfg, training=searched, judge=judge, device=device, dtype=dtype)
+    return report | {"samples": judge_rows(rows, **rest) | figures,
+                     "reference": judge_rows(reference_rows(data.held_out, data.text, samples), **rest),
+                     "copies_looked_for_in_tokens": searched.numel()}
 
 
 def held_out(model, cfg, data, device):
     """Held-out bound of `model` on the first cfg.final_rows held-out rows, in every unit (dict of floats).
 
     `<|endoftext|>` counts in nats and not in characters: a model also has to say where a text ends. On tales the
-    exact -log_prob of the same stories stands beside the bound.
+    exact -log_prob of the same stories stands beside the bound. Of an autoregressive model the "bound" is exact.
     """
     rows = data.held_out[: cfg.final_rows].to(device)
     lengths = corpus.row_lengths(rows, data.text)
-    nll = diffusion.nll_bound(model, rows, cfg.final_masks, diffusion.given_tokens(cfg), cfg.micro_batch or 64)
+    nll = diffusion.bound(model, rows, cfg.final_masks, cfg, cfg.micro_batch or 64)
     mean, se_rows, se_masks = diffusion.mean_and_errors(nll)
-    nats = mean * rows.numel()
-    report = {"bound_nats_per_token": mean, "bound_se_rows": se_rows, "bound_se_masks": se_masks,
+    nats, exact = mean * rows.numel(), cfg.objective == "ar"
+    report = {"bound_nats_per_token": mean, "bound_se_rows": se_rows, "bound_se_masks": 0.0 if exact else se_masks,
               "bound_bits_per_character": nats / math.log(2) / lengths[:, 0].sum().item(),
               "bound_bits_per_byte": nats / math.log(2) / lengths[:, 1].sum().item(),
-              "held_out_rows": len(rows), "masks_a_row": cfg.final_masks}
+              "perplexity_of_bound": math.exp(mean), "held_out_rows": len(rows), "masks_a_row": 0 if exact else cfg.final_masks}
     if cfg.data == "tales" and cfg.rows == "document":
         exact = -sum(map(tales.log_prob, corpus.tales_held_out(cfg)[: len(rows)])) / len(rows)
         report |= {"bound_nats_per_story": mean * cfg.block_size, "exact_nats_per_story": exact,
@@ -30,17 +56,181 @@ def held_out(model, cfg, data, device):
     return report
 
 
-def sample_rows(write, text, cfg, count, device):
-    """`count` unconditional samples (count, block_size) with the seeds 0, 1, ..., and how many network evaluations each
-    took (count,), both on the CPU.
+LEVELS = 10
 
-    write(blank (b, block_size), seeds (list of b)) returns the two for 50 rows at a time.
+
+@torch.no_grad()
+def levels_of(model, cfg, data, device):
+    """What the network knows of hidden tokens at each noise level, on the held-out rows of `held_out`: {"levels": list of
+    dicts of loss (nats), entropy of its distribution (nats), accuracy of its likeliest token}, and their means.
+
+    masked   LEVELS shares of masks; with blocks, of each block's own tokens
+    uniform  levels of noise, at the positions that were redrawn, by p(x0 | xt)
+    ar       shares of the row that are still to come
+    For masks also the sources' "perplexity", the exponential of the mean cross entropy of all masked tokens under the
+    training schedule: no likelihood, and another number with every schedule.
+    """
+    rows, V = data.held_out[: cfg.final_rows].to(device), data.text.mask
+    given, generator = diffusion.given_tokens(cfg), torch.Generator().manual_seed(0)
+    size = diffusion.block_len(cfg) or rows.size(1) - given
+    wanted = [1.0] if size == 1 else [(i + 0.5) / LEVELS for i in range(LEVELS)]
+    if cfg.objective == "ar":
+        found = _look(model, cfg, rows, torch.ones_like(rows, dtype=torch.bool, device="cpu"), None, given, V)
+        levels = [_means(level, [part[:, places] for part in found]) for level, places in _shares_to_come(rows.size(1), given)]
+        but_first = found[0][:, 1:].mean().item()
+    else:
+        levels = []
+        for level in wanted:
+            if cfg.objective == "uniform":
+                masked = F.pad(torch.rand(len(rows), rows.size(1) - given, generator=generator) < level, (given, 0))
+            else:
+                units = len(rows) * (rows.size(1) - given) // size
+                counts = torch.full((units,), max(1, round(level * size)))
+                masked = F.pad(draws.exactly(counts, size, generator).view(len(rows), -1), (given, 0))
+                level = counts[0].item() / size
+            levels.append(_means(level, _look(model, cfg, rows, masked, level, given, V, generator)))
+        levels = list({entry["level"]: entry for entry in levels}.values())  # few masks have few shares
+    report = {"levels": levels, "accuracy": statistics.fmean(entry["accuracy"] for entry in levels),
+              "entropy": statistics.fmean(entry["entropy"] for entry in levels)}
+    if cfg.objective == "ar":
+        report["nats_per_token_but_the_first"] = but_first
+    if cfg.objective == "masked":
+        pooled = dataclasses.replace(cfg, loss_weighting="pooled", time_sampling="uniform", complementary=False)
+        losses = []
+        for part in rows.split(cfg.micro_batch or 64):
+            corruption = diffusion.draw_corruption(pooled, *part.shape, generator).to(device)
+            counts = corruption.masked.sum().item()
+            losses.append((diffusion.masked_loss(model, part, corruption, pooled).mean().item() * counts, counts))
+        mean = sum(loss for loss, _ in losses) / max(1, sum(count for _, count in losses))
+        report |= {"masked_ce_pooled": mean, "exp_of_masked_ce_pooled": math.exp(mean)}
+    return report
+
+
+def _shares_to_come(L, given):
+    """[(share of the row that is still to come, its positions)] of an autoregressive model: LEVELS of them, or L."""
+    parts = torch.arange(given, L).tensor_split(min(LEVELS, L - given))
+    return [(1 - part.float().mean().item() / L, part) for part in parts][::-1]
+
+
+def _look(model, cfg, rows, masked, level, given, V, generator=None):
+    """(loss, entropy, whether the likeliest token is right), each (R, L) with nan where not masked (R, L), on the CPU."""
+    out = torch.full((3, *rows.shape), math.nan)
+    for part in torch.arange(len(rows)).split(cfg.micro_batch or 64):
+        x0, index = rows[part.to(rows.device)], masked[part].flatten().nonzero()[:, 0].to(rows.device)
+        if cfg.objective == "uniform":
+            noise = torch.randint(V, x0.shape, generator=generator).to(x0.device)
+            xt = torch.where(masked[part].to(x0.device), noise, x0)
+            logits = draws.at_least_float32(model(xt, torch.full((len(x0),), level, device=x0.device), select=index))
+            m = torch.full((len(index),), level, device=x0.device)
+            p = uniform.posterior(logits.softmax(-1), xt.flatten()[index], m, torch.zeros_like(m))
+            log_p = (p / p.sum(-1, keepdim=True)).log()
+        else:
+            logits = diffusion.logits_of_hidden(model, x0, masked[part].to(x0.device), index, **diffusion.options_of(cfg))
+            log_p = draws.at_least_float32(logits).log_softmax(-1)
+        target = x0.flatten()[index]
+        figures = torch.stack((-log_p.gather(1, target[:, None])[:, 0], torch.special.entr(log_p.exp()).sum(-1),
+                               (log_p.argmax(-1) == target).float()))
+        out[:, part] = out[:, part].flatten(1).index_copy(1, index.cpu(), figures.float().cpu()).view(3, *x0.shape)
+    return out
+
+
+def _means(level, found):
+    return {"level": level} | {name: part.nanmean().item() for name, part in zip(("loss", "entropy", "accuracy"), found)}
+
+
+@torch.no_grad()
+def left_to_right(model, cfg, rows):
+    """-log p of rows (R, L) when the network writes them from left to right, one token an evaluation: (R,) nats a token.
+    The exact likelihood of a sampler that does; of an autoregressive network, its likelihood. Not for uniform noise."""
+    L, given, out = rows.size(1), diffusion.given_tokens(cfg), []
+    for row in rows:
+        canvases = row.expand(L - given, L).clone()
+        places = torch.arange(given, L, device=rows.device)
+        canvases[torch.arange(L, device=rows.device) >= places[:, None]] = model.vocab_size - 1
+        total = 0.0
+        for part in torch.arange(L - given, device=rows.device).split(cfg.micro_batch or 64):
+            index = torch.arange(len(part), device=rows.device) * L + places[part]
+            logits = diffusion.predict(model, canvases[part], select=index, **diffusion.options_of(cfg))
+            total += diffusion.token_nll(logits, row[places[part]]).sum().item()
+        out.append(total / L)
+    return torch.tensor(out)
+
+
+# --- samples ------------------------------------------------------------------------------------------------------
+
+
+def sample_rows(write, text, cfg, count, device):
+    """`count` unconditional samples (count, block_size) with the seeds 0, 1, ..., and what else write returns for each
+    (count,), all on the CPU.
+
+    write(blank (b, block_size), seeds (list of b)) returns the ids and the rest for 50 rows at a time.
     """
     parts = []
     for seeds in torch.arange(count).split(50):
         blank = torch.tensor([canvas.build(text, [None], cfg.block_size)] * len(seeds), device=device)
         parts.append([part.cpu() for part in write(blank, seeds.tolist())])
     return tuple(map(torch.cat, zip(*parts)))
+
+
+def write_rows(model, text, cfg, count, device, sampling):
+    """(`count` unconditional samples (count, block_size) long, figures of how they were written).
+
+    change_rate  share of the tokens to write that a step changes, hides or writes
+    """
+    start = time.perf_counter()
+
+    def write(blank, seeds):
+        changes = torch.zeros(len(blank), device=device)
+        for step in diffusion.sample(model, blank, seeds=seeds, **diffusion.options_of(cfg), **sampling):
+            changes += (step.fresh | step.remasked).sum(1)
+        return step.ids, step.row_evaluations, changes / (blank == text.mask).sum(1)
+    rows, evaluations, changes = sample_rows(write, text, cfg, count, device)
+    written = count * canvas.build(text, [None], cfg.block_size).count(text.mask)
+    return rows, {"change_rate": (changes / evaluations).mean().item(), "evaluations_a_sample": evaluations.float().mean().item(),
+                  "tokens_per_second": written / (time.perf_counter() - start)}
+
+
+def reference_rows(held_out, text, count):
+    """Up to `count` held-out windows (R, L) that begin as samples do: where there is an `<|endoftext|>`, with one."""
+    L, flat = held_out.size(1), held_out.flatten()
+    if text.end is not None:
+        starts = (flat[: len(flat) - L + 1] == text.end).nonzero()[:, 0]
+        starts = starts[flat[starts + 1] != text.end]  # not what fills up a row
+        if len(starts):
+            return torch.stack([flat[start:start + L] for start in starts[: count]])
+    return held_out[:count]
+
+
+def judge_rows(rows, *, text, cfg, training, judge, device, dtype):
+    """Figures (dict) of samples or real text, rows (R, L) long: diversity, copies from the `training` rows (N, L), validity
+    on tales, and the judge's nats per character."""
+    texts = [canvas.finished(text, row) if cfg.rows == "document" else text.decode([i for i in row if i != text.end])
+             for row in rows.tolist()]
+    copies = longest_copies(rows, training)
+    report = diversity(texts) | {"longest_copy_mean": copies.float().mean().item(), "longest_copy_max": copies.max().item(),
+                                 "shared_8_grams": shared_runs(rows, training, 8)}
+    if cfg.data == "tales":
+        report |= judge_tales([story for row in rows.tolist() for story in canvas.documents(text, row, cfg.rows)])
+    if judge:
+        report["judge_nats_per_character"] = judge_texts(texts, *judge[:3], device, dtype)
+    return report
+
+
+@torch.no_grad()
+def judge_texts(texts, model, text, cfg, device, dtype):
+    """Nats per character of texts (list of str) under an autoregressive model: generative NLL. Texts are cut in windows."""
+    total, characters = 0.0, 0
+    begin = [] if text.end is None else [text.end]
+    for ids in text.encode([t for t in texts if t], "the samples"):
+        for start in range(0, len(ids), cfg.block_size - len(begin)):
+            piece = begin + ids[start:start + cfg.block_size - len(begin)]
+            row = torch.tensor([piece], device=device)
+            index = torch.arange(len(begin), len(piece), device=device)
+            with runtime.autocast(device, dtype):
+                logits = diffusion.predict(model, row, objective="ar", select=index)
+            total += diffusion.token_nll(logits, row[0, index]).sum().item()
+            characters += len(text.decode(piece[len(begin):]))
+    return total / max(1, characters)
 
 
 def judge_tales(texts):
@@ -64,20 +254,25 @@ def judge_tales(texts):
 def diversity(texts):
     """How varied sampled texts (list of str) are, in words.
 
-    distinct_2        different pairs of neighbouring words, a share of all pairs
+    distinct_n        different runs of n words, a share of all such runs (n = 1, 2, 3)
+    repetition        share of a text's runs of four words that it has had before, the mean over texts
     self_overlap      share of a text's runs of four words that some other text has too, the mean over texts
     unigram_entropy   of the words of all texts together, in nats
     """
     words = [text.split() for text in texts]
-    pairs = [pair for w in words for pair in zip(w, w[1:])]
-    fours = [set(zip(w, w[1:], w[2:], w[3:])) for w in words]
-    owners = Counter(four for own in fours for four in own)
-    overlap = [sum(owners[four] > 1 for four in own) / len(own) for own in fours if own]
-    counts = Counter(word for w in words for word in w)
+    runs = lambda own, n: list(zip(*(own[i:] for i in range(n))))
+    distinct = {}
+    for n in (1, 2, 3):
+        every = [run for own in words for run in runs(own, n)]
+        distinct[f"distinct_{n}"] = len(set(every)) / max(1, len(every))
+    fours = [runs(own, 4) for own in words if len(own) >= 4]
+    owners = Counter(four for own in fours for four in set(own))
+    overlap = [sum(owners[four] > 1 for four in set(own)) / len(set(own)) for own in fours]
+    repetition = [1 - len(set(own)) / len(own) for own in fours]
+    counts = Counter(word for own in words for word in own)
     total = max(1, sum(counts.values()))
-    return {"distinct_2": len(set(pairs)) / max(1, len(pairs)),
-            "self_overlap": sum(overlap) / max(1, len(overlap)),
-            "unigram_entropy": -sum(n / total * math.log(n / total) for n in counts.values())}
+    return distinct | {"repetition": sum(repetition) / max(1, len(fours)), "self_overlap": sum(overlap) / max(1, len(fours)),
+                       "unigram_entropy": -sum(n / total * math.log(n / total) for n in counts.values())}
 
 
 def longest_copies(rows, training):
@@ -97,11 +292,18 @@ def longest_copies(rows, training):
     return low
 
 
+def shared_runs(rows, training, n):
+    """Share of the runs of n tokens of rows (R, L) that the training rows (N, L) have too."""
+    return _is_shared(_run_hashes(rows, n), training, n).float().mean().item() if rows.size(1) >= n else 0.0
+
+
 def _is_shared(hashes, training, n):
     """Which of `hashes` (of runs of n tokens) occur in the training rows (N, L): bool, of the same shape."""
     wanted = hashes.flatten().unique()
     shared = torch.zeros(len(wanted), dtype=torch.bool)
     for part in training.split(8192):  # few rows are looked for and many looked through, so the few are sorted
+        if part.size(1) < n:
+            continue
         known = _run_hashes(part, n).flatten()
         place = torch.searchsorted(wanted, known).clamp(max=len(wanted) - 1)
         shared[place[wanted[place] == known]] = True
@@ -127,7 +329,14 @@ def _run_hashes(rows, n):
 
 def show(report):
     """The report (dict) as lines of text."""
-    lines = ["final metrics"]
-    for key, value in report.items():
-        lines.append(f"  {key:<26} " + (f"{value:.4f}" if isinstance(value, float) else f"{value}"))
+    number = lambda value: f"{value:.4f}" if isinstance(value, float) else f"{value}"
+    lines = ["final metrics"] + [f"  {key:<28} {number(value)}" for key, value in report.items()
+                                 if not isinstance(value, (list, dict))]
+    if levels := report.get("levels"):
+        lines.append("  by noise level" + "".join(f"{entry['level']:>8.2f}" for entry in levels))
+        lines += [f"  {name:>14}" + "".join(f"{entry[name]:>8.3f}" for entry in levels) for name in ("loss", "entropy", "accuracy")]
+    if "samples" in report:
+        lines.append(f"  {'':<28} {'samples':>10} {'held-out text':>14}")
+        lines += [f"  {key:<28} {number(value):>10} {number(report['reference'].get(key, '')):>14}"
+                  for key, value in report["samples"].items()]
     return "\n".join(lines)

@@ -35,6 +35,23 @@ def loss_curves(logs, path):
     plt.close(figure)
 
 
+def levels(entries, name, path):
+    """Loss, entropy and accuracy over the noise level (`metrics.levels_of`), as a PNG at `path`."""
+    plt = pyplot()
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    level, right = [entry["level"] for entry in entries], axis.twinx()
+    for key, style, colour in (("loss", "o-", OKABE_ITO[0]), ("entropy", "s--", OKABE_ITO[1])):
+        axis.plot(level, [entry[key] for entry in entries], style, color=colour, ms=4, label=f"{key}, nats (left)")
+    right.plot(level, [100 * entry["accuracy"] for entry in entries], "^:", color=OKABE_ITO[2], ms=4, label="accuracy, % (right)")
+    axis.set(xlabel="noise level (ar: share of the row to come)", ylabel="nats a token", xlim=(0, 1.02), ylim=(0, None), title=name)
+    right.set(ylabel="likeliest token is right, %", ylim=(0, 100))
+    axis.grid(alpha=0.3)
+    handles, labels = (sum(pair, []) for pair in zip(axis.get_legend_handles_labels(), right.get_legend_handles_labels()))
+    axis.legend(handles, labels, loc="upper left")
+    save(figure, path)
+    plt.close(figure)
+
+
 def bound_over_cost(rows, title, path):
     """Held-out bound of training runs over the rows seen and over the minutes taken, and where each variant ends.
 
@@ -53,8 +70,8 @@ def bound_over_cost(rows, title, path):
         style = dict(color=OKABE_ITO[place % 7], ls=("-", "--", ":", "-.")[place // 7 % 4], lw=1.2)
         for row in variants[name]:
             points = [tuple(map(float, point.split(":"))) for point in row["curve"].split()]
-            axes[0].plot([step * float(row["rows_a_step"]) for step, _, _ in points], [p[2] for p in points], **style)
-            axes[1].plot([minutes for _, minutes, _ in points], [p[2] for p in points], **style)
+            axes[0].plot([p[0] * float(row["rows_a_step"]) for p in points], [p[2] for p in points], **style)
+            axes[1].plot([p[1] for p in points], [p[2] for p in points], **style)
             axes[2].errorbar(float(row["bound"]), -place, xerr=float(row["se_rows"]), fmt="o", ms=4, color=style["color"])
     axes[2].set_yticks([-place for place in range(len(order))], order)
     low = min(ends.values(), default=0)
@@ -66,6 +83,28 @@ def bound_over_cost(rows, title, path):
     axes[2].set(xlabel="bound at the end (± s.e. over rows,\nthe same rows for all)")
     for axis in axes:
         axis.grid(alpha=0.3)
+    figure.suptitle(title)
+    save(figure, path)
+    plt.close(figure)
+
+
+def over_epochs(rows, title, path):
+    """Held-out bound and training loss of scripts/ablate.py's training runs (dicts of str) over the rows seen; the lowest
+    bound of each is marked. A PNG at `path`."""
+    plt = pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(13, 5), layout="constrained", sharex=True, sharey=True)
+    for number, row in enumerate(row for row in rows if row["curve"]):
+        points = [tuple(map(float, point.split(":"))) for point in row["curve"].split()]
+        seen = [p[0] * float(row["rows_a_step"]) for p in points]
+        style = dict(color=OKABE_ITO[number % 7], ls=("-", "--")[number // 7 % 2], lw=1.5)
+        axes[0].plot(seen, [p[2] for p in points], **style)
+        best = min(range(len(points)), key=lambda i: points[i][2])
+        axes[0].plot(seen[best], points[best][2], "o", color=style["color"], ms=6)
+        axes[1].plot(seen, [p[3] for p in points], label=row["variant"], **style)
+    for axis, what in zip(axes, ("held-out bound (dots: the lowest)", "training loss")):
+        axis.set(xlabel="rows seen", ylabel="nats a token", xscale="log", title=what)
+        axis.grid(alpha=0.3)
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=9)
     figure.suptitle(title)
     save(figure, path)
     plt.close(figure)

@@ -1,0 +1,86 @@
+"""Checkpoints as files that other programs read, and back: model.safetensors, config.json and tokenizer.json in a folder.
+
+    python scripts/export.py                                              the newest run's best, to artifacts/export/NAME
+    python scripts/export.py --checkpoint artifacts/models/tales.best.pt --output my_folder
+    python scripts/export.py --back my_folder --output artifacts/models/mine.best.pt
+"""
+import json
+import os
+import sys
+from dataclasses import dataclass
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import torch
+
+from config import Config
+from utils import checkpoint, cli, runtime
+from utils.cli import UserError, field, reason
+
+PLAIN = ("version", "config", "sample", "step", "nll")  # of a checkpoint; the rest is weights and tokenizer
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    checkpoint: str = field("", "path (default: the newest run's best)", "what")
+    back: str = field("", "folder to make a checkpoint of instead")
+    output: str = field("", "folder to write (default: artifacts/export/NAME); with --back, the checkpoint's path")
+
+
+def export(state, folder):
+    """Write the weights, without optimizer state, of a checkpoint (dict) that is sampled: the average where there is one."""
+    from safetensors.torch import save_file
+    weights = {name: value.contiguous() for name, value in (state.get("ema") or state["model"]).items()}
+    if weights["head.weight"].data_ptr() == weights["embedding.weight"].data_ptr():
+        del weights["head.weight"]  # tied: a file holds it once
+    with cli.replacing(os.path.join(folder, "model.safetensors")) as temporary:
+        save_file(weights, temporary)
+    runtime.write_json(os.path.join(folder, "config.json"), {name: state[name] for name in PLAIN})
+    with cli.replacing(os.path.join(folder, "tokenizer.json")) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.write(state["tokenizer"])
+
+
+def read(folder):
+    """The checkpoint (dict) that `export` wrote into the folder."""
+    from safetensors.torch import load_file
+    try:
+        with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
+            state = json.load(file)
+        with open(os.path.join(folder, "tokenizer.json"), encoding="utf-8") as file:
+            state["tokenizer"] = file.read()
+        state["model"] = load_file(os.path.join(folder, "model.safetensors"))
+    except Exception as error:  # noqa: BLE001 - any folder may be given, and safetensors has exceptions of its own
+        raise UserError(f"{folder} is no exported checkpoint, or a damaged one: {reason(error)}") from None
+    if not isinstance(state.get("config"), dict) or not set(PLAIN) <= set(state):
+        raise UserError(f"{folder} is no exported checkpoint: config.json lacks what this program wrote")
+    if state["config"].get("tie_embeddings"):
+        state["model"]["head.weight"] = state["model"]["embedding.weight"]
+    return state
+
+
+def main(argv):
+    if "--help" in argv or "-h" in argv:
+        return cli.show_help(ExportConfig, __doc__)
+    positional, overrides = cli.parse(argv, ExportConfig)
+    if positional:
+        raise UserError(f"what is {positional[0]}? Name the model with --checkpoint {positional[0]}")
+    options = cli.merge(ExportConfig, overrides)
+    if options.back:
+        if not options.output.endswith(".pt"):
+            raise UserError(f"output={options.output}: say where to write the checkpoint, artifacts/models/mine.best.pt say")
+        if os.path.exists(options.output):
+            raise UserError(f"{options.output} exists; give another --output")
+        state = read(options.back)
+        checkpoint.restore(state, torch.device("cpu"), options.back)  # complains of what does not fit
+        checkpoint.save(options.output, state)
+        return print(f"wrote {options.output}")
+    path = options.checkpoint or checkpoint.newest(os.path.join(Config.out_dir, "models"))
+    state = checkpoint.read(path)
+    checkpoint.restore(state, torch.device("cpu"), path)
+    folder = options.output or os.path.join(Config.out_dir, "export", os.path.basename(path).removesuffix(".pt"))
+    export(state, folder)
+    print(f"wrote {folder}/model.safetensors, config.json and tokenizer.json")
+
+
+if __name__ == "__main__":
+    cli.run(main)
