@@ -158,10 +158,10 @@ class Config:
         if not plain and (self.corruption != "count" or self.complementary or self.loss_weighting == "full"):
             refuse(("block_len", "corruption", "complementary", "loss_weighting"),
                    "blocks need counts, no pairs of rows, and the loss at masked positions")
-        if self.time_sampling == "importance" and (self.diffusion_steps or self.complementary
+        if self.time_sampling == "importance" and (self.diffusion_steps or self.complementary or not plain
                                                    or self.loss_weighting in ("pooled", "full")):
-            refuse(("time_sampling", "diffusion_steps", "complementary", "loss_weighting"),
-                   "importance sampling needs continuous time, no pairs of rows, and elbo, flat or clip")
+            refuse(("time_sampling", "diffusion_steps", "complementary", "block_len", "loss_weighting"),
+                   "importance sampling needs continuous time, one noise level a row, no pairs, and elbo, flat or clip")
 
 
 @dataclass(frozen=True)

@@ -147,7 +147,7 @@ def draw_corruption(cfg, B, L, generator, density=None):
         ratio = (end - begin) / (draws.cdf(end, density) - draws.cdf(begin, density))
     else:
         t = (u * T).floor() / T + 1 / T if T else u.clamp(min=1e-9)
-        m = mask_rate(cfg.schedule, t)
+        m = mask_rate(cfg.schedule, t).clamp(max=uniform.MOST if cfg.objective == "uniform" else 1)
         masked = torch.rand(B, n, generator=generator) < m[:, None]
         elbo = T * (m - mask_rate(cfg.schedule, t - 1 / T)) / m if T else mask_rate_slope(cfg.schedule, t) / m
         ratio = 1 / draws.density_at(t, density)
@@ -321,7 +321,7 @@ def uniform_bound(model, x0, passes, cfg, rows_at_once):
     out = torch.empty(R, passes)
     for k in range(passes):
         t = draws.stratified(R, generator)[torch.randperm(R, generator=generator)]
-        m = (t**2).clamp(max=1 - 1e-3)
+        m = (t**2).clamp(max=uniform.MOST)
         masked = torch.rand(x0.shape, generator=generator) < m[:, None]
         masked[:, :given_tokens(cfg)] = False
         batch = Corruption(masked, (2 * t).float(), None, torch.randint(2**62, x0.shape, generator=generator), m.float())

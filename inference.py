@@ -43,7 +43,16 @@ def load(argv):
         if target:  # rather now than after the work
             trace.check(target, ending)
     device = runtime.choose_device(options.device)
-    return (options, *checkpoint.restore(state, device, path), device, path)
+    model, text, cfg = checkpoint.restore(state, device, path)
+    if cfg.objective == "uniform" and "sampler" in overrides:
+        raise UserError(f"sampler={options.sampler} with a model of uniform noise, which has one of its own: --steps and "
+                        "--correctors say how long it works")
+    return options, model, text, cfg, device, path
+
+
+def rule(options, cfg):
+    """How the text is written, in a word: the sampler, where the family leaves a choice."""
+    return {"ar": "left to right", "uniform": "from uniform noise"}.get(cfg.objective, options.sampler)
 
 
 def check(options):
@@ -51,7 +60,7 @@ def check(options):
     cli.check_name("schedule", options.schedule, diffusion.SCHEDULES)
 
 
-def canvases(options, text, window):
+def canvases(options, text, cfg):
     """Rows to fill: list of (canvas, a list of ids; seed). What is given differs, the rest is MASK."""
     if options.infill:
         templates = [canvas.parse_infill(options.infill)]
@@ -66,7 +75,11 @@ def canvases(options, text, window):
             if not prompts:
                 raise UserError(f"{options.prompt_file} is empty; write a prompt on each line")
         templates = [[p for p in (prompt, options.gen_len, options.suffix) if p != ""] for prompt in prompts]
-    rows = [canvas.build(text, template, window) for template in templates]
+    rows = [canvas.build(text, template, cfg.block_size) for template in templates]
+    if (cfg.objective == "ar" or diffusion.block_len(cfg)) and any(text.mask in row[:i] for row in rows for i, token in
+                                                                   enumerate(row) if token != text.mask):
+        raise UserError("this model writes from left to right and sees nothing of what comes after; give a --prompt, without "
+                        "--suffix and --infill, or train a masked model (--objective masked, without --block_len)")
     return [(row, options.seed + i) for row in rows for i in range(options.num_samples)]
 
 
@@ -77,7 +90,7 @@ def generate(model, text, options, cfg, device, dtype):
     of its own row; seconds and tokens_per_second of the rows of its length, which are written together, counting the
     tokens of the finished texts and not the time of viewers.
     """
-    rows, results, frames, evaluations, total = canvases(options, text, cfg.block_size), {}, [], 0, 0.0
+    rows, results, frames, evaluations, total = canvases(options, text, cfg), {}, [], 0, 0.0
 
     def timed(steps, spent):
         start = time.perf_counter()
@@ -118,7 +131,7 @@ def generate(model, text, options, cfg, device, dtype):
         for row, (i, ids) in enumerate(zip(members, final)):
             results[i] = {
                 "text": canvas.finished(text, ids, rows[i][0], not options.no_stop), "seed": rows[i][1],
-                "sampler": options.sampler, "evaluations": int(step.row_evaluations[row]), "seconds": seconds,
+                "sampler": rule(options, cfg), "evaluations": int(step.row_evaluations[row]), "seconds": seconds,
                 "tokens_per_second": written / seconds, "tokens": text.pieces(ids),
                 "confidence": [round(c, 4) for c in step.confidence[row].tolist()], "step": settled[row].tolist()}
     return [results[i] for i in range(len(rows))], frames, evaluations, total
@@ -140,10 +153,10 @@ def main(argv):
         if len(results) > 1:
             print(f"--- seed {result['seed']}")
         print(result["text"])
-    print(f"{name} on {device.type} | {options.sampler}, temperature {options.temperature:g} | "
+    print(f"{name} on {device.type} | {rule(options, cfg)}, temperature {options.temperature:g} | "
           f"{evaluations} network evaluations, {seconds:.1f} s", file=sys.stderr)
     if frames:
-        title = (f"{name} · {options.sampler} · temperature {options.temperature:g} · "
+        title = (f"{name} · {rule(options, cfg)} · temperature {options.temperature:g} · "
                  f"{frames[-1].evaluations} evaluations")
         for target, write in ((options.viz_video, trace.write_mp4), (options.viz_gif, trace.write_gif)):
             if target:

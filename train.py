@@ -37,7 +37,7 @@ MAY_CHANGE = {"max_iters", "max_minutes", "save_interval", "device", "dtype", "c
 COMPILE_PAYS = 300
 DENSITY_EVERY, DENSITY_ROWS = 100, 256  # steps between measurements of time_sampling=importance, and rows of each
 # what --init_from must agree on
-SHAPE = ("n_layer", "n_head", "n_embd", "tie_embeddings", "rope_base", "softcap", "time_conditioning", "objective")
+SHAPE = ("n_layer", "n_head", "n_embd", "tie_embeddings", "rope_base", "softcap", "time_conditioning")
 
 
 def resumed_config(argv):

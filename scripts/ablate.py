@@ -310,7 +310,7 @@ def over_seeds(rows):
             name: rounded(value) for name, value in (
                 ("bound", mean("bound")), ("se_seeds", spread), ("se_rows", mean("se_rows")),
                 ("bits_per_character", mean("bits_per_character")), ("above_exact", mean("above_exact")),
-                ("last_bound", mean("last_bound")), ("training_loss", mean("loss")), ("parameters", round(mean("parameters") or 0)),
+                ("last_bound", mean("last_bound")), ("training_loss", mean("loss")), ("parameters", runs[0].get("parameters")),
                 ("ms_a_step", mean("ms_a_step")), ("minutes", mean("minutes")))})
     return out
 

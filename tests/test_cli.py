@@ -409,6 +409,96 @@ def test_other_settings_train_and_sample(extra, monkeypatch, capsys):
     assert code == 0 and out.startswith("One day"), err
 
 
+SOURCES = {  # what makes a source's preset small; the rest is as documented
+    "micro_char": "", "micro_bpe": "--tokenizer bpe --vocab_size 400", "notes": "", "notes_300": "", "guide": "--warmup_iters 2"}
+
+
+@pytest.mark.parametrize("preset", SOURCES)
+def test_the_source_systems_from_data_to_video(preset, monkeypatch, capsys):
+    """Their settings, but for the sizes, train and write a text and its video."""
+    texts.write_documents("some.txt", iter(tales.generate(1, 200)))
+    code, out, err = run(train.main, [preset, "--data", "some.txt", "--block_size", "32", *TINY, *SOURCES[preset].split()],
+                         monkeypatch, capsys)
+    assert code == 0, err
+    report = json.load(open(f"artifacts/logs/{preset}.json"))
+    assert report["exp_of_masked_ce_pooled"] == pytest.approx(math.exp(report["masked_ce_pooled"]))
+    code, out, err = run(inference.main, ["--prompt", "One day", "--gen-len", "12", "--viz-video", "x.mp4"], monkeypatch, capsys)
+    assert code == 0 and out.startswith("One day") and os.path.getsize("x.mp4") > 5000, err
+
+
+def test_the_source_systems_are_what_their_documents_say():
+    cfg = lambda name: config.load([name])[0]
+    assert [(cfg(name).diffusion_steps, cfg(name).max_iters) for name in ("notes", "notes_300")] == [(100, 105_000), (300, 300_000)]
+    for name, window in (("micro_char", 256), ("micro_bpe", 256), ("notes", 128), ("guide", 128)):
+        c = cfg(name)
+        assert (c.block_size, c.batch_size, c.lr, c.optimizer, c.corruption) == (window, 64, 3e-4, "adamw", "bernoulli"), name
+    count = lambda name, vocab: train.Transformer(cfg(name), vocab).num_parameters()
+    assert (count("micro_char", 66), count("micro_bpe", 2048)) == (10_706_304, 12_228_480)
+    assert 6.4e6 < count("guide", 66) < 6.6e6, "not the 12.45M of the document"
+    assert 10.8e6 < count("notes", 66) < 11.2e6
+
+
+FAMILY = {"ar": "--objective ar", "blocks": "--block_len 8", "uniform": "--objective uniform", "document": "--block_len 9 --rows document "
+          "--block_size 28", "blocks told": "--block_len 8 --time_conditioning adaln", "importance": "--time_sampling importance"}
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_every_family_trains_writes_and_is_judged(name, monkeypatch, capsys):
+    """One command each, with short rows, half precision and pieces of a batch; prompts, long texts, viewers, evaluation."""
+    texts.write_documents("some.txt", iter(tales.generate(1, 200)))
+    code, out, err = run(train.main, ["--data", "some.txt", "--name", "x", "--tokenizer", "char", "--block_size", "32", *TINY,
+                                      "--short_rows", "0.5", "--micro_batch", "2", "--dtype", "bfloat16", *FAMILY[name].split()],
+                         monkeypatch, capsys)
+    assert code == 0, err
+    words = ["--prompt", "One day", "--num-samples", "2", "--json", "--viz-html", "x.html", "--viz-gif", "x.gif"]
+    longer = [] if name == "uniform" else ["--gen-len", "60"]
+    code, out, err = run(inference.main, [*words, *longer], monkeypatch, capsys)
+    results = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and len(results) == 2 and all(r["text"].startswith("One day") for r in results), err
+    assert results[0]["text"] != results[1]["text"] and results[0]["evaluations"] > 0
+    if name == "ar":
+        assert results[0]["sampler"] == "left to right"
+    code, out, err = run(evaluate.main, "--json r.json --num_samples 2" + " --left_to_right 2" * (name != "uniform"), monkeypatch, capsys)
+    report, final = json.load(open("r.json")), json.load(open("artifacts/logs/x.json"))
+    assert code == 0 and report["bound_nats_per_token"] == pytest.approx(final["bound_nats_per_token"], rel=1e-5), err
+    assert [entry["level"] for entry in report["levels"]] == sorted({entry["level"] for entry in report["levels"]})
+    if name == "ar":
+        assert report["left_to_right_nats_per_token"] == pytest.approx(report["bound_of_the_same_rows"], rel=1e-3)
+        assert report["bound_se_masks"] == 0 and "exp_of_masked_ce_pooled" not in report
+        assert abs(report["nats_per_token_but_the_first"] - report["bound_nats_per_token"]) < 0.2
+
+
+@pytest.mark.parametrize("words, message", (
+    ("--objective gan", "not one of masked, uniform, ar"), ("--block_len 5", "block_len=5, block_size=32: blocks must fill"),
+    ("--block_len 8 --rows document", "but for the <|endoftext|>"), ("--block_len 8 --corruption bernoulli", "blocks need counts"),
+    ("--objective ar --block_len 8", "objective=ar, block_len=8"), ("--objective ar --time_conditioning adaln", "no noise level"),
+    ("--objective uniform --time_conditioning none", "must be told"), ("--objective uniform --corruption count", "needs bernoulli"),
+    ("--objective ar --complementary", "needs complementary=False"), ("--objective ar --time_sampling importance", "needs time_sampling"),
+    ("--time_sampling importance --loss_weighting pooled", "elbo, flat or clip")))
+def test_settings_that_a_family_cannot_have(words, message, monkeypatch, capsys):
+    open("some.txt", "w").write("to be or not to be\n<|endoftext|>\n" * 200)
+    code, _, err = run(train.main, ["--data", "some.txt", "--block_size", "32", *TINY, *words.split()], monkeypatch, capsys)
+    assert code == 2 and message in err and err.count("\n") == 1, err
+
+
+def test_what_a_family_cannot_write(monkeypatch, capsys):
+    texts.write_documents("some.txt", iter(tales.generate(1, 200)))
+    for name in ("ar", "blocks", "uniform"):
+        train.train(dataclasses.replace(config.load(["--data", "some.txt", "--tokenizer", "char", "--block_size", "32", *TINY, "--name",
+                                                     name, *FAMILY[name].split()])[0]), quiet=True)
+    for name, words, message in (("ar", "--suffix end --gen-len 5", "from left to right"), ("blocks", "--infill a[4]b", "from left to right"),
+                                 ("ar", "--guidance 1", "guidance=1.0 with an autoregressive model"),
+                                 ("blocks", "--decode-block 4", "decode_block=4 with a model of blocks of 8"),
+                                 ("blocks", "--cache dual --decode-block 8", "keeps keys and values by itself"),
+                                 ("uniform", "--sampler confidence", "has one of its own"), ("uniform", "--gen-len 90", "no more than its window"),
+                                 ("ar", "--correctors 2", "only a model of uniform noise")):
+        code, _, err = run(inference.main, ["--checkpoint", f"artifacts/models/{name}.best.pt", *words.split()], monkeypatch, capsys)
+        assert code == 2 and message in err.splitlines()[-1], (words, err)
+    code, out, err = run(inference.main, "--checkpoint artifacts/models/uniform.best.pt --steps 5 --correctors 2 --infill a[4]b", monkeypatch,
+                         capsys)
+    assert code == 0 and "13 network evaluations" in err and len(out) == 7, (out, err)
+
+
 # --- inference --------------------------------------------------------------------------------------------------
 
 

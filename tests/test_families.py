@@ -341,6 +341,22 @@ def test_the_published_forms_of_the_uniform_bound_are_one():
     torch.testing.assert_close(single.double(), udlm[..., 0], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("m", (1e-30, 1e-12, 1e-9, 2e-8, 1e-6, 1e-4, 1e-2, 0.5, 0.99, uniform.MOST))
+def test_the_uniform_bound_is_stable_in_float32(m):
+    """At every noise level that is drawn; where a token was changed its weight is 1 / m."""
+    generator = torch.Generator().manual_seed(4)
+    logits = 3 * torch.randn(40, 5, 65, generator=generator, dtype=torch.float64)
+    x0, xt = torch.randint(65, (2, 40, 5), generator=generator)
+    xt[:20] = x0[:20]
+    level = torch.full((40,), m, dtype=torch.float64)
+    single, double = uniform.nelbo(logits.float(), xt, x0, level.float()), uniform.nelbo(logits, xt, x0, level)
+    noise = 3e-3 if m > 0.9 else 1e-4  # there it is nearly zero
+    torch.testing.assert_close(single.double(), double, rtol=2e-3, atol=noise)
+    logits = logits.float().requires_grad_()
+    uniform.nelbo(logits, xt, x0, level.float()).sum().backward()
+    assert logits.grad.isfinite().all() and double.min() >= -1e-9
+
+
 def test_forward_and_posterior_of_uniform_noise():
     """Item 2: the noise keeps a token with chance alpha + b, and q(xs | xt, x0) is Bayes' rule and sums to 1."""
     n = 4
@@ -407,8 +423,7 @@ def test_uniform_training_loss_is_an_unbiased_bound():
     kept = (~drawn.masked).float().mean(1)
     assert ((1 - drawn.level) - kept).mean().abs() < 0.02 and drawn.noise.shape == (4000, L)
     t = drawn.level.double().sqrt()
-    torch.testing.assert_close(drawn.weight.double(), 2 * t, atol=1e-5, rtol=0)
-    one = torch.ones(1, dtype=torch.float64)
+    torch.testing.assert_close(drawn.weight.double(), 2 * t, atol=1e-3, rtol=0)
 
     class Perfect(LeaveOneOut):
         def __call__(self, ids, noise_level, select=None):
@@ -417,26 +432,22 @@ def test_uniform_training_loss_is_an_unbiased_bound():
     drawn = diffusion.draw_corruption(cfg, 1500, L, generator(4))
     losses = diffusion.uniform_loss(Perfect(), x0, drawn, cfg).double() * L
     exact = -P[ROW].log().item()
-    assert abs(losses.mean().item() - exact) < 4 * losses.std().item() / math.sqrt(1500) and one.item()
+    assert abs(losses.mean().item() - exact) < 4 * losses.std().item() / math.sqrt(1500)
     bound = diffusion.bound(Perfect(), x0[:300], 2, cfg) * L
     assert abs(bound.mean().item() - exact) < 4 * bound.std().item() / math.sqrt(600)
 
 
-@pytest.mark.parametrize("sampler", ("ancestral", "confidence"))
-def test_uniform_steps_for_viewers(sampler):
+def test_uniform_steps_for_viewers():
     """Given tokens stay; every state is text; the first step shows all, later ones what changed."""
-    class Rows(LeaveOneOut):
-        def __call__(self, ids, noise_level, select=None):
-            return super().__call__(ids, noise_level, select)
     canvas = torch.tensor([[0, MASK, MASK, MASK], [MASK, 1, MASK, 2], [0, 1, 2, 0]])
     before = canvas
-    for number, step in enumerate(diffusion.sample(Rows(), canvas, objective="uniform", steps=5, sampler=sampler, top=2)):
+    for number, step in enumerate(diffusion.sample(LeaveOneOut(), canvas, objective="uniform", steps=5, top=2)):
         assert (step.ids[canvas != MASK] == canvas[canvas != MASK]).all() and step.ids.max() < MASK
         assert step.fresh.equal((canvas == MASK) if number == 0 else step.ids != before)
         assert step.t[0].item() == pytest.approx(1 - (number + 1) / 5) and not step.masked.any()
         before = step.ids.clone()
     assert step.row_evaluations.tolist() == [5, 5, 0] and step.evaluations == 5
-    *_, alone = diffusion.sample(Rows(), canvas[1:2], objective="uniform", steps=5, seeds=[1])
+    *_, alone = diffusion.sample(LeaveOneOut(), canvas[1:2], objective="uniform", steps=5, seeds=[1])
     assert torch.equal(alone.ids[0], step.ids[1])
 
 
@@ -481,14 +492,13 @@ def test_draws_of_a_density():
     torch.testing.assert_close(draws.density_at(torch.tensor([0.1, 0.3, 0.99]), density), density[[0, 1, 3]])
 
 
-@pytest.mark.parametrize("corruption, schedule, n", (("count", "linear", 0), ("count", "cos", 0), ("bernoulli", "poly2", 0),
-                                                     ("count", "linear", 2)))
-def test_importance_sampling_keeps_the_bound(corruption, schedule, n):
+@pytest.mark.parametrize("corruption, schedule", (("count", "linear"), ("count", "cos"), ("bernoulli", "poly2")))
+def test_importance_sampling_keeps_the_bound(corruption, schedule):
     """Other times, the same mean: of the bound, and of the flat loss."""
     density = torch.tensor([0.5, 0.6, 0.9, 2.0], dtype=torch.float64)
-    x0, model = SEQUENCES[[ROW]].expand(4000, L), Blocks(n, 0.2) if n else Lookup(0.2)
+    x0, model = SEQUENCES[[ROW]].expand(4000, L), Lookup(0.2)
     for weighting in ("elbo", "flat"):
-        cfg = settings(corruption=corruption, schedule=schedule, block_len=n, block_size=L, loss_weighting=weighting)
+        cfg = settings(corruption=corruption, schedule=schedule, loss_weighting=weighting)
         loss = lambda d, i: diffusion.OBJECTIVES["masked"].loss(model, x0, diffusion.draw_corruption(
             cfg, 4000, L, generator(i), d), cfg).mean()
         plain, warped = (torch.stack([loss(d, i) for i in range(8)]) * L for d in (None, density))

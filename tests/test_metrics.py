@@ -1,3 +1,4 @@
+import dataclasses
 import html
 import io
 import json
@@ -10,6 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import diffusion
+from config import FAMILIES, Config
 from model import Transformer
 from toy import settings
 from utils import corpus, metrics, plots, runtime, tales, trace
@@ -179,8 +182,15 @@ def canvas_steps(bpe):
     make = lambda ids, n: SimpleNamespace(
         ids=torch.tensor([ids]), masked=torch.tensor([ids]) == bpe.mask, fresh=torch.tensor([[i == 0 for i in range(len(ids))]]),
         remasked=torch.zeros(1, len(ids), dtype=torch.bool), confidence=torch.full((1, len(ids)), n / 4),
-        row_evaluations=torch.tensor([n]))
+        row_evaluations=torch.tensor([n]), t=torch.tensor([0.0]))
     return [make(half, 1), make(ids, 2)]
+
+
+def test_live_shows_the_noise_level(bpe):
+    """Of uniform noise, whose states are all text."""
+    step = canvas_steps(bpe)[1]
+    step.t = torch.tensor([0.4])
+    assert "2 evaluations, noise level 0.40" in live([step], bpe) and "masks left" not in live([step], bpe)
 
 
 def test_live_terminal(bpe):
@@ -276,3 +286,106 @@ def test_diversity():
     assert same["distinct_2"] == 0.5 and same["self_overlap"] == 1
     assert other["distinct_2"] == 1 and other["self_overlap"] == 0
     assert other["unigram_entropy"] == pytest.approx(math.log(10)) and same["unigram_entropy"] == pytest.approx(math.log(5))
+
+
+def test_diversity_of_known_texts():
+    """Of "a b a b a b c": words a b c of 7, pairs ab ba bc of 6; runs of four abab baba abab babc: one of 4 repeats."""
+    report = metrics.diversity(["a b a b a b c"])
+    assert report["distinct_1"] == pytest.approx(3 / 7) and report["distinct_2"] == pytest.approx(3 / 6)
+    assert report["distinct_3"] == pytest.approx(3 / 5) and report["repetition"] == pytest.approx(1 / 4)
+    assert metrics.diversity(["", "a"])["repetition"] == 0
+
+
+def test_runs_that_the_training_text_has():
+    training = torch.arange(100)[None]
+    rows = torch.cat((torch.arange(20, 30), torch.tensor([500, 501])))[None]
+    assert metrics.shared_runs(rows, training, 8) == pytest.approx(3 / 5)
+    assert metrics.shared_runs(rows, torch.zeros(0, 1, dtype=torch.long), 8) == 0
+    assert metrics.longest_copies(rows, training).tolist() == [10]
+
+
+def tiny_model(objective, **changes):
+    cfg = settings(n_layer=1, n_head=2, n_embd=8, tie_embeddings=False, final_rows=6, final_masks=2, data="x", block_size=16,
+                   objective=objective, final_samples=4, **(FAMILIES.get(objective, {}) | changes))
+    torch.manual_seed(1)
+    return Config(**vars(cfg)), Transformer(cfg, 9).eval()
+
+
+@pytest.mark.parametrize("objective, changes", (("masked", {}), ("masked", {"block_len": 4}), ("ar", {}), ("uniform", {})))
+def test_a_network_that_knows_nothing_by_level(objective, changes):
+    """ln V of loss and entropy at every level, 1 / V of accuracy; the bound too."""
+    text = train_char(["abcdefgh"], documents=False)
+    cfg, model = tiny_model(objective, **changes)
+    torch.nn.init.zeros_(model.head.weight)
+    rows = torch.randint(8, (64, 16), generator=runtime.generator(1))
+    cfg = dataclasses.replace(cfg, final_rows=64)
+    data = corpus.Corpus(None, rows, text, 0, "", None)
+    report = metrics.levels_of(model, cfg, data, torch.device("cpu")) | metrics.held_out(model, cfg, data, torch.device("cpu"))
+    for entry in report["levels"]:
+        if objective == "uniform":  # what stands there says that it was not changed, at little noise
+            assert entry["loss"] > math.log(8) - 1e-4 and entry["entropy"] < math.log(8) + 1e-4
+        else:
+            assert entry["loss"] == pytest.approx(math.log(8), abs=1e-5) == entry["entropy"]
+        assert 0 <= entry["accuracy"] < 0.3
+    assert len(report["levels"]) == (4 if changes else 10)
+    # under uniform noise, knowing nothing costs ln V too
+    assert report["bound_nats_per_token"] == pytest.approx(math.log(8), abs=0.1 if objective == "uniform" else 1e-5)
+    if objective == "masked":
+        assert report["masked_ce_pooled"] == pytest.approx(math.log(8), abs=1e-5) and report["exp_of_masked_ce_pooled"] == pytest.approx(8, rel=1e-4)
+
+
+def test_pooled_cross_entropy_is_the_training_loss():
+    """Of the sources' preset: what their training prints, on the held-out rows; the schedule weighs it."""
+    text, rows = train_char(["abcdefgh"], documents=False), torch.randint(8, (256, 16), generator=runtime.generator(2))
+    found = {}
+    for schedule in ("linear", "md4_cosine"):
+        cfg, model = tiny_model("masked", schedule=schedule, corruption="bernoulli")
+        for p in model.parameters():
+            p.data.mul_(20)
+        cfg = dataclasses.replace(cfg, final_rows=256)
+        found[schedule] = metrics.levels_of(model, cfg, corpus.Corpus(None, rows, text, 0, "", None), torch.device("cpu"))
+    levels = found["linear"]["levels"]
+    by_hand = sum(e["level"] * e["loss"] for e in levels) / sum(e["level"] for e in levels)
+    assert found["linear"]["masked_ce_pooled"] == pytest.approx(by_hand, rel=0.05)
+    assert found["linear"]["levels"] == found["md4_cosine"]["levels"], "levels do not depend on the schedule"
+
+
+def test_left_to_right_is_a_plain_loop():
+    for changes in ({}, {"block_len": 4}):
+        cfg, model = tiny_model("masked", **changes)
+        for p in model.parameters():
+            p.data.mul_(12)
+        rows, total = torch.randint(8, (2, 16), generator=runtime.generator(3)), torch.zeros(2)
+        for i in range(16):
+            end = 16 if not changes else (i // 4 + 1) * 4  # what is after the block is not seen
+            canvas = torch.cat((rows[:, :i], torch.full((2, end - i), 8)), 1)
+            total -= diffusion.predict(model, canvas, block_len=changes.get("block_len", 0))[:, i].log_softmax(-1)[
+                torch.arange(2), rows[:, i]]
+        torch.testing.assert_close(metrics.left_to_right(model, cfg, rows) * 16, total, atol=1e-4, rtol=1e-5)
+
+
+def test_change_rate_of_known_samplers():
+    """One token a step of 16: a sixteenth; uniform noise shows all at first."""
+    text = train_char(["abcdefgh"], documents=False)
+    cfg, model = tiny_model("masked")
+    rows, figures = metrics.write_rows(model, text, cfg, 3, torch.device("cpu"), {"sampler": "first_hitting"})
+    assert figures["change_rate"] == pytest.approx(1 / 16) and figures["evaluations_a_sample"] == 16 and rows.shape == (3, 16)
+    _, figures = metrics.write_rows(model, text, cfg, 3, torch.device("cpu"), {"sampler": "random", "steps": 4})
+    assert figures["change_rate"] == pytest.approx(1 / 4)
+
+
+def test_reference_rows_begin_like_samples():
+    text = train_char(["abcdefgh"], documents=True)
+    end = text.end
+    held_out = torch.tensor([[1, 2, end, 3, 4, 5], [6, end, 7, 1, 2, 3], [4, 5, 6, 7, 1, 2]])
+    assert metrics.reference_rows(held_out, text, 9).tolist() == [[end, 3, 4, 5, 6, end], [end, 7, 1, 2, 3, 4]]
+    assert metrics.reference_rows(held_out[:1, :2], text, 9).tolist() == [[1, 2]], "no document begins: as they are"
+
+
+def test_a_judge_counts_nats_per_character():
+    """A network that knows nothing says ln V a token, of one character each; windows are cut, and nothing is scored twice."""
+    text = train_char(["abcdefgh"], documents=False)
+    cfg, model = tiny_model("ar")
+    torch.nn.init.zeros_(model.head.weight)
+    nats = metrics.judge_texts(["abcdefgh" * 5, "", "aa"], model, text, cfg, torch.device("cpu"), torch.float32)
+    assert nats == pytest.approx(math.log(8), abs=1e-5)

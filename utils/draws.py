@@ -1,5 +1,6 @@
 """Random draws, each a pure function of what it is given: strata, masks, tokens, and a row's own uniforms."""
 import math
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ def stratified(n, generator):
     return (stratum_of(n) + offset) / n
 
 
+@lru_cache(maxsize=32)
 def stratum_of(n):
     """Which of n strata each of n rows takes, (n,) long."""
     width = max(1, (n - 1).bit_length())

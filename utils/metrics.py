@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import diffusion
-from utils import canvas, corpus, draws, runtime, tales, uniform
+from utils import canvas, corpus, draws, runtime, tales, tokenizer, uniform
 
 
 SEARCHED = 5_000_000  # training tokens that copies are looked for in
@@ -204,8 +204,8 @@ def reference_rows(held_out, text, count):
 def judge_rows(rows, *, text, cfg, training, judge, device, dtype):
     """Figures (dict) of samples or real text, rows (R, L) long: diversity, copies from the `training` rows (N, L), validity
     on tales, and the judge's nats per character."""
-    texts = [canvas.finished(text, row) if cfg.rows == "document" else text.decode([i for i in row if i != text.end])
-             for row in rows.tolist()]
+    between = f"\n{tokenizer.END}\n"  # documents of a stream
+    texts = [canvas.finished(text, row, stop=cfg.rows == "document").replace(between, "\n") for row in rows.tolist()]
     copies = longest_copies(rows, training)
     report = diversity(texts) | {"longest_copy_mean": copies.float().mean().item(), "longest_copy_max": copies.max().item(),
                                  "shared_8_grams": shared_runs(rows, training, 8)}

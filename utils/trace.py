@@ -291,12 +291,14 @@ def live(steps, text, given, frame_ms=0, out=None):
                 continue
             started, left = time.perf_counter(), int(step.masked[0].sum())
             total = total or left + int(step.fresh[0].sum())
-            status = f"step {number}, {int(step.row_evaluations[0])} evaluations, {left} of {total} masks left"
+            noise = 0.0 if left else float(step.t[0])  # of uniform noise, which has no masks
+            status = f"step {number}, {int(step.row_evaluations[0])} evaluations, " + (
+                f"noise level {noise:.2f}" if noise else f"{left} of {total} masks left")
             if plain:
                 out.write(status + "\n")
             else:
                 columns, lines = shutil.get_terminal_size()
-                done = 20 * (total - left) // max(1, total)
+                done = int(20 * (1 - noise)) if noise else 20 * (total - left) // max(1, total)
                 head = [f"{status}  {full * done}{empty * (20 - done)}"[:columns]]
                 if sum(map(len, styles)) + 2 * len(styles) <= columns:
                     head.append("  ".join(f"\x1b[{code}m{state}\x1b[0m" for state, code in styles.items()))
