@@ -56,8 +56,7 @@ class Config:
     softcap: float = field(0.0, "logits are squeezed into -softcap..softcap by tanh (0: not)")
 
     objective: str = field("masked", "masked: diffusion; uniform: diffusion with random tokens instead of masks; ar: the "
-                           "same transformer from left to right, to compare", "objective",
-                           choices=("masked", "uniform", "ar"))
+                           "same transformer from left to right, to compare", "objective")
     block_len: int = field(0, "block diffusion: tokens of a block, which sees those to its left (0: block_size, all at once)")
     schedule: str = field("linear", "masked share over time; --list shows all")
     corruption: str = field("count", "count: an exact number of masks a row; bernoulli: each token by itself",
@@ -141,13 +140,14 @@ class Config:
         if not plain and (self.block_size - given) % self.block_len:
             refuse(("block_len", "block_size"), "blocks must fill the window" + (
                 " but for the <|endoftext|> that a document begins with" if given else ""))
-        if self.objective != "masked":
+        if self.objective in FAMILIES:
             for name, value in (("block_len", 0), ("complementary", False), ("time_sampling", "uniform")):
                 if getattr(self, name) != value and not (name == "block_len" and plain) and not (
                         name == "time_sampling" and self.objective == "uniform"):
                     refuse(("objective", name), f"needs {name}={value}")
-        if self.objective == "ar" and self.time_conditioning != "none":
-            refuse(("objective", "time_conditioning"), "an autoregressive model has no noise level; use none")
+        if self.objective == "ar" and (self.time_conditioning != "none" or self.loss_weighting in ("full", "pooled")):
+            refuse(("objective", "time_conditioning", "loss_weighting"),
+                   "an autoregressive model has no noise level and no masks; use none and flat")
         if self.objective == "uniform":
             if self.time_conditioning not in ("sinusoidal", "adaln"):
                 refuse(("objective", "time_conditioning"), "random tokens do not show the noise level, so the network must be "
@@ -192,7 +192,8 @@ class SampleConfig:
     cache: str = field("auto", "keep keys and values: prefix, dual: around the block, faster, approximate; auto: only those that "
                        "stay exact (ar and block models)", choices=("auto", "none", "prefix", "dual"))
     cache_refresh: int = field(0, "steps after which a cache is computed anew (0: once a block)")
-    correctors: int = field(0, "uniform noise: sweeps after each step that draw an eighth of the tokens anew")
+    correctors: int = field(0, "uniform noise: sweeps after each step that draw an eighth of the tokens anew; with a prompt, 2 "
+                            "bring the text much nearer to what the model means")
     device: str = field("auto", "auto: cuda, else mps, else cpu", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = field("auto", "of matrix products; auto: bfloat16 where the hardware has it",
                        choices=("auto", "float32", "bfloat16", "float16"))
@@ -242,9 +243,11 @@ MICRO = dict(rows="stream", tie_embeddings=False, schedule="cos", corruption="be
 NOTES = MICRO | dict(data="data/shakespeare.txt", tokenizer="char", schedule="cos2_s008", time_conditioning="sinusoidal",
                      loss_weighting="pooled", block_size=128, max_iters=105_000)
 
-# What a family needs unless said otherwise: random tokens do not show the noise level, and their bound has its weight at
-# little noise, where the square of the time puts more rows.
-FAMILIES = {"uniform": dict(corruption="bernoulli", loss_weighting="elbo", time_conditioning="adaln", schedule="poly2")}
+# What a family needs whatever the preset has: an autoregressive model knows no noise. Random tokens do not show the noise
+# level, and their bound has its weight at little noise, where the square of the time puts more rows.
+FAMILIES = {"ar": dict(corruption="count", diffusion_steps=0, loss_weighting="flat", time_conditioning="none"),
+            "uniform": dict(corruption="bernoulli", diffusion_steps=0, loss_weighting="elbo", time_conditioning="adaln",
+                            schedule="poly2")}
 
 # What the largest presets share, on the cautious side: learning rates that suit 10M parameters are too large for 100M.
 LARGE = dict(tie_embeddings=False, init="zero", rope_base=10_000.0, lr=3e-3, muon_lr=0.02, beta1=0.9, warmup_iters=250)
@@ -340,8 +343,8 @@ def load(argv):
     return merge(Config, *layers), f"preset {chosen}: {why}" if chosen else why
 
 
-def show_list(samplers, schedules):
-    """Print the presets, each with its differences from the defaults, the samplers and the schedules (dicts)."""
+def show_list(samplers, schedules, objectives):
+    """Print the presets, each with its differences from the defaults, the samplers, schedules and objectives (dicts)."""
     for name, settings in PRESETS.items():
         print(f"preset {name}: {', '.join(f'{k}={v}' for k, v in settings.items())}")
     for name, sampler in samplers.items():
@@ -349,3 +352,4 @@ def show_list(samplers, schedules):
         key = f" Key: {sampler.key.__doc__[0].lower()}{sampler.key.__doc__[1:]}" if sampler.key else ""
         print(f"sampler {name}{number}: {' '.join(sampler.pick.__doc__.split())}{key}")
     print(f"schedules: {', '.join(schedules)}")
+    print(f"objectives: {', '.join(objectives)}")

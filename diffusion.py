@@ -1,7 +1,9 @@
-"""Masked diffusion: schedules, corruption, losses, the likelihood bound, and the one sampling loop.
+"""Diffusion of text: schedules, corruption, losses, the likelihood bound, and the one sampling loop.
 
 The forward process hides tokens: at noise level m each token of a row is MASK with probability m. The network learns
-to say what is hidden. Sampling starts from a canvas full of MASKs and fills it in, a few tokens at a time.
+to say what is hidden. Sampling starts from a canvas full of MASKs and fills it in, a few tokens at a time. Block diffusion
+does so from left to right, block by block; uniform noise (utils/uniform.py) has random tokens instead of MASKs; and an
+autoregressive model, to compare with, is asked for one token after the other.
 
 Everything here is a function of the masked share m of a row, in [0, 1], or of the integer number of masks l. Time t
 exists only inside a schedule m(t) and on a sampler's grid.
@@ -179,7 +181,7 @@ def split_corruption(cfg, whole, rows, size, density=None):
     most. The strata and their order are fixed, so that is hardly more than what they mask on average.
     """
     B, L = whole.masked.shape
-    counted = cfg.corruption == "count" and cfg.objective == "masked"
+    counted = cfg.corruption == "count" and cfg.objective != "ar"
     if counted:
         pairs, K = 2 if cfg.complementary else 1, whole.weight[0].numel()
         units, n = B // pairs * K, (L - given_tokens(cfg)) // K
@@ -219,6 +221,11 @@ def block_len(cfg):
 def options_of(cfg):
     """What `sample` and `predict` need to know about a model that was trained with cfg (dict)."""
     return {"objective": cfg.objective, "block_len": block_len(cfg), "given": given_tokens(cfg)}
+
+
+def way_of_writing(cfg, sampler):
+    """How a model of cfg's family writes, in a word: the sampler, where there is a choice."""
+    return {"ar": "left to right", "uniform": "from uniform noise"}.get(cfg.objective, sampler)
 
 
 def predict(model, ids, *, objective="masked", block_len=0, given=0, select=None):
@@ -293,9 +300,9 @@ def nll_bound(model, x0, passes=1, given=0, rows_at_once=64, *, block_len=0):
 
     -log p(x0) <= E_l [ (L / l) E_S sum of CE over S ], l uniform on 1..L and S a uniform set of l positions (LLaDA,
     arXiv:2502.09992, eq. 14), with blocks so for each of them. The same whatever schedule or loss the network was trained
-    with, and its masks are always the same, so that checkpoints and runs compare. Each pass stratifies the counts over all rows, and gives them
-    to the rows in a new random order. The first `given` tokens of a row are certain (`given_tokens`): never masked,
-    and without cost.
+    with, and its masks are always the same, so that checkpoints and runs compare. Each pass stratifies the counts over
+    all rows, and gives them to the rows in a new random order. The first `given` tokens of a row are certain
+    (`given_tokens`): never masked, and without cost.
     """
     R, L = x0.shape
     units, n = (R * (L - given) // block_len, block_len) if block_len else (R, L - given)
@@ -358,6 +365,7 @@ OBJECTIVES = {
 
 def bound(model, x0, passes, cfg, rows_at_once=64):
     """Upper bound on -log p(x0), (R, passes) nats per token, of a model of cfg's family; exact for ar, in one pass."""
+    check_name("objective", cfg.objective, OBJECTIVES)
     return OBJECTIVES[cfg.objective].bound(model, x0, passes, cfg, rows_at_once)
 
 
@@ -485,6 +493,7 @@ def sample(model, canvas, *, sampler=SampleConfig.sampler, steps=None, schedule=
     W = min(L, window or L)
     check_family(objective, block_len, decode_block, guidance, cache, correctors, W < L)
     seeds = torch.tensor(list(range(B) if seeds is None else seeds), device=device)
+    top = min(top, mask)
     if objective == "uniform":
         yield from uniform.sample(model, canvas, steps=steps, grid=partial(mask_rate, schedule), seeds=seeds, top=top,
                                   warp=lambda logits: draws.warp(logits, temperature, top_k, top_p), correctors=correctors)
@@ -508,7 +517,6 @@ def sample(model, canvas, *, sampler=SampleConfig.sampler, steps=None, schedule=
     over = torch.ones_like(block, dtype=torch.bool)  # whether that block is finished
     k, wanted = torch.zeros_like(block), torch.ones_like(block)  # steps done and steps planned for that block
     confidence, chosen = (torch.ones(B, L, device=device).masked_fill(masked, 0) for _ in range(2))
-    top = min(top, mask)
     best = torch.zeros(B, L, top, dtype=torch.long, device=device), torch.zeros(B, L, top, device=device)
     kept, evaluations = None, 0
     if block_len and cache == "auto":

@@ -50,11 +50,6 @@ def load(argv):
     return options, model, text, cfg, device, path
 
 
-def rule(options, cfg):
-    """How the text is written, in a word: the sampler, where the family leaves a choice."""
-    return {"ar": "left to right", "uniform": "from uniform noise"}.get(cfg.objective, options.sampler)
-
-
 def check(options):
     diffusion.find_sampler(options.sampler)
     cli.check_name("schedule", options.schedule, diffusion.SCHEDULES)
@@ -131,7 +126,7 @@ def generate(model, text, options, cfg, device, dtype):
         for row, (i, ids) in enumerate(zip(members, final)):
             results[i] = {
                 "text": canvas.finished(text, ids, rows[i][0], not options.no_stop), "seed": rows[i][1],
-                "sampler": rule(options, cfg), "evaluations": int(step.row_evaluations[row]), "seconds": seconds,
+                "sampler": diffusion.way_of_writing(cfg, options.sampler), "evaluations": int(step.row_evaluations[row]), "seconds": seconds,
                 "tokens_per_second": written / seconds, "tokens": text.pieces(ids),
                 "confidence": [round(c, 4) for c in step.confidence[row].tolist()], "step": settled[row].tolist()}
     return [results[i] for i in range(len(rows))], frames, evaluations, total
@@ -141,7 +136,7 @@ def main(argv):
     if "--help" in argv or "-h" in argv:
         return cli.show_help(SampleConfig, __doc__)
     if "--list" in argv:
-        return config.show_list(diffusion.SAMPLERS, diffusion.SCHEDULES)
+        return config.show_list(diffusion.SAMPLERS, diffusion.SCHEDULES, diffusion.OBJECTIVES)
     options, model, text, cfg, device, path = load(argv)
     dtype = runtime.choose_dtype(options.dtype, device)
     name = os.path.basename(path).removesuffix(".pt")
@@ -153,10 +148,10 @@ def main(argv):
         if len(results) > 1:
             print(f"--- seed {result['seed']}")
         print(result["text"])
-    print(f"{name} on {device.type} | {rule(options, cfg)}, temperature {options.temperature:g} | "
+    print(f"{name} on {device.type} | {diffusion.way_of_writing(cfg, options.sampler)}, temperature {options.temperature:g} | "
           f"{evaluations} network evaluations, {seconds:.1f} s", file=sys.stderr)
     if frames:
-        title = (f"{name} · {rule(options, cfg)} · temperature {options.temperature:g} · "
+        title = (f"{name} · {diffusion.way_of_writing(cfg, options.sampler)} · temperature {options.temperature:g} · "
                  f"{frames[-1].evaluations} evaluations")
         for target, write in ((options.viz_video, trace.write_mp4), (options.viz_gif, trace.write_gif)):
             if target:

@@ -1,7 +1,8 @@
-"""Train a masked diffusion language model.
+"""Train a diffusion language model: masked, of blocks, of uniform noise; or an autoregressive one, to compare.
 
     python train.py                                  the default preset (see --list)
     python train.py shakespeare --max_iters 500      a preset, with changes
+    python train.py shakespeare --block_len 16       another family: --objective ar, --objective uniform
     python train.py --data my.txt --name mine        your own text
     python train.py my_experiment.py                 settings in a file: config = {"preset": "tales", "n_layer": 6}
     python train.py --resume auto                    go on with the newest run
@@ -31,7 +32,7 @@ from utils.cli import UserError
 
 # what a resumed run may change; everything else would make it another run
 MAY_CHANGE = {"max_iters", "max_minutes", "save_interval", "device", "dtype", "compile", "lr", "muon_lr", "lr_decay",
-              "decay_share", "eval_interval", "final_rows", "final_masks", "resume", "micro_batch",
+              "decay_share", "eval_interval", "final_rows", "final_masks", "final_samples", "resume", "micro_batch",
               "activation_checkpointing", "out_dir"}  # out_dir: for "auto"
 # seconds of eager CPU training: compiling takes up to a minute, a step is then 1.2 (float32) to 2 times (bfloat16) as fast
 COMPILE_PAYS = 300
@@ -146,6 +147,11 @@ def gradients(network, cfg, pieces, seed, ranks, device, dtype, token_nll=diffus
     return total
 
 
+def measures_density(cfg, step):
+    """Whether the density of times is measured before this step."""
+    return cfg.time_sampling == "importance" and step > 0 and step % DENSITY_EVERY == 0
+
+
 def measure_density(model, cfg, data, step, ranks, device, dtype):
     """`diffusion.time_density` of coming training rows, the same on all ranks."""
     rows = torch.cat([data.batch(step + i, slice(None)) for i in range(-(-DENSITY_ROWS // cfg.batch_size))])[:DENSITY_ROWS]
@@ -209,6 +215,7 @@ def train(cfg, state=None, quiet=False):
     """Run the training loop for `cfg`, from the beginning or from the checkpoint dict `state`; returns the metrics."""
     started = time.perf_counter()
     cli.check_name("schedule", cfg.schedule, diffusion.SCHEDULES)
+    cli.check_name("objective", cfg.objective, diffusion.OBJECTIVES)
     if not cfg.name:
         raise UserError("the run has no name; give it one with --name")
     runtime.keep_memory()
@@ -335,11 +342,11 @@ def train(cfg, state=None, quiet=False):
                 clock = time.perf_counter()
 
             # -- a training step
-            measure = lambda step: cfg.time_sampling == "importance" and step and step % DENSITY_EVERY == 0
-            if measure(step):
+            if measures_density(cfg, step):
                 density = measure_density(model, cfg, data, step, ranks, device, dtype)
             pieces, seed = ready.result() if ready else prepare(cfg, data, step, ranks, device, density)
-            ready = pool and not measure(step + 1) and pool.submit(prepare, cfg, data, step + 1, ranks, device, density)
+            ready = pool and not measures_density(cfg, step + 1) and pool.submit(
+                prepare, cfg, data, step + 1, ranks, device, density)
             loss = gradients(network, cfg, pieces, seed, ranks, device, dtype, token_nll, scaler.scale)
             for optimizer in optimizers:
                 scaler.unscale_(optimizer)
@@ -403,8 +410,9 @@ def find_best(cfg, data, device, dtype, path):
 def finish(cfg, data, device, dtype, parameters, step, minutes, seconds_a_step, path, say):
     """The final metrics block of the best checkpoint, its files, and what to try next; returns the metrics."""
     report, model, best_step = find_best(cfg, data, device, dtype, path)
-    report |= metrics.final(model, cfg, data, device, dtype, best_step, cfg.final_samples,
-                            sampling={"top_p": SampleConfig.top_p})
+    if cfg.final_samples:
+        report |= metrics.final(model, cfg, data, device, dtype, best_step, cfg.final_samples,
+                                sampling={"top_p": SampleConfig.top_p})
     report = {"name": cfg.name, "parameters": parameters, "steps": step, "best_step": best_step, "minutes": minutes,
               "seconds_a_step": seconds_a_step,
               "tokens_per_second_of_training": cfg.batch_size * cfg.block_size / seconds_a_step if seconds_a_step else None} | report
@@ -412,7 +420,8 @@ def finish(cfg, data, device, dtype, parameters, step, minutes, seconds_a_step, 
     say(metrics.show(report))
     try:
         plots.loss_curves([path["log"]], path["plot"])
-        plots.levels(report["levels"], cfg.name, path["levels"])
+        if "levels" in report:
+            plots.levels(report["levels"], cfg.name, path["levels"])
     except ImportError as error:
         say(f"no plots: {error}")
     say("wrote " + ", ".join(filter(os.path.exists, path.values())))
@@ -425,7 +434,7 @@ def main(argv):
     if "--help" in argv or "-h" in argv:
         return cli.show_help(Config, __doc__)
     if "--list" in argv:
-        return config.show_list(diffusion.SAMPLERS, diffusion.SCHEDULES)
+        return config.show_list(diffusion.SAMPLERS, diffusion.SCHEDULES, diffusion.OBJECTIVES)
     if any(word.split("=")[0] == "--resume" for word in argv):
         return train(*resumed_config(argv))
     cfg, why = config.load(argv)

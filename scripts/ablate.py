@@ -318,7 +318,7 @@ def over_seeds(rows):
 COMPARISONS = {
     "samplers": Comparison(sampler_settings, judge_samplers, plots.quality_against_cost),
 } | {name: Comparison(partial(train_settings, name), partial(train_variants, name),
-                      plots.over_epochs if name == "ar_vs_diffusion" else plots.bound_over_cost, over_seeds) for name in TRAINED}
+                      plots.overfitting if name == "ar_vs_diffusion" else plots.bound_over_cost, over_seeds) for name in TRAINED}
 
 
 # --- the runner -------------------------------------------------------------------------------------------------

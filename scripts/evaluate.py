@@ -6,6 +6,7 @@
     python scripts/evaluate.py --judge artifacts/models/ar.best.pt  its samples, scored by an autoregressive model
     python scripts/evaluate.py --against artifacts/models/ar.best.pt   two models on the same rows, where they compare
 """
+import contextlib
 import dataclasses
 import math
 import os
@@ -58,9 +59,10 @@ def load(path, options, device):
     if options.data:
         if not os.path.isfile(options.data):
             raise UserError(f"there is no file {options.data}")
-        training = None  # what the run was trained on need not be at hand
-        if cfg.data == "tales" or os.path.exists(cfg.data):
-            training = corpus.load(cfg, text).training
+        training = None
+        if cfg.data == "tales" or os.path.exists(cfg.data):  # what the run was trained on need not be at hand, nor be whole
+            with contextlib.suppress(UserError):
+                training = corpus.load(cfg, text).training
         cfg = dataclasses.replace(cfg, data=options.data)
         rows = corpus.held_out_rows(texts.read_documents(options.data), text, cfg)
         return model, cfg, corpus.Corpus(None, rows, text, 0, "", training), state["step"]
@@ -70,31 +72,30 @@ def load(path, options, device):
 def compare(first, second, device, dtype):
     """What the bounds of two models, each (path, model, Config, Corpus), say of each other: a list of lines.
 
-    The same rows of the same tokens compare by nats a token, row by row; the same text in other tokens or windows by bits
-    per character alone; different texts not at all.
+    The same rows of the same tokens compare by nats a token, row by row. Other tokens or windows of the same text compare by
+    bits per character at best, which windows change too: both are printed, and no difference. Different texts do not.
     """
-    figures, lines = [], []
+    lines, bounds, texts_of = [], [], []
     for path, model, cfg, data in (first, second):
+        rows = data.held_out[: cfg.final_rows]
         with runtime.autocast(device, dtype):
-            nll = diffusion.bound(model, data.held_out[: cfg.final_rows].to(device), cfg.final_masks, cfg, cfg.micro_batch or 64)
-        lengths = corpus.row_lengths(data.held_out[: cfg.final_rows], data.text)[:, 0]
-        bits = nll.sum(0).mean().item() * cfg.block_size / math.log(2) / lengths.sum().item()
-        kind = "exactly" if cfg.objective == "ar" else "at most"
-        lines.append(f"{path}: {kind} {nll.mean().item():.4f} nats a token, {bits:.4f} bits per character ({len(nll)} rows of "
-                     f"{cfg.block_size} tokens of {cfg.data})")
-        figures.append((cfg, data, nll.mean(1), bits))
-    (cfg, data, nll, bits), (other, theirs, their_nll, their_bits) = figures
-    same_tokens = data.text.to_json() == theirs.text.to_json()
-    decoded = [data.text.decode(row) for row in data.held_out[: cfg.final_rows].tolist()]
-    their_decoded = [theirs.text.decode(row) for row in theirs.held_out[: other.final_rows].tolist()]
-    if same_tokens and decoded == their_decoded:
-        difference = nll - their_nll
-        error = difference.std().item() / math.sqrt(len(difference)) if len(difference) > 1 else math.nan
-        lines.append(f"the same rows: the first has {difference.mean().item():+.4f} ± {error:.4f} nats a token (s.e. over rows, in "
-                     "pairs)")
-    elif (a := "".join(decoded)) and (b := "".join(their_decoded)) and (a.startswith(b) or b.startswith(a)):
-        lines.append(f"the same text in other tokens or windows, so nats a token do not compare; the first has {bits - their_bits:+.4f} "
-                     "bits per character (windows differ in context, and end at different places)")
+            nll = diffusion.bound(model, rows.to(device), cfg.final_masks, cfg, cfg.micro_batch or 64).mean(1)
+        text = data.text.decode(rows.flatten().tolist())
+        lines.append(f"{path}: {'exactly' if cfg.objective == 'ar' else 'at most'} {nll.mean().item():.4f} nats a token, "
+                     f"{nll.sum().item() * cfg.block_size / math.log(2) / len(text):.4f} bits per character ({len(nll)} rows of "
+                     f"{cfg.block_size} tokens, {len(text):,} characters, of {cfg.data})")
+        bounds.append(nll)
+        texts_of.append(text)
+    (_, _, _, mine), (_, _, _, theirs) = first, second
+    n = min(map(len, bounds))
+    if mine.text.to_json() == theirs.text.to_json() and torch.equal(mine.held_out[:n], theirs.held_out[:n]):
+        difference = bounds[0][:n] - bounds[1][:n]
+        error = difference.std().item() / math.sqrt(n) if n > 1 else math.nan
+        lines.append(f"on the {n} rows that both have: the first has {difference.mean().item():+.4f} ± {error:.4f} nats a token "
+                     "(s.e. over rows, in pairs)")
+    elif texts_of[0].startswith(texts_of[1][:1000]) or texts_of[1].startswith(texts_of[0][:1000]):
+        lines.append("the same text in other tokens or windows: nats a token do not compare; bits per character do as far as the same "
+                     "part is scored and the windows give as much context")
     else:
         lines.append("not comparable: the held-out texts differ; evaluate both with the same --data")
     return lines
@@ -107,6 +108,8 @@ def main(argv):
     if positional:
         raise UserError(f"what is {positional[0]}? Name the model with --checkpoint {positional[0]}")
     options = cli.merge(EvaluateConfig, overrides)
+    if options.against and (alone := [name for name in ("num_samples", "left_to_right", "judge", "json", "plot") if name in overrides]):
+        raise UserError(f"against compares bounds and prints them, nothing else; leave out --{', --'.join(alone)}")
     path = options.checkpoint or checkpoint.newest(os.path.join(Config.out_dir, "models"))
     device = runtime.choose_device(options.device)
     dtype = runtime.choose_dtype(options.dtype, device)
@@ -123,7 +126,8 @@ def main(argv):
         raise UserError("left_to_right with objective=uniform: such a model does not write from left to right")
     samples = cfg.final_samples if options.num_samples is None else options.num_samples
     sampling = {name: getattr(options, name) for name in ("sampler", "steps", "temperature", "top_p")}
-    report = {"checkpoint": path, "step": step, "sampling": ", ".join(f"{k} {v}" for k, v in sampling.items() if v is not None)}
+    named = sampling | {"sampler": diffusion.way_of_writing(cfg, options.sampler)}
+    report = {"checkpoint": path, "step": step, "sampling": ", ".join(f"{k} {v}" for k, v in named.items() if v is not None)}
     with runtime.autocast(device, dtype):
         report |= metrics.held_out(model, cfg, data, device)
     report |= metrics.final(model, cfg, data, device, dtype, step, samples, judge, sampling)
@@ -139,7 +143,10 @@ def main(argv):
     if options.json:
         runtime.write_json(options.json, report)
     if options.plot:
-        plots.levels(report["levels"], path, options.plot)
+        try:
+            plots.levels(report["levels"], path, options.plot)
+        except ImportError as error:
+            raise UserError(f"no plot: {error}; the rest was written") from None
 
 
 if __name__ == "__main__":

@@ -29,11 +29,12 @@ class ExportConfig:
 
 def export(state, folder):
     """Write the weights, without optimizer state, of a checkpoint (dict) that is sampled: the average where there is one."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
     weights = {name: value.contiguous() for name, value in (state.get("ema") or state["model"]).items()}
     if weights["head.weight"].data_ptr() == weights["embedding.weight"].data_ptr():
         del weights["head.weight"]  # tied: a file holds it once
-    with cli.replacing(os.path.join(folder, "model.safetensors")) as temporary:
+    with cli.replacing(os.path.join(folder, "model.safetensors"), SafetensorError) as temporary:
         save_file(weights, temporary)
     runtime.write_json(os.path.join(folder, "config.json"), {name: state[name] for name in PLAIN})
     with cli.replacing(os.path.join(folder, "tokenizer.json")) as temporary, open(temporary, "w", encoding="utf-8") as file:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import diffusion
+from config import FAMILIES
 from model import Transformer
 from test_maths import ENTROPY, SUBSETS, empirical, total_variation
 from toy import CANVASES, MASK, P, SEQUENCES, L, Lookup, V, code, settings
@@ -299,19 +300,20 @@ class LeaveOneOut:
         return logits if select is None else logits.flatten(0, 1)[select]
 
 
-def exact_uniform_nelbo(model, nodes=32):
-    """(81,) nats: all xt enumerated, the integral over m = s^3 by Gauss-Legendre."""
+def exact_uniform_nelbo(model, nodes=32, rows=range(81)):
+    """(len(rows),) nats: all xt enumerated, the integral over m = s^3 by Gauss-Legendre."""
     s, weights = np.polynomial.legendre.leggauss(nodes)
-    total = torch.zeros(81, dtype=torch.float64)
+    total = [torch.zeros((), dtype=torch.float64) for _ in rows]
     for s, w in zip(torch.tensor(s / 2 + 0.5), torch.tensor(weights / 2)):
         m = s**3
         keep = (1 - m) * torch.eye(V, dtype=torch.float64) + m / V
         chance = torch.stack([keep[SEQUENCES[:, i]][:, SEQUENCES[:, i]] for i in range(L)]).prod(0)  # (81 x0, 81 xt)
         logits = model(SEQUENCES, m.expand(81))
-        for x in range(81):
+        for number, x in enumerate(rows):
             x0 = SEQUENCES[x].expand(81, L)
-            total[x] += 3 * s**2 * w * (chance[x] * uniform.nelbo(logits, SEQUENCES, x0, m.expand(81)).sum(1)).sum()
-    return total
+            total[number] = total[number] + 3 * s**2 * w * (
+                chance[x] * uniform.nelbo(logits, SEQUENCES, x0, m.expand(81)).sum(1)).sum()
+    return torch.stack(total)
 
 
 def test_uniform_bound_of_the_perfect_network_is_the_likelihood():
@@ -481,6 +483,25 @@ def test_gradients_of_the_training_loss_are_those_of_the_exact_bound(n):
     flat = gradient(model, diffusion.OBJECTIVES["masked"].loss(model, rows, drawn._replace(
         weight=torch.ones_like(drawn.weight)), cfg).mean())
     assert n == 1 or (flat - exact).norm() > 0.1 * exact.norm(), "another weighting has other gradients"
+
+
+def test_gradients_under_uniform_noise_and_of_ar():
+    """The training loss's own draws against the exact integral; and the autoregressive loss against a plain loop."""
+    model = network(vocab_size=4, n_layer=1, time_conditioning="sinusoidal").float()
+    for p in model.parameters():
+        p.data.div_(6)
+    chosen, cfg = [0, ROW, 50, 77], settings(objective="uniform", **FAMILIES["uniform"])
+    exact = gradient(model, exact_uniform_nelbo(model, 8, chosen).mean().float() / L)
+    rows = SEQUENCES[chosen].repeat(15_000, 1)[torch.randperm(60_000, generator=generator(7))]
+    drawn = diffusion.draw_corruption(cfg, 60_000, L, generator(6))
+    many = gradient(model, diffusion.uniform_loss(model, rows, drawn, cfg).mean())
+    assert (many - exact).norm() < 0.15 * exact.norm()
+    cfg, plain = settings(objective="ar"), network(vocab_size=4, n_layer=1)
+    x0 = SEQUENCES[chosen]
+    loss = diffusion.OBJECTIVES["ar"].loss(plain, x0, diffusion.draw_corruption(cfg, 4, L, None), cfg).mean()
+    loop = sum(-plain(torch.cat((torch.full((4, 1), MASK), x0[:, :i]), 1), attention="causal")[:, -1].log_softmax(-1)[
+        torch.arange(4), x0[:, i]] for i in range(L)).mean() / L
+    torch.testing.assert_close(gradient(plain, loss), gradient(plain, loop), atol=1e-9, rtol=1e-6)
 
 
 def test_draws_of_a_density():

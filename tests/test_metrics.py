@@ -190,7 +190,8 @@ def test_live_shows_the_noise_level(bpe):
     """Of uniform noise, whose states are all text."""
     step = canvas_steps(bpe)[1]
     step.t = torch.tensor([0.4])
-    assert "2 evaluations, noise level 0.40" in live([step], bpe) and "masks left" not in live([step], bpe)
+    shown = live([step], bpe, COLUMNS="80")
+    assert "2 evaluations, noise level 0.40" in shown and "masks left" not in shown
 
 
 def test_live_terminal(bpe):
@@ -331,7 +332,7 @@ def test_a_network_that_knows_nothing_by_level(objective, changes):
     # under uniform noise, knowing nothing costs ln V too
     assert report["bound_nats_per_token"] == pytest.approx(math.log(8), abs=0.1 if objective == "uniform" else 1e-5)
     if objective == "masked":
-        assert report["masked_ce_pooled"] == pytest.approx(math.log(8), abs=1e-5) and report["exp_of_masked_ce_pooled"] == pytest.approx(8, rel=1e-4)
+        assert report["masked_ce_pooled"] == pytest.approx(math.log(8), abs=1e-5) and report["exp_of_masked_ce_schedule_dependent"] == pytest.approx(8, rel=1e-4)
 
 
 def test_pooled_cross_entropy_is_the_training_loss():
@@ -378,8 +379,22 @@ def test_reference_rows_begin_like_samples():
     text = train_char(["abcdefgh"], documents=True)
     end = text.end
     held_out = torch.tensor([[1, 2, end, 3, 4, 5], [6, end, 7, 1, 2, 3], [4, 5, 6, 7, 1, 2]])
-    assert metrics.reference_rows(held_out, text, 9).tolist() == [[end, 3, 4, 5, 6, end], [end, 7, 1, 2, 3, 4]]
+    assert metrics.reference_rows(held_out, text, 1).tolist() == [[end, 3, 4, 5, 6, end]]
+    assert metrics.reference_rows(held_out, text, 9).tolist() == [[end, 3, 4, 5, 6, end]], "windows do not overlap"
     assert metrics.reference_rows(held_out[:1, :2], text, 9).tolist() == [[1, 2]], "no document begins: as they are"
+    rare = torch.cat((held_out[:1], torch.ones(9, 6, dtype=torch.long)))
+    assert torch.equal(metrics.reference_rows(rare, text, 8), rare[:8]), "few documents: as much text as there are samples"
+
+
+def test_what_fills_up_a_row_is_no_copied_text():
+    text = train_char(["abcdefgh"], documents=True)
+    end, cfg = text.end, settings(rows="document")
+    rows = torch.tensor([[end, 1, 2, 3, 4, end, end, end, end, end, end, end], [end, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7]])
+    own = metrics.without_filling(rows, text, cfg)
+    assert own[0].tolist() == rows[0, :6].tolist() + [-1] * 6 and torch.equal(own[1], rows[1])
+    training = torch.tensor([[end, 3, 3, 3, end, end, end, end, end, end, end, end], [4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 1, 1]])
+    assert metrics.longest_copies(own, training).tolist() == [4, 9]
+    assert metrics.shared_runs(own, training, 8) == pytest.approx(2 / 5) and metrics.shared_runs(own[:1], training, 8) == 0
 
 
 def test_a_judge_counts_nats_per_character():

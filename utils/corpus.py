@@ -155,6 +155,8 @@ def tales_batch(text, cfg, held_out, step, rows=slice(None)):
 
 def load(cfg, text=None):
     """Corpus of cfg.data. `text` is the tokenizer of a checkpoint to go on with; else cfg.tokenizer decides."""
+    if cfg.max_documents and (cfg.data == "tales" or os.path.isdir(cfg.data)):
+        raise UserError(f"max_documents={cfg.max_documents} with {cfg.data}: only a text file is cut to its first documents")
     if cfg.data == "tales":
         held_out = tales_held_out(cfg)
         seen = set(held_out)
@@ -173,11 +175,13 @@ def load(cfg, text=None):
     if os.path.isdir(cfg.data):
         return load_shards(cfg, text)
     documents = texts.read_documents(cfg.data)
+    if cfg.max_documents and len(documents) == 1:
+        raise UserError(f"max_documents={cfg.max_documents} with {cfg.data}: it is one document; separate documents by a line "
+                        f"{tokenizer.END}")
     train, held_out = texts.split(documents)
-    train = train[: cfg.max_documents or None]
     if text is None:
         text = make_tokenizer(cfg, documents if cfg.tokenizer == "char" else train, documents=len(documents) > 1)
-    rows = held_out_rows(held_out, text, cfg)
+    rows, train = held_out_rows(held_out, text, cfg), train[: cfg.max_documents or None]
     if cfg.rows == "document":
         pool = document_rows(train, text, cfg.block_size)
         return Corpus(partial(pool_batch, pool, cfg), rows, text, int((pool != text.end).sum()), fingerprint(pool),

@@ -27,11 +27,11 @@ def final(model, cfg, data, device, dtype, steps, samples, judge=None, sampling=
         if not samples:
             return report
         rows, figures = write_rows(model, data.text, cfg, samples, device, dict(sampling))
-    searched = data.training(steps, SEARCHED) if data.training else torch.zeros(0, 1, dtype=torch.int)
+    searched = data.training(steps, SEARCHED) if data.training else None  # what it was trained on need not be at hand
     rest = dict(text=data.text, cfg=cfg, training=searched, judge=judge, device=device, dtype=dtype)
     return report | {"samples": judge_rows(rows, **rest) | figures,
                      "reference": judge_rows(reference_rows(data.held_out, data.text, samples), **rest),
-                     "copies_looked_for_in_tokens": searched.numel()}
+                     "copies_looked_for_in_tokens": 0 if searched is None else searched.numel()}
 
 
 def held_out(model, cfg, data, device):
@@ -94,7 +94,7 @@ def levels_of(model, cfg, data, device):
               "entropy": statistics.fmean(entry["entropy"] for entry in levels)}
     if cfg.objective == "ar":
         report["nats_per_token_but_the_first"] = but_first
-    if cfg.objective == "masked":
+    if cfg.objective not in ("ar", "uniform"):
         pooled = dataclasses.replace(cfg, loss_weighting="pooled", time_sampling="uniform", complementary=False)
         losses = []
         for part in rows.split(cfg.micro_batch or 64):
@@ -102,7 +102,7 @@ def levels_of(model, cfg, data, device):
             counts = corruption.masked.sum().item()
             losses.append((diffusion.masked_loss(model, part, corruption, pooled).mean().item() * counts, counts))
         mean = sum(loss for loss, _ in losses) / max(1, sum(count for _, count in losses))
-        report |= {"masked_ce_pooled": mean, "exp_of_masked_ce_pooled": math.exp(mean)}
+        report |= {"masked_ce_pooled": mean, "exp_of_masked_ce_schedule_dependent": math.exp(mean)}
     return report
 
 
@@ -113,7 +113,8 @@ def _shares_to_come(L, given):
 
 
 def _look(model, cfg, rows, masked, level, given, V, generator=None):
-    """(loss, entropy, whether the likeliest token is right), each (R, L) with nan where not masked (R, L), on the CPU."""
+    """(loss, entropy, 1.0 where the likeliest token is right), each (R, L) with nan where not masked (R, L), on the CPU.
+    V real tokens; level, given as in `levels_of`."""
     out = torch.full((3, *rows.shape), math.nan)
     for part in torch.arange(len(rows)).split(cfg.micro_batch or 64):
         x0, index = rows[part.to(rows.device)], masked[part].flatten().nonzero()[:, 0].to(rows.device)
@@ -193,12 +194,15 @@ def write_rows(model, text, cfg, count, device, sampling):
 def reference_rows(held_out, text, count):
     """Up to `count` held-out windows (R, L) that begin as samples do: where there is an `<|endoftext|>`, with one."""
     L, flat = held_out.size(1), held_out.flatten()
+    starts, free = [], 0  # that do not overlap: text that stands in two windows would be less varied
     if text.end is not None:
-        starts = (flat[: len(flat) - L + 1] == text.end).nonzero()[:, 0]
-        starts = starts[flat[starts + 1] != text.end]  # not what fills up a row
-        if len(starts):
-            return torch.stack([flat[start:start + L] for start in starts[: count]])
-    return held_out[:count]
+        begins = (flat[:-1] == text.end) & (flat[1:] != text.end)  # and not what fills up a row
+        for start in begins[: len(flat) - L + 1].nonzero()[:, 0].tolist():
+            if start >= free:
+                starts, free = [*starts, start], start + L
+    if len(starts) < min(count, len(held_out) // 2):  # few documents: how much text there is matters more
+        return held_out[:count]
+    return torch.stack([flat[start:start + L] for start in starts[:count]]) if starts else held_out[:count]
 
 
 def judge_rows(rows, *, text, cfg, training, judge, device, dtype):
@@ -206,14 +210,26 @@ def judge_rows(rows, *, text, cfg, training, judge, device, dtype):
     on tales, and the judge's nats per character."""
     between = f"\n{tokenizer.END}\n"  # documents of a stream
     texts = [canvas.finished(text, row, stop=cfg.rows == "document").replace(between, "\n") for row in rows.tolist()]
-    copies = longest_copies(rows, training)
-    report = diversity(texts) | {"longest_copy_mean": copies.float().mean().item(), "longest_copy_max": copies.max().item(),
-                                 "shared_8_grams": shared_runs(rows, training, 8)}
+    report = {"texts": len(texts)} | diversity(texts)
+    if training is not None:
+        own = without_filling(rows, text, cfg)
+        copies = longest_copies(own, training)
+        report |= {"longest_copy_mean": copies.float().mean().item(), "longest_copy_max": copies.max().item(),
+                   "shared_8_grams": shared_runs(own, training, 8)}
     if cfg.data == "tales":
         report |= judge_tales([story for row in rows.tolist() for story in canvas.documents(text, row, cfg.rows)])
     if judge:
         report["judge_nats_per_character"] = judge_texts(texts, *judge[:3], device, dtype)
     return report
+
+
+def without_filling(rows, text, cfg):
+    """rows (R, L) with -1 for the `<|endoftext|>` that fill up what follows the end of a document, where a row is one."""
+    rows = rows.clone()
+    if cfg.rows == "document":
+        for row in rows:
+            row[canvas.end(text, row.tolist()) + 1:] = -1
+    return rows
 
 
 @torch.no_grad()
@@ -276,7 +292,8 @@ def diversity(texts):
 
 
 def longest_copies(rows, training):
-    """Longest run of tokens that each of rows (R, L) shares with any of the training rows (N, L): (R,) long.
+    """Longest run of tokens that each of rows (R, L), -1 where there is none, shares with any of the training rows (N, L):
+    (R,) long.
 
     Runs are compared by a 64-bit polynomial hash; the length is found by bisection, since a copy of n tokens holds
     one of n - 1.
@@ -293,8 +310,10 @@ def longest_copies(rows, training):
 
 
 def shared_runs(rows, training, n):
-    """Share of the runs of n tokens of rows (R, L) that the training rows (N, L) have too."""
-    return _is_shared(_run_hashes(rows, n), training, n).float().mean().item() if rows.size(1) >= n else 0.0
+    """Share of the runs of n tokens of rows (R, L), -1 where there is none, that the training rows (N, L) have too."""
+    if rows.size(1) < n or not (whole := (rows.unfold(1, n, 1) >= 0).all(-1)).any():
+        return 0.0
+    return _is_shared(_run_hashes(rows, n), training, n)[whole].float().mean().item()
 
 
 def _is_shared(hashes, training, n):

@@ -88,7 +88,7 @@ def bound_over_cost(rows, title, path):
     plt.close(figure)
 
 
-def over_epochs(rows, title, path):
+def overfitting(rows, title, path):
     """Held-out bound and training loss of scripts/ablate.py's training runs (dicts of str) over the rows seen; the lowest
     bound of each is marked. A PNG at `path`."""
     plt = pyplot()

@@ -43,7 +43,10 @@ def posterior(pi, xt, m, there):
 @torch.no_grad()
 def sample(model, canvas, *, steps, grid, seeds, warp, correctors=0, top=0):
     """Ancestral sampling from uniform noise for `diffusion.sample`, whose arguments these are; yields a `rules.Step` after
-    each network evaluation.
+    each network evaluation. The first shows all tokens, later ones those that changed.
+
+    Given tokens stay clean beside noisy ones, which training never shows, so a prompted text is off by an amount that more
+    steps do not mend (on the toy: total variation .08 to .12 with the perfect network); correctors do (.01 to .02).
 
     grid        noise level over time 1 -> 0
     warp        function of logits: the distribution to draw from
