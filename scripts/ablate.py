@@ -32,7 +32,7 @@ import diffusion
 import train
 from config import Config, SampleConfig
 from scripts.bench import source_procedure
-from utils import canvas, checkpoint, cli, metrics, plots, runtime, tales
+from utils import canvas, checkpoint, cli, corpus, metrics, plots, runtime, tales
 from utils.cli import UserError, field
 
 
@@ -107,12 +107,10 @@ def judge_samplers(options):
 
     def measure(setting):
         def write(blank, seeds):
-            if setting["sampler"] == "source":
-                steps = setting["steps"]
-                return source_procedure(model, blank, steps, seeds[0]), torch.full((len(blank),), steps)
-            *_, last = diffusion.sample(model, blank, sampler=setting["sampler"], steps=setting["steps"] or None,
-                                        decode_block=setting["decode_block"], cache=setting["cache"],
-                                        top_p=setting["top_p"], seeds=seeds, **diffusion.options_of(cfg))
+            how = setting | {"steps": setting["steps"] or None}
+            if how["sampler"] == "source":
+                return source_procedure(model, blank, how["steps"], seeds[0]), torch.full((len(blank),), how["steps"])
+            *_, last = diffusion.sample(model, blank, seeds=seeds, **how, **diffusion.options_of(cfg))
             return last.ids, last.row_evaluations
         start = time.perf_counter()
         with runtime.autocast(device, dtype):
@@ -124,6 +122,53 @@ def judge_samplers(options):
             "entropy": tales.entropy(), "seconds_a_sample": seconds / options.num_samples}
     return measure, {"num_samples": options.num_samples, "model": f"{cfg.name} {state['step']} {state['nll']:.4f}",
                      "dtype": runtime.dtype_name(dtype)}
+
+
+def temperature_settings(options):
+    """The default sampler and one token at a time, from always the likeliest token to beyond the network's own."""
+    return [{"sampler": sampler, "steps": "", "temperature": t, "top_p": 1.0}
+            for sampler in (SampleConfig.sampler, "first_hitting") for t in (0.0, 0.3, 0.6, 0.8, 0.9, 1.0, 1.1, 1.3)]
+
+
+# --- who comes first ----------------------------------------------------------------------------------------------
+
+
+def order_settings(options):
+    return [{"sampler": name, "steps": ""} for name in ("first_hitting", "confidence", "entropy", "margin", "entropy_bounded")]
+
+
+def measure_order(options):
+    """(function from a sampler to when each kind of character is written; what it depends on besides).
+
+    place         mean place in the order of writing, from 0 (first) to 1, of the tokens that stand for the most frequent
+                  quarter of the training text (frequent) and the least frequent quarter (rare)
+    correlation   of a token's place with its frequency in the training text: negative where frequent ones come first
+    """
+    path = options.checkpoint or checkpoint.newest(os.path.join(Config.out_dir, "models"))
+    state, device = checkpoint.read(path), runtime.choose_device(options.device)
+    model, text, cfg = checkpoint.restore(state, device, path)
+    dtype, data = runtime.choose_dtype(options.dtype, device), corpus.load(cfg, text)
+    counts = torch.bincount(data.training(state["step"], metrics.SEARCHED).flatten().long(), minlength=text.mask).double()
+    share = counts / counts.sum()
+    cumulative = torch.zeros_like(share)
+    order = share.argsort(descending=True)
+    cumulative[order] = share[order].cumsum(0) - share[order] / 2  # 0: the most frequent
+
+    def measure(setting):
+        def write(blank, seeds):
+            place, k = torch.zeros(blank.shape, device=device), 0
+            with runtime.autocast(device, dtype):
+                for k, step in enumerate(diffusion.sample(model, blank, sampler=setting["sampler"], seeds=seeds,
+                                                          **diffusion.options_of(cfg)), 1):
+                    place[step.fresh] = k
+            return step.ids, place / k
+        ids, place = metrics.sample_rows(write, text, cfg, options.num_samples, device)
+        written = place > 0
+        rank, place, frequency = cumulative[ids[written]], place[written].double(), share[ids[written]]
+        return {"frequent": place[rank < 0.25].mean().item(), "middle": place[(rank >= 0.25) & (rank < 0.75)].mean().item(),
+                "rare": place[rank >= 0.75].mean().item(),
+                "correlation": torch.corrcoef(torch.stack((place, frequency)))[0, 1].item()}
+    return measure, {"num_samples": options.num_samples, "model": f"{cfg.name} {state['step']} {state['nll']:.4f}"}
 
 
 # --- training runs ----------------------------------------------------------------------------------------------
@@ -205,6 +250,27 @@ def ar_vs_diffusion(options):
             for name, changes in (("autoregressive", {"objective": "ar"}), ("masked", {})) for dropout in (0.0, 0.1, 0.2)}
 
 
+def causal(model):
+    """`model` with causal attention: it still hides and guesses, but sees only what is to the left."""
+    def network(ids, noise_level=None, **more):
+        return model(ids, noise_level, attention="causal", **more)
+    network.vocab_size = model.vocab_size
+    return network
+
+
+diffusion.OBJECTIVES["masked, causal"] = diffusion.Objective(
+    lambda model, x0, corruption, cfg, token_nll=diffusion.token_nll: diffusion.masked_loss(
+        causal(model), x0, corruption, cfg, token_nll),
+    lambda model, *rest: diffusion.OBJECTIVES["masked"].bound(causal(model), *rest))
+
+
+def window(options):
+    """Windows of other lengths, with as many tokens a step; each judged on its own windows."""
+    base = cli.merge(Config, base_config(options))
+    return {f"{size} tokens": {"block_size": size, "batch_size": max(1, base.batch_size * base.block_size // size)}
+            for size in (16, 32, 64, 128, 256)}
+
+
 DISCRETE = dict(corruption="bernoulli")  # what discrete times need
 TRAINED = {
     "recipe": recipe,
@@ -229,6 +295,8 @@ TRAINED = {
     "complementary": lambda options: {"independent": {}, "complementary": {"complementary": True}},
     "time_sampling": lambda options: {f"{name}, {weighting}": {"time_sampling": name, "loss_weighting": weighting}
                                       for weighting in ("elbo", "flat") for name in ("uniform", "importance")},
+    "attention": lambda options: {"both sides": {}, "from the left": {"objective": "masked, causal"}},
+    "window": window,
     "families": families,
     "ar_vs_diffusion": ar_vs_diffusion,
 }
@@ -317,6 +385,8 @@ def over_seeds(rows):
 
 COMPARISONS = {
     "samplers": Comparison(sampler_settings, judge_samplers, plots.quality_against_cost),
+    "temperature": Comparison(temperature_settings, judge_samplers, plots.over_temperature),
+    "order": Comparison(order_settings, measure_order, plots.order),
 } | {name: Comparison(partial(train_settings, name), partial(train_variants, name),
                       plots.overfitting if name == "ar_vs_diffusion" else plots.bound_over_cost, over_seeds) for name in TRAINED}
 

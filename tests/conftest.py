@@ -4,9 +4,12 @@ import sys
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # a process for each core, and so one thread for each, and what it starts
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import torch  # noqa: E402
 
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 def interrupt(monkeypatch, step, number):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import config
 import diffusion
 from config import FAMILIES
 from model import Transformer
@@ -416,6 +417,20 @@ def test_correctors_keep_the_noisy_distribution():
         *_, last = diffusion.sample(LeaveOneOut(), canvas, objective="uniform", steps=4, correctors=sweeps)
         errors.append(total_variation(empirical(last.ids), P))
     assert last.evaluations == 4 + 3 * 8 and errors[1] < errors[0] - 0.02, "no sweep after the last step: there is no noise left"
+
+
+@pytest.mark.parametrize("preset", ("tales", "shakespeare", "stories"))
+def test_uniform_noise_starts_unsure(preset):
+    """A new network knows little, and the bound says so; large tied embeddings would be sure of what they see (26 nats), where
+    this bound has no gradient."""
+    cfg = config.load([preset, "--objective", "uniform", "--n_layer", "2"])[0]
+    torch.manual_seed(1)
+    model, rows = Transformer(cfg, 101), torch.randint(100, (256, 16), generator=generator(1))
+    drawn = diffusion.draw_corruption(cfg, 256, 16, generator(2))
+    loss = diffusion.uniform_loss(model, rows, drawn, cfg).mean()
+    assert 0.9 * math.log(100) < loss.item() < 3.3 * math.log(100)
+    loss.backward()
+    assert model.embedding.weight.grad.norm() > 1e-3
 
 
 def test_uniform_training_loss_is_an_unbiased_bound():

@@ -1,5 +1,6 @@
 """Pictures of numbers. matplotlib is imported when one is drawn: it takes seconds, and a GPU machine may lack it."""
 import json
+import math
 import os
 
 from utils import cli
@@ -156,6 +157,43 @@ def quality_against_cost(rows, title, path):
         axis.grid(alpha=0.3)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=9)
     figure.suptitle(title)
+    save(figure, path)
+    plt.close(figure)
+
+
+def over_temperature(rows, title, path):
+    """Share of valid samples, of different ones, and what valid ones are worth, over the temperature; rows are those of
+    scripts/ablate.py temperature (dicts of str). A PNG at `path`."""
+    plt = pyplot()
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    for number, name in enumerate(dict.fromkeys(row["sampler"] for row in rows)):
+        own = [row for row in rows if row["sampler"] == name]
+        for axis, value in zip(axes, (lambda row: 100 * float(row["valid"]), lambda row: 100 * float(row["distinct"]), lambda row: float(
+                row["log_prob"]) + float(row["entropy"]) if row["log_prob"] else math.nan)):
+            axis.plot([float(row["temperature"]) for row in own], [value(row) for row in own], "o-", ms=4, label=name,
+                      color=OKABE_ITO[number])
+    for axis, what in zip(axes, ("% valid stories", "% different samples", "log-probability of valid ones + entropy, nats")):
+        axis.set(xlabel="temperature", ylabel=what)
+        axis.grid(alpha=0.3)
+    axes[2].axhline(0, color=OKABE_ITO[-1], lw=1)
+    axes[0].legend()
+    figure.suptitle(title)
+    save(figure, path)
+    plt.close(figure)
+
+
+def order(rows, title, path):
+    """When frequent and rare tokens are written, by sampler; rows are those of scripts/ablate.py order (dicts of str). A PNG
+    at `path`."""
+    plt = pyplot()
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    for number, kind in enumerate(("frequent", "middle", "rare")):
+        axis.bar([place + 0.27 * (number - 1) for place in range(len(rows))], [float(row[kind]) for row in rows], 0.25, label=kind,
+                 color=OKABE_ITO[number])
+    axis.set_xticks(range(len(rows)), [row["sampler"] for row in rows])
+    axis.axhline(0.5, color=OKABE_ITO[-1], lw=1)
+    axis.set(ylabel="mean place in the order of writing\n(0: first, 1: last)", title=title)
+    axis.legend(title="in the training text")
     save(figure, path)
     plt.close(figure)
 

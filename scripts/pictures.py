@@ -1,0 +1,113 @@
+"""The pictures of learning.md, into artifacts/plots: each a function and an entry of PICTURES.
+
+    python scripts/pictures.py                                             all
+    python scripts/pictures.py schedules weights                           some
+    python scripts/pictures.py samplers_at_work --checkpoint artifacts/models/tales.best.pt
+"""
+import os
+import sys
+from dataclasses import dataclass
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import torch
+
+import diffusion
+from config import Config, SampleConfig
+from utils import canvas, checkpoint, cli, plots, runtime, tales
+from utils.cli import field
+
+
+@dataclass(frozen=True)
+class PictureConfig:
+    checkpoint: str = field("", "of samplers_at_work (default: the newest run's best)", "what")
+    out_dir: str = field("artifacts/plots", "where to write")
+    device: str = field("cpu", "of samplers_at_work", choices=("auto", "cpu", "cuda", "mps"))
+
+
+def schedules(options, path):
+    """m(t) of every schedule."""
+    figure, axis = plots.pyplot().subplots(figsize=(6, 4), layout="constrained")
+    t = torch.linspace(0, 1, 201, dtype=torch.float64)
+    for number, name in enumerate(diffusion.SCHEDULES):
+        axis.plot(t, diffusion.mask_rate(name, t), color=plots.OKABE_ITO[number % 7], label=name)
+    axis.set(xlabel="time t", ylabel="masked share m(t)", xlim=(0, 1), ylim=(0, 1))
+    axis.grid(alpha=0.3)
+    axis.legend()
+    plots.save(figure, path)
+
+
+def weights(options, path):
+    """The weight omega(m) that the mean over masked tokens gives to each masked share, and the bound's, which is 1."""
+    figure, axis = plots.pyplot().subplots(figsize=(6, 4), layout="constrained")
+    m = torch.linspace(0, 1, 1001, dtype=torch.float64)[1:-1]
+    axis.axhline(1, color=plots.OKABE_ITO[-1], lw=2, label="the bound, whatever the schedule")
+    for number, name in enumerate(("linear", "cos", "cos2", "cos2_s008")):
+        weight = m / diffusion.mask_rate_slope(name, diffusion.time_of(name, m))  # m times the density of shares
+        axis.plot(m, weight / (weight.sum() / len(m)), color=plots.OKABE_ITO[number], ls=("-", "--", ":", "-.")[number],
+                  label=f"mean over masked tokens, {name}")
+    axis.set(xlabel="masked share m", ylabel="weight of a masked token's cross entropy", xlim=(0, 1), ylim=(0, 4))
+    axis.grid(alpha=0.3)
+    axis.legend()
+    plots.save(figure, path)
+
+
+def hiding(options, path):
+    """A sentence at t = 0 ... 1, under two schedules, hidden by the same random numbers."""
+    words = tales.generate("picture", 1)[0].split()[:12]
+    u = torch.rand(len(words), generator=runtime.generator("picture"))
+    figure, axes = plots.pyplot().subplots(2, 1, figsize=(9, 4.6), layout="constrained")
+    times = torch.linspace(0, 1, 6, dtype=torch.float64)
+    for axis, name in zip(axes, ("linear", "cos")):
+        for line, (t, m) in enumerate(zip(times.tolist(), diffusion.mask_rate(name, times).tolist())):
+            text = " ".join("▢" * len(word) if hidden else word for word, hidden in zip(words, (u < m).tolist()))
+            axis.text(0, -line, f"t = {t:.1f}  m = {m:.2f}   {text}", family="DejaVu Sans Mono", fontsize=8, va="center")
+        axis.set(xlim=(0, 1), ylim=(-len(times) + 0.5, 0.8))
+        axis.set_title(f"schedule {name}", loc="left", fontsize=10)
+        axis.axis("off")
+    plots.save(figure, path)
+
+
+def samplers_at_work(options, path):
+    """Who gets revealed when: a story by every sampler, steps from top to bottom, tokens from left to right."""
+    path_of_model = options.checkpoint or checkpoint.newest(os.path.join(Config.out_dir, "models"))
+    device = runtime.choose_device(options.device)
+    model, text, cfg = checkpoint.restore(checkpoint.read(path_of_model), device, path_of_model)
+    blank = torch.tensor([canvas.build(text, [None], cfg.block_size)], device=device)
+    figure, axes = plots.pyplot().subplots(4, 4, figsize=(12, 10), layout="constrained")
+    colours = {"hidden": (0.2, 0.25, 0.33), "written": (0.84, 0.9, 0.96), "fresh": (1.0, 0.75, 0.2), "hidden again": (0.8, 0.2, 0.2)}
+    for axis, name in zip(axes.flat, diffusion.SAMPLERS):
+        states = []
+        for step in diffusion.sample(model, blank, sampler=name, steps=32, top_p=SampleConfig.top_p, seeds=[1],
+                                     **diffusion.options_of(cfg)):
+            state = torch.tensor(colours["written"]).repeat(cfg.block_size, 1)
+            for kind, where in (("hidden", step.masked), ("fresh", step.fresh), ("hidden again", step.remasked)):
+                state[where[0].cpu()] = torch.tensor(colours[kind])
+            states.append(state)
+        axis.imshow(torch.stack(states), aspect="auto", interpolation="nearest")
+        axis.set_title(f"{name}: {int(step.row_evaluations[0])} evaluations", fontsize=9)
+        axis.set(xticks=[], yticks=[])
+    axes[0, 0].set(ylabel="steps, downwards", xlabel="tokens")
+    handles = [plots.pyplot().Rectangle((0, 0), 1, 1, color=colour, label=kind) for kind, colour in colours.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4)
+    plots.save(figure, path)
+
+
+PICTURES = {picture.__name__: picture for picture in (schedules, weights, hiding, samplers_at_work)}
+
+
+def main(argv):
+    if "--help" in argv or "-h" in argv:
+        return cli.show_help(PictureConfig, __doc__)
+    names, overrides = cli.parse(argv, PictureConfig)
+    for name in names:
+        cli.check_name("picture", name, PICTURES)
+    options = cli.merge(PictureConfig, overrides)
+    for name in names or PICTURES:
+        path = os.path.join(options.out_dir, f"{name}.png")
+        PICTURES[name](options, path)
+        print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
