@@ -126,7 +126,8 @@ def generate(model, text, options, cfg, device, dtype):
         for row, (i, ids) in enumerate(zip(members, final)):
             results[i] = {
                 "text": canvas.finished(text, ids, rows[i][0], not options.no_stop), "seed": rows[i][1],
-                "sampler": diffusion.way_of_writing(cfg, options.sampler), "evaluations": int(step.row_evaluations[row]), "seconds": seconds,
+                "sampler": diffusion.way_of_writing(cfg, options.sampler),
+                "evaluations": int(step.row_evaluations[row]), "seconds": seconds,
                 "tokens_per_second": written / seconds, "tokens": text.pieces(ids),
                 "confidence": [round(c, 4) for c in step.confidence[row].tolist()], "step": settled[row].tolist()}
     return [results[i] for i in range(len(rows))], frames, evaluations, total

@@ -413,9 +413,9 @@ def finish(cfg, data, device, dtype, parameters, step, minutes, seconds_a_step, 
     if cfg.final_samples:
         report |= metrics.final(model, cfg, data, device, dtype, best_step, cfg.final_samples,
                                 sampling={"top_p": SampleConfig.top_p})
+    rate = cfg.batch_size * cfg.block_size / seconds_a_step if seconds_a_step else None
     report = {"name": cfg.name, "parameters": parameters, "steps": step, "best_step": best_step, "minutes": minutes,
-              "seconds_a_step": seconds_a_step,
-              "tokens_per_second_of_training": cfg.batch_size * cfg.block_size / seconds_a_step if seconds_a_step else None} | report
+              "seconds_a_step": seconds_a_step, "tokens_per_second_of_training": rate} | report
     runtime.write_json(path["metrics"], report)
     say(metrics.show(report))
     try:

@@ -305,8 +305,9 @@ TRAINED = {
 def base_config(options):
     base = config.PRESETS["shakespeare"] | SMALL if not options.base else config.preset(options.base)
     data = {"data": options.data, "tokenizer": "bpe"} if options.data else {}
-    return {"name": "run"} | base | data | {"max_iters": options.iters, "device": options.device, "dtype": options.dtype,
-                                     "compile": options.compile, "eval_rows": 256, "final_rows": 1024, "final_masks": 2, "final_samples": 0}
+    return {"name": "run"} | base | data | {
+        "max_iters": options.iters, "device": options.device, "dtype": options.dtype, "compile": options.compile,
+        "eval_rows": 256, "final_rows": 1024, "final_masks": 2, "final_samples": 0}
 
 
 def variant_config(comparison, options, variant, seed):

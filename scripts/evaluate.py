@@ -94,8 +94,8 @@ def compare(first, second, device, dtype):
         lines.append(f"on the {n} rows that both have: the first has {difference.mean().item():+.4f} ± {error:.4f} nats a token "
                      "(s.e. over rows, in pairs)")
     elif texts_of[0].startswith(texts_of[1][:1000]) or texts_of[1].startswith(texts_of[0][:1000]):
-        lines.append("the same text in other tokens or windows: nats a token do not compare; bits per character do as far as the same "
-                     "part is scored and the windows give as much context")
+        lines.append("the same text in other tokens or windows: nats a token do not compare; bits per character do as far as "
+                     "the same part is scored and the windows give as much context")
     else:
         lines.append("not comparable: the held-out texts differ; evaluate both with the same --data")
     return lines
@@ -108,8 +108,9 @@ def main(argv):
     if positional:
         raise UserError(f"what is {positional[0]}? Name the model with --checkpoint {positional[0]}")
     options = cli.merge(EvaluateConfig, overrides)
-    if options.against and (alone := [name for name in ("num_samples", "left_to_right", "judge", "json", "plot") if name in overrides]):
-        raise UserError(f"against compares bounds and prints them, nothing else; leave out --{', --'.join(alone)}")
+    idle = [name for name in ("num_samples", "left_to_right", "judge", "json", "plot") if name in overrides]
+    if options.against and idle:
+        raise UserError(f"against compares bounds and prints them, nothing else; leave out --{', --'.join(idle)}")
     path = options.checkpoint or checkpoint.newest(os.path.join(Config.out_dir, "models"))
     device = runtime.choose_device(options.device)
     dtype = runtime.choose_dtype(options.dtype, device)

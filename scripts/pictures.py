@@ -54,9 +54,9 @@ def weights(options, path):
 
 def hiding(options, path):
     """A sentence at t = 0 ... 1, under two schedules, hidden by the same random numbers."""
-    words = tales.generate("picture", 1)[0].split()[:12]
+    words = tales.generate("picture", 1)[0].split()[:20]
     u = torch.rand(len(words), generator=runtime.generator("picture"))
-    figure, axes = plots.pyplot().subplots(2, 1, figsize=(9, 4.6), layout="constrained")
+    figure, axes = plots.pyplot().subplots(2, 1, figsize=(9.5, 4.2), layout="constrained")
     times = torch.linspace(0, 1, 6, dtype=torch.float64)
     for axis, name in zip(axes, ("linear", "cos")):
         for line, (t, m) in enumerate(zip(times.tolist(), diffusion.mask_rate(name, times).tolist())):
@@ -75,7 +75,8 @@ def samplers_at_work(options, path):
     model, text, cfg = checkpoint.restore(checkpoint.read(path_of_model), device, path_of_model)
     blank = torch.tensor([canvas.build(text, [None], cfg.block_size)], device=device)
     figure, axes = plots.pyplot().subplots(4, 4, figsize=(12, 10), layout="constrained")
-    colours = {"hidden": (0.2, 0.25, 0.33), "written": (0.84, 0.9, 0.96), "fresh": (1.0, 0.75, 0.2), "hidden again": (0.8, 0.2, 0.2)}
+    colours = {"hidden": (0.2, 0.25, 0.33), "written": (0.84, 0.9, 0.96), "fresh": (1.0, 0.75, 0.2),
+               "hidden again": (0.8, 0.2, 0.2)}
     for axis, name in zip(axes.flat, diffusion.SAMPLERS):
         states = []
         for step in diffusion.sample(model, blank, sampler=name, steps=32, top_p=SampleConfig.top_p, seeds=[1],

@@ -1,5 +1,6 @@
 """What users type, in process: train, resume, prompt, video, and every mistake that gets one line and exit code 2."""
 import dataclasses
+import doctest
 import json
 import math
 import os
@@ -960,3 +961,42 @@ def test_links_lead_somewhere(name):
     """Pictures, tables and files that the text points to are part of the repository."""
     links = re.findall(r"\]\((?!http|#)([^)#]+)", open(os.path.join(ROOT, name), encoding="utf-8").read())
     assert not [link for link in links if not os.path.exists(os.path.join(ROOT, link))]
+
+
+def test_the_course_runs_as_it_stands(monkeypatch):
+    """All examples of learning.md, in one go, and the entries that they add to the dictionaries are gone afterwards."""
+    monkeypatch.chdir(ROOT)
+    before = [(table, dict(table)) for table in (diffusion.SCHEDULES, diffusion.SAMPLERS, diffusion.OBJECTIVES)]
+    try:
+        found = doctest.testfile(os.path.join(ROOT, "learning.md"), module_relative=False)
+        assert found.attempted > 40 and not found.failed
+        assert {"sqrt", "leftmost", "focal"} <= {name for table, _ in before for name in table}
+    finally:
+        for table, old in before:
+            table.clear()
+            table.update(old)
+
+
+def test_quoted_code_is_the_code():
+    """Code in learning.md that names its file stands there like that."""
+    text = open(os.path.join(ROOT, "learning.md"), encoding="utf-8").read()
+    quotes = re.findall(r"```python\n# (\S+\.py)\n(.*?)```", text, re.S)
+    assert len(quotes) >= 2
+    for file, code in quotes:
+        assert code in open(os.path.join(ROOT, file), encoding="utf-8").read(), file
+
+
+@pytest.mark.parametrize("name", ("README.md", "learning.md"))
+def test_figures_in_tables_are_those_of_the_result_files(name):
+    """In a row of a table that links to results, every number with three decimals or more stands in one of those files."""
+    checked = 0
+    for line in open(os.path.join(ROOT, name), encoding="utf-8"):
+        links = re.findall(r"\]\((artifacts/[^)]+\.(?:md|csv|json))\)", line)
+        if line.startswith("|") and links:
+            known = " ".join(open(os.path.join(ROOT, link), encoding="utf-8").read() for link in links)
+            numbers = [float(x) for x in re.findall(r"(?<![\w.])\d+\.\d+(?!\.\d)", known)]
+            for number in re.findall(r"(?<![\w.,])\d\.\d{3,}", line):
+                digits = len(number.split(".")[1])
+                assert any(round(x, digits) == float(number) for x in numbers), (number, line)
+                checked += 1
+    assert checked > 10

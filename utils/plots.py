@@ -166,10 +166,11 @@ def over_temperature(rows, title, path):
     scripts/ablate.py temperature (dicts of str). A PNG at `path`."""
     plt = pyplot()
     figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    surplus = lambda row: float(row["log_prob"]) + float(row["entropy"]) if row["log_prob"] else math.nan
+    values = (lambda row: 100 * float(row["valid"])), (lambda row: 100 * float(row["distinct"])), surplus
     for number, name in enumerate(dict.fromkeys(row["sampler"] for row in rows)):
         own = [row for row in rows if row["sampler"] == name]
-        for axis, value in zip(axes, (lambda row: 100 * float(row["valid"]), lambda row: 100 * float(row["distinct"]), lambda row: float(
-                row["log_prob"]) + float(row["entropy"]) if row["log_prob"] else math.nan)):
+        for axis, value in zip(axes, values):
             axis.plot([float(row["temperature"]) for row in own], [value(row) for row in own], "o-", ms=4, label=name,
                       color=OKABE_ITO[number])
     for axis, what in zip(axes, ("% valid stories", "% different samples", "log-probability of valid ones + entropy, nats")):
