@@ -75,7 +75,7 @@ def bound_over_cost(rows, title, path):
             axes[1].plot([p[1] for p in points], [p[2] for p in points], **style)
             axes[2].errorbar(float(row["bound"]), -place, xerr=float(row["se_rows"]), fmt="o", ms=4, color=style["color"])
     axes[2].set_yticks([-place for place in range(len(order))], order)
-    low = min(ends.values(), default=0)
+    low = min((float(point.split(":")[2]) for row in rows for point in row["curve"].split()), default=0)
     for axis, cost in zip(axes, ("rows seen", "minutes")):
         axis.set(xlabel=cost, ylabel="held-out bound, nats a token", ylim=(low - 0.05, low + 1.2), xscale="log")
         axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 3)))
