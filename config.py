@@ -179,7 +179,8 @@ class SampleConfig:
     # chosen by scripts/ablate.py samplers on tales: as good as one token at a time, in a third of the evaluations
     sampler: str = field("entropy_bounded", "rule that picks which tokens to write next, NAME or NAME:NUMBER; --list "
                          "shows all", "how")
-    steps: int = field(None, "most steps; more is better and slower (default: as many as there are tokens to write)")
+    steps: int = field(None, "most steps; more is better and slower (default: as many as there are tokens to write, "
+                       "or, under uniform noise, in the text)")
     schedule: str = field("linear", "masked share over the steps")
     min_tokens: int = field(1, "least number of tokens a step, for rules with a count")
     temperature: float = field(1.0, "of the token distribution; 0: always the likeliest token")

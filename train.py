@@ -412,7 +412,7 @@ def finish(cfg, data, device, dtype, parameters, step, minutes, seconds_a_step, 
     report, model, best_step = find_best(cfg, data, device, dtype, path)
     if cfg.final_samples:
         report |= metrics.final(model, cfg, data, device, dtype, best_step, cfg.final_samples,
-                                sampling={"top_p": SampleConfig.top_p})
+                                sampling={name: getattr(SampleConfig, name) for name in ("sampler", "temperature", "top_p")})
     rate = cfg.batch_size * cfg.block_size / seconds_a_step if seconds_a_step else None
     report = {"name": cfg.name, "parameters": parameters, "steps": step, "best_step": best_step, "minutes": minutes,
               "seconds_a_step": seconds_a_step, "tokens_per_second_of_training": rate} | report
@@ -424,7 +424,8 @@ def finish(cfg, data, device, dtype, parameters, step, minutes, seconds_a_step, 
             plots.levels(report["levels"], cfg.name, path["levels"])
     except ImportError as error:
         say(f"no plots: {error}")
-    say("wrote " + ", ".join(filter(os.path.exists, path.values())))
+    idle = () if "levels" in report else ("levels",)  # of an earlier run, perhaps
+    say("wrote " + ", ".join(file for kind, file in path.items() if kind not in idle and os.path.exists(file)))
     prompt = "" if data.text.is_char or cfg.data != "tales" else ' --prompt "Once upon a time"'
     say(f"next: python inference.py --checkpoint {path['best']}{prompt} --viz-video {cfg.out_dir}/media/trace.mp4")
     return report

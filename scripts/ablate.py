@@ -161,9 +161,10 @@ def measure_order(options):
                 for k, step in enumerate(diffusion.sample(model, blank, sampler=setting["sampler"], seeds=seeds,
                                                           **diffusion.options_of(cfg)), 1):
                     place[step.fresh] = k
-            return step.ids, place / k
+            last = place.amax(1, keepdim=True)  # a row that is finished early has had its last step
+            return step.ids, torch.where(place > 0, (place - 1) / (last - 1).clamp(min=1), -1)
         ids, place = metrics.sample_rows(write, text, cfg, options.num_samples, device)
-        written = place > 0
+        written = place >= 0
         rank, place, frequency = cumulative[ids[written]], place[written].double(), share[ids[written]]
         return {"frequent": place[rank < 0.25].mean().item(), "middle": place[(rank >= 0.25) & (rank < 0.75)].mean().item(),
                 "rare": place[rank >= 0.75].mean().item(),
@@ -265,9 +266,10 @@ diffusion.OBJECTIVES["masked, causal"] = diffusion.Objective(
 
 
 def window(options):
-    """Windows of other lengths, with as many tokens a step; each judged on its own windows."""
+    """Windows of other lengths, with as many tokens a step; each judged on its own windows of the same text."""
     base = cli.merge(Config, base_config(options))
-    return {f"{size} tokens": {"block_size": size, "batch_size": max(1, base.batch_size * base.block_size // size)}
+    return {f"{size} tokens": {"block_size": size, "batch_size": max(1, base.batch_size * base.block_size // size),
+                               "eval_rows": 16_384 // size, "final_rows": 65_536 // size}
             for size in (16, 32, 64, 128, 256)}
 
 
@@ -353,8 +355,10 @@ def train_variants(comparison, options):
                 "minutes": minutes(report["steps"]), "ms_a_step": 1000 * report["seconds_a_step"],
                 "rows_a_step": cfg.batch_size, "parameters": report["parameters"], "above_exact": report.get("excess_over_exact"),
                 "curve": " ".join(f"{e['step']}:{minutes(e['step']):.3f}:{e['bound']:.4f}:{e['loss']:.4f}" for e in entries)}
-    cfg = cli.merge(Config, base_config(options), next(iter(TRAINED[comparison](options).values())))
-    what = {name: getattr(cfg, name) for name in ("data", "n_layer", "n_embd", "block_size")}
+    variants = [cli.merge(Config, base_config(options), changes) for changes in TRAINED[comparison](options).values()]
+    cfg = variants[0]
+    what = {name: getattr(cfg, name) for name in ("data", "n_layer", "n_embd", "block_size")
+            if len({getattr(variant, name) for variant in variants}) == 1}
     return measure, what | {"device": runtime.choose_device(cfg.device).type}
 
 

@@ -35,11 +35,11 @@ class EvaluateConfig:
     json: str = field("", "write the report to this file too")
     plot: str = field("", "write loss, entropy and accuracy over the noise level to this PNG")
     sampler: str = field(SampleConfig.sampler, "rule that picks what to write next", "how")
-    steps: int = field(None, "most steps (default: as many as there are tokens to write)")
+    steps: int = field(None, "most steps (default: as many as there are tokens to write; uniform noise: in the window)")
     temperature: float = field(SampleConfig.temperature, "of the token distribution")
     top_p: float = field(SampleConfig.top_p, "draw from the likeliest tokens that sum to this (1: all)")
     device: str = field("auto", "auto: cuda, else mps, else cpu", choices=("auto", "cpu", "cuda", "mps"))
-    dtype: str = field("auto", "of matrix products", choices=("auto", "float32", "bfloat16", "float16"))
+    dtype: str = field("auto", "of matrix products; auto: as in training, where the hardware has it", choices=("auto", "float32", "bfloat16", "float16"))
 
     def __post_init__(self):
         cli.check_choices(self)
@@ -108,13 +108,16 @@ def main(argv):
     if positional:
         raise UserError(f"what is {positional[0]}? Name the model with --checkpoint {positional[0]}")
     options = cli.merge(EvaluateConfig, overrides)
-    idle = [name for name in ("num_samples", "left_to_right", "judge", "json", "plot") if name in overrides]
+    idle = [name for name in ("num_samples", "left_to_right", "judge", "json", "plot", "sampler", "steps", "temperature", "top_p")
+            if name in overrides]
     if options.against and idle:
         raise UserError(f"against compares bounds and prints them, nothing else; leave out --{', --'.join(idle)}")
     path = options.checkpoint or checkpoint.newest(os.path.join(Config.out_dir, "models"))
     device = runtime.choose_device(options.device)
     dtype = runtime.choose_dtype(options.dtype, device)
     model, cfg, data, step = load(path, options, device)
+    if options.dtype == "auto" and cfg.dtype == "float32":
+        dtype = torch.float32
     if options.against:
         other = load(options.against, options, device)
         return print("\n".join(compare((path, model, cfg, data), (options.against, *other[:3]), device, dtype)))

@@ -464,8 +464,10 @@ def test_uniform_steps_for_viewers():
         assert step.t[0].item() == pytest.approx(1 - (number + 1) / 5) and not step.masked.any()
         before = step.ids.clone()
     assert step.row_evaluations.tolist() == [5, 5, 0] and step.evaluations == 5
-    *_, alone = diffusion.sample(LeaveOneOut(), canvas[1:2], objective="uniform", steps=5, seeds=[1])
-    assert torch.equal(alone.ids[0], step.ids[1])
+    for steps in (5, None):
+        *_, together = diffusion.sample(LeaveOneOut(), canvas, objective="uniform", steps=steps)
+        *_, alone = diffusion.sample(LeaveOneOut(), canvas[1:2], objective="uniform", steps=steps, seeds=[1])
+        assert torch.equal(alone.ids[0], together.ids[1])
 
 
 # --- gradients, importance sampling ------------------------------------------------------------------------------

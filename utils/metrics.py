@@ -176,7 +176,8 @@ def sample_rows(write, text, cfg, count, device):
 def write_rows(model, text, cfg, count, device, sampling):
     """(`count` unconditional samples (count, block_size) long, figures of how they were written).
 
-    change_rate  share of the tokens to write that a step changes, hides or writes
+    change_rate  share of the tokens to write that a step changes, hides or writes; under uniform noise the first step shows
+                 all, which counts as a change of all
     """
     start = time.perf_counter()
 

@@ -46,7 +46,7 @@ def sample(model, canvas, *, steps, grid, seeds, warp, correctors=0, top=0):
     each network evaluation. The first shows all tokens, later ones those that changed.
 
     Given tokens stay clean beside noisy ones, which training never shows, so a prompted text is off by an amount that more
-    steps do not mend (on the toy: total variation .08 to .12 with the perfect network); correctors do (.01 to .02).
+    steps do not mend (on the toy: total variation .08 to .12 with the perfect network); two correctors a step mend most of it (.02 to .05, by the schedule).
 
     grid        noise level over time 1 -> 0
     warp        function of logits: the distribution to draw from
