@@ -141,9 +141,10 @@ class Config:
             refuse(("block_len", "block_size"), "blocks must fill the window" + (
                 " but for the <|endoftext|> that a document begins with" if given else ""))
         if self.objective in FAMILIES:
-            for name, value in (("block_len", 0), ("complementary", False), ("time_sampling", "uniform")):
-                if getattr(self, name) != value and not (name == "block_len" and plain) and not (
-                        name == "time_sampling" and self.objective == "uniform"):
+            untimed = self.objective == "ar" and self.time_sampling == "importance"
+            for name, value, wrong in (("block_len", 0, not plain), ("complementary", False, self.complementary),
+                                       ("time_sampling", "uniform", untimed)):
+                if wrong:
                     refuse(("objective", name), f"needs {name}={value}")
         if self.objective == "ar" and (self.time_conditioning != "none" or self.loss_weighting in ("full", "pooled")):
             refuse(("objective", "time_conditioning", "loss_weighting"),

@@ -602,8 +602,8 @@ def sample(model, canvas, *, sampler=SampleConfig.sampler, steps=None, schedule=
             masked, fresh = masked & ~ended, fresh | ended
         if not len(rows) and not (fresh | remasked).any():  # nothing happened
             continue
-        yield rules.Step(ids, masked, fresh, remasked, confidence, best if top else None, evaluations, row_evaluations,
-                   masked.sum(1) / total.clamp(min=1))
+        yield rules.Step(ids, masked, fresh, remasked, confidence, best if top else None, evaluations,
+                         row_evaluations, masked.sum(1) / total.clamp(min=1))
 
 
 def check_family(objective, block_len, decode_block, guidance, cache, correctors, beyond):

@@ -39,7 +39,8 @@ class EvaluateConfig:
     temperature: float = field(SampleConfig.temperature, "of the token distribution")
     top_p: float = field(SampleConfig.top_p, "draw from the likeliest tokens that sum to this (1: all)")
     device: str = field("auto", "auto: cuda, else mps, else cpu", choices=("auto", "cpu", "cuda", "mps"))
-    dtype: str = field("auto", "of matrix products; auto: as in training, where the hardware has it", choices=("auto", "float32", "bfloat16", "float16"))
+    dtype: str = field("auto", "of matrix products; auto: float32 if training was, else what the hardware has",
+                       choices=("auto", "float32", "bfloat16", "float16"))
 
     def __post_init__(self):
         cli.check_choices(self)

@@ -153,6 +153,12 @@ def tales_batch(text, cfg, held_out, step, rows=slice(None)):
     return ids[start:start + size].view(cfg.batch_size, cfg.block_size)[rows].long()
 
 
+def latest(batch, cfg, steps, limit):
+    """The rows of the last batches of a run of so many steps, about `limit` tokens together: (N, L) int."""
+    first = steps - max(1, limit // (cfg.batch_size * cfg.block_size))
+    return torch.cat([batch(step).int() for step in range(max(0, first), max(1, steps))])
+
+
 def load(cfg, text=None):
     """Corpus of cfg.data. `text` is the tokenizer of a checkpoint to go on with; else cfg.tokenizer decides."""
     if cfg.max_documents and (cfg.data == "tales" or os.path.isdir(cfg.data)):
@@ -167,9 +173,7 @@ def load(cfg, text=None):
             raise UserError(f"block_size={cfg.block_size} is shorter than a tale with tokenizer={cfg.tokenizer}; "
                             "use at least 67 with bpe, 320 with char")
         batch = partial(tales_batch, text, cfg, seen)
-        latest = lambda steps, limit: torch.cat([batch(step).int() for step in range(max(
-            0, steps - max(1, limit // (cfg.batch_size * cfg.block_size))), max(1, steps))])
-        return Corpus(batch, rows, text, 0, fingerprint(rows), latest)
+        return Corpus(batch, rows, text, 0, fingerprint(rows), partial(latest, batch, cfg))
     if not os.path.exists(cfg.data):
         texts.prepare(cfg.data)
     if os.path.isdir(cfg.data):

@@ -19,7 +19,7 @@ def final(model, cfg, data, device, dtype, steps, samples, judge=None, sampling=
     """The final metrics block but for `held_out` (dict): `levels_of`, and of so many `samples` what `judge_rows` says.
 
     steps     of the run, which say what it was trained on where that has no end
-    judge     (model, Text, Config, name) of an autoregressive checkpoint that scores the samples too
+    judge     (model, Text, Config) of an autoregressive checkpoint that scores the samples too
     sampling  options of `diffusion.sample`
     """
     with runtime.autocast(device, dtype):
@@ -50,9 +50,9 @@ def held_out(model, cfg, data, device):
               "bound_bits_per_byte": nats / math.log(2) / lengths[:, 1].sum().item(),
               "perplexity_of_bound": math.exp(mean), "held_out_rows": len(rows), "masks_a_row": 0 if exact else cfg.final_masks}
     if cfg.data == "tales" and cfg.rows == "document":
-        exact = -sum(map(tales.log_prob, corpus.tales_held_out(cfg)[: len(rows)])) / len(rows)
-        report |= {"bound_nats_per_story": mean * cfg.block_size, "exact_nats_per_story": exact,
-                   "excess_over_exact": mean * cfg.block_size / exact - 1, "entropy_nats_per_story": tales.entropy()}
+        truth = -sum(map(tales.log_prob, corpus.tales_held_out(cfg)[: len(rows)])) / len(rows)
+        report |= {"bound_nats_per_story": mean * cfg.block_size, "exact_nats_per_story": truth,
+                   "excess_over_exact": mean * cfg.block_size / truth - 1, "entropy_nats_per_story": tales.entropy()}
     return report
 
 
@@ -75,7 +75,7 @@ def levels_of(model, cfg, data, device):
     size = diffusion.block_len(cfg) or rows.size(1) - given
     wanted = [1.0] if size == 1 else [(i + 0.5) / LEVELS for i in range(LEVELS)]
     if cfg.objective == "ar":
-        found = _look(model, cfg, rows, torch.ones_like(rows, dtype=torch.bool, device="cpu"), None, given, V)
+        found = _look(model, cfg, rows, torch.ones_like(rows, dtype=torch.bool, device="cpu"), None, V)
         levels = [_means(level, [part[:, places] for part in found]) for level, places in _shares_to_come(rows.size(1), given)]
         but_first = found[0][:, 1:].mean().item()
     else:
@@ -88,7 +88,7 @@ def levels_of(model, cfg, data, device):
                 counts = torch.full((units,), max(1, round(level * size)))
                 masked = F.pad(draws.exactly(counts, size, generator).view(len(rows), -1), (given, 0))
                 level = counts[0].item() / size
-            levels.append(_means(level, _look(model, cfg, rows, masked, level, given, V, generator)))
+            levels.append(_means(level, _look(model, cfg, rows, masked, level, V, generator)))
         levels = list({entry["level"]: entry for entry in levels}.values())  # few masks have few shares
     report = {"levels": levels, "accuracy": statistics.fmean(entry["accuracy"] for entry in levels),
               "entropy": statistics.fmean(entry["entropy"] for entry in levels)}
@@ -112,9 +112,9 @@ def _shares_to_come(L, given):
     return [(1 - part.float().mean().item() / L, part) for part in parts][::-1]
 
 
-def _look(model, cfg, rows, masked, level, given, V, generator=None):
+def _look(model, cfg, rows, masked, level, V, generator=None):
     """(loss, entropy, 1.0 where the likeliest token is right), each (R, L) with nan where not masked (R, L), on the CPU.
-    V real tokens; level, given as in `levels_of`."""
+    V real tokens; level of uniform noise."""
     out = torch.full((3, *rows.shape), math.nan)
     for part in torch.arange(len(rows)).split(cfg.micro_batch or 64):
         x0, index = rows[part.to(rows.device)], masked[part].flatten().nonzero()[:, 0].to(rows.device)
@@ -220,7 +220,7 @@ def judge_rows(rows, *, text, cfg, training, judge, device, dtype):
     if cfg.data == "tales":
         report |= judge_tales([story for row in rows.tolist() for story in canvas.documents(text, row, cfg.rows)])
     if judge:
-        report["judge_nats_per_character"] = judge_texts(texts, *judge[:3], device, dtype)
+        report["judge_nats_per_character"] = judge_texts(texts, *judge, device, dtype)
     return report
 
 

@@ -53,6 +53,12 @@ def levels(entries, name, path):
     plt.close(figure)
 
 
+def curve(row):
+    """Points (steps, minutes, held-out bound, and where it was recorded the training loss) of a row of
+    scripts/ablate.py's training runs (dict of str)."""
+    return [tuple(map(float, point.split(":"))) for point in row["curve"].split()]
+
+
 def bound_over_cost(rows, title, path):
     """Held-out bound of training runs over the rows seen and over the minutes taken, and where each variant ends.
 
@@ -70,12 +76,12 @@ def bound_over_cost(rows, title, path):
     for place, name in enumerate(order):
         style = dict(color=OKABE_ITO[place % 7], ls=("-", "--", ":", "-.")[place // 7 % 4], lw=1.2)
         for row in variants[name]:
-            points = [tuple(map(float, point.split(":"))) for point in row["curve"].split()]
+            points = curve(row)
             axes[0].plot([p[0] * float(row["rows_a_step"]) for p in points], [p[2] for p in points], **style)
             axes[1].plot([p[1] for p in points], [p[2] for p in points], **style)
             axes[2].errorbar(float(row["bound"]), -place, xerr=float(row["se_rows"]), fmt="o", ms=4, color=style["color"])
     axes[2].set_yticks([-place for place in range(len(order))], order)
-    low = min((float(point.split(":")[2]) for row in rows for point in row["curve"].split()), default=0)
+    low = min((point[2] for row in rows for point in curve(row)), default=0)
     for axis, cost in zip(axes, ("rows seen", "minutes")):
         axis.set(xlabel=cost, ylabel="held-out bound, nats a token", ylim=(low - 0.05, low + 1.2), xscale="log")
         axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 3)))
@@ -95,7 +101,7 @@ def overfitting(rows, title, path):
     plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(13, 5), layout="constrained", sharex=True, sharey=True)
     for number, row in enumerate(row for row in rows if row["curve"]):
-        points = [tuple(map(float, point.split(":"))) for point in row["curve"].split()]
+        points = curve(row)
         seen = [p[0] * float(row["rows_a_step"]) for p in points]
         style = dict(color=OKABE_ITO[number % 7], ls=("-", "--")[number // 7 % 2], lw=1.5)
         axes[0].plot(seen, [p[2] for p in points], **style)

@@ -46,7 +46,8 @@ def sample(model, canvas, *, steps, grid, seeds, warp, correctors=0, top=0):
     each network evaluation. The first shows all tokens, later ones those that changed.
 
     Given tokens stay clean beside noisy ones, which training never shows, so a prompted text is off by an amount that more
-    steps do not mend (on the toy: total variation .08 to .12 with the perfect network); two correctors a step mend most of it (.02 to .05, by the schedule).
+    steps do not mend (on the toy: total variation .08 to .12 with the perfect network); two correctors a step mend most of
+    it (.02 to .05, by the schedule).
 
     grid        noise level over time 1 -> 0
     warp        function of logits: the distribution to draw from
@@ -63,6 +64,7 @@ def sample(model, canvas, *, steps, grid, seeds, warp, correctors=0, top=0):
     evaluations, tick = torch.zeros(B, dtype=torch.long, device=device), 1
     confidence = torch.ones(B, L, device=device).masked_fill(editable, 0)
     best = torch.zeros(B, L, top, dtype=torch.long, device=device), torch.zeros(B, L, top, device=device)
+    nothing = torch.zeros_like(editable)
     if not len(rows):
         return
     steps = steps or L  # not of the tokens to write: a row must not depend on its batch
@@ -86,10 +88,9 @@ def sample(model, canvas, *, steps, grid, seeds, warp, correctors=0, top=0):
             evaluations[rows], tick = evaluations[rows] + 1, tick + 1
             confidence[rows] = confidence[rows].masked_scatter(asked, rules.max_probability(clean).float())
             if top:
-                likeliest = clean.topk(min(top, V))
+                likeliest = clean.topk(top)
                 for old, new in zip(best, (likeliest.indices, likeliest.values.float())):
                     old[rows] = old[rows].masked_scatter(asked[..., None], new)
-            nothing = torch.zeros_like(editable)
             fresh = ids != before if tick > 2 else editable  # in the first step all appear
             yield rules.Step(ids, nothing, fresh, nothing, confidence, best if top else None, int(evaluations.max()), evaluations,
                              there.float().expand(B))
