@@ -142,10 +142,14 @@ class NoiseEmbedding(nn.Module):
         if self.steps:
             row = (level * self.steps).round().long()
             return self.table(torch.where(level > 0, row.clamp(min=1), row))
-        width = self.mlp[0].in_features
-        frequency = torch.exp(-math.log(10_000) * torch.arange(width // 2, device=level.device) / (width // 2 - 1))
-        angle = 1000 * level[..., None] * frequency
-        return self.mlp(torch.cat((angle.sin(), angle.cos()), dim=-1))
+        return self.mlp(waves(level, self.mlp[0].in_features))
+
+
+def waves(level, width):
+    """Sines and cosines of 1000 times the level (...,), at frequencies from 1 to 1/10,000: (..., width), width even."""
+    frequency = torch.exp(-math.log(10_000) * torch.arange(width // 2, device=level.device) / (width // 2 - 1))
+    angle = 1000 * level[..., None] * frequency
+    return torch.cat((angle.sin(), angle.cos()), dim=-1)
 
 
 class Transformer(nn.Module):

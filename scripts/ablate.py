@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import statistics
 import sys
 import tempfile
@@ -96,32 +97,45 @@ def sampler_settings(options):
     return rows + [best | {"cache": cache, "top_p": SampleConfig.top_p} for cache in ("none", "prefix", "dual")]
 
 
-def judge_samplers(options):
-    """(function from a setting to its figures, with one tales model for all; what the figures depend on besides)."""
+def trained(options):
+    """(model, Text, Config, its step, device, dtype, what figures of it depend on) of the checkpoint that is meant."""
     path = options.checkpoint or checkpoint.newest(os.path.join(Config.out_dir, "models"))
     state, device = checkpoint.read(path), runtime.choose_device(options.device)
     model, text, cfg = checkpoint.restore(state, device, path)
-    if cfg.data != "tales":
-        raise UserError(f"{path} was trained on {cfg.data}; samplers are judged on tales: python train.py tales")
     dtype = runtime.choose_dtype(options.dtype, device)
+    return model, text, cfg, state["step"], device, dtype, {
+        "num_samples": options.num_samples, "model": f"{cfg.name} {state['step']} {state['nll']:.4f}",
+        "dtype": runtime.dtype_name(dtype)}
+
+
+def write(model, cfg, setting, blank, seeds):
+    """Ids and evaluations of each row of blank (B, L) written with the options of `diffusion.sample` in setting (dict), or
+    by the micro-dLLMs' procedure ("source"), or with a wrong clock ("notes, misled")."""
+    how = setting | {"steps": setting["steps"] or None}
+    if how["sampler"] == "source":
+        return source_procedure(model, blank, how["steps"], seeds[0]), torch.full((len(blank),), how["steps"])
+    if how["sampler"] == "notes, misled":
+        model, how["sampler"] = misled(model, how["steps"]), "notes"
+    *_, last = diffusion.sample(model, blank, seeds=seeds, **how, **diffusion.options_of(cfg))
+    return last.ids, last.row_evaluations
+
+
+def judge_samplers(options):
+    """(function from a setting to its figures, with one tales model for all; what the figures depend on besides)."""
+    model, text, cfg, _, device, dtype, common = trained(options)
+    if cfg.data != "tales":
+        raise UserError(f"{cfg.name} was trained on {cfg.data}; samplers are judged on tales: python train.py tales")
 
     def measure(setting):
-        def write(blank, seeds):
-            how = setting | {"steps": setting["steps"] or None}
-            if how["sampler"] == "source":
-                return source_procedure(model, blank, how["steps"], seeds[0]), torch.full((len(blank),), how["steps"])
-            *_, last = diffusion.sample(model, blank, seeds=seeds, **how, **diffusion.options_of(cfg))
-            return last.ids, last.row_evaluations
         start = time.perf_counter()
         with runtime.autocast(device, dtype):
-            rows, evaluations = metrics.sample_rows(write, text, cfg, options.num_samples, device)
+            rows, evaluations = metrics.sample_rows(partial(write, model, cfg, setting), text, cfg, options.num_samples, device)
         seconds = time.perf_counter() - start
         stories = [story for row in rows.tolist() for story in canvas.documents(text, row, cfg.rows)]
         figures = metrics.judge_tales(stories) | metrics.diversity(stories)
         return {"evaluations": evaluations.float().mean().item()} | figures | {
             "entropy": tales.entropy(), "seconds_a_sample": seconds / options.num_samples}
-    return measure, {"num_samples": options.num_samples, "model": f"{cfg.name} {state['step']} {state['nll']:.4f}",
-                     "dtype": runtime.dtype_name(dtype)}
+    return measure, common
 
 
 def temperature_settings(options):
@@ -144,18 +158,16 @@ def measure_order(options):
                   quarter of the training text (frequent) and the least frequent quarter (rare)
     correlation   of a token's place with its frequency in the training text: negative where frequent ones come first
     """
-    path = options.checkpoint or checkpoint.newest(os.path.join(Config.out_dir, "models"))
-    state, device = checkpoint.read(path), runtime.choose_device(options.device)
-    model, text, cfg = checkpoint.restore(state, device, path)
-    dtype, data = runtime.choose_dtype(options.dtype, device), corpus.load(cfg, text)
-    counts = torch.bincount(data.training(state["step"], metrics.SEARCHED).flatten().long(), minlength=text.mask).double()
+    model, text, cfg, steps, device, dtype, common = trained(options)
+    training = corpus.load(cfg, text).training(steps, metrics.SEARCHED)
+    counts = torch.bincount(training.flatten().long(), minlength=text.mask).double()
     share = counts / counts.sum()
     cumulative = torch.zeros_like(share)
     order = share.argsort(descending=True)
     cumulative[order] = share[order].cumsum(0) - share[order] / 2  # 0: the most frequent
 
     def measure(setting):
-        def write(blank, seeds):
+        def places(blank, seeds):
             place, k = torch.zeros(blank.shape, device=device), 0
             with runtime.autocast(device, dtype):
                 for k, step in enumerate(diffusion.sample(model, blank, sampler=setting["sampler"], seeds=seeds,
@@ -163,13 +175,69 @@ def measure_order(options):
                     place[step.fresh] = k
             last = place.amax(1, keepdim=True)  # a row that is finished early has had its last step
             return step.ids, torch.where(place > 0, (place - 1) / (last - 1).clamp(min=1), -1)
-        ids, place = metrics.sample_rows(write, text, cfg, options.num_samples, device)
+        ids, place = metrics.sample_rows(places, text, cfg, options.num_samples, device)
         written = place >= 0
         rank, place, frequency = cumulative[ids[written]], place[written].double(), share[ids[written]]
         return {"frequent": place[rank < 0.25].mean().item(), "middle": place[(rank >= 0.25) & (rank < 0.75)].mean().item(),
                 "rare": place[rank >= 0.75].mean().item(),
                 "correlation": torch.corrcoef(torch.stack((place, frequency)))[0, 1].item()}
-    return measure, {"num_samples": options.num_samples, "model": f"{cfg.name} {state['step']} {state['nll']:.4f}"}
+    return measure, common
+
+
+# --- spelling -----------------------------------------------------------------------------------------------------
+
+
+def misled(model, steps):
+    """`model`, told at each step what the notes' sampler tells it: their schedule's masked share at that time, though their
+    rule writes about as many tokens in each, so that another share is still masked."""
+    times = iter(range(steps - 1, -1, -1))
+
+    def network(ids, noise_level, **more):
+        t = torch.tensor(next(times) / steps, device=ids.device)
+        return model(ids, diffusion.mask_rate("cos2_s008", t).expand(len(ids)), **more)
+    network.vocab_size = model.vocab_size
+    return network
+
+
+def spelling_settings(options):
+    """The notes' rule with their 100 and 300 steps, with and without their clock, beside others with as many, the default, and
+    other temperatures."""
+    rows = [("notes", 100), ("notes", 300), ("notes, misled", 100), ("notes, misled", 300), ("confidence", 100), ("random", 100), ("ancestral", 100), ("ancestral", 300),
+            ("ancestral", 1000), ("remask", 100), ("source", 101), ("first_hitting", "")]
+    best = [{"sampler": SampleConfig.sampler, "steps": "", "temperature": t, "top_p": 1.0} for t in (0.0, 0.5, 0.8, 1.0)]
+    return [{"sampler": "held-out text", "steps": "", "temperature": 1.0, "top_p": 1.0}] + [
+        {"sampler": name, "steps": steps, "temperature": 1.0, "top_p": 1.0} for name, steps in rows] + best + [
+        best[-1] | {"top_p": SampleConfig.top_p}]
+
+
+def measure_spelling(options):
+    """(function from a setting to how its samples are spelled; what that depends on besides).
+
+    words     share of the samples' words that the training text has
+    speakers  share of their lines that end in a colon, and so name a speaker, that the training text has
+    """
+    model, text, cfg, steps, device, dtype, common = trained(options)
+    if cfg.time_conditioning == "none":
+        raise UserError(f"{cfg.name} is not told the time, so that a wrong clock would do nothing; train one that is: "
+                        "--time_conditioning sinusoidal")
+    data = corpus.load(cfg, text)
+    words_of = lambda string: re.findall(r"\b[A-Za-z']+\b", string)
+    speakers_of = lambda string: re.findall(r"\n(.+:)\n", string)
+    training = text.decode(data.training(steps, metrics.SEARCHED).flatten().tolist())
+    share = lambda found, known: sum(one in known for one in found) / max(1, len(found))
+    known_words, known_speakers = set(words_of(training)), set(speakers_of(training))
+
+    def measure(setting):
+        rows, evaluations = data.held_out[:options.num_samples], torch.zeros(1)
+        if setting["sampler"] != "held-out text":
+            with runtime.autocast(device, dtype):
+                rows, evaluations = metrics.sample_rows(partial(write, model, cfg, setting), text, cfg, options.num_samples, device)
+        texts = [text.decode(row) for row in rows.tolist()]
+        words = [word for one in texts for word in words_of(one)[1:-1]]  # windows cut the first and the last
+        speakers = [speaker for one in texts for speaker in speakers_of(one)]
+        return {"evaluations": evaluations.float().mean().item(), "words": share(words, known_words),
+                "speakers": share(speakers, known_speakers), "speaker_lines": len(speakers)} | metrics.diversity(texts)
+    return measure, common
 
 
 # --- training runs ----------------------------------------------------------------------------------------------
@@ -273,6 +341,16 @@ def window(options):
             for size in (16, 32, 64, 128, 256)}
 
 
+def expected_loss(options):
+    """The beginnings of the guide's and the notes' runs, whose documents say which loss to expect when, at the base's shape, and
+    ours. Their learning rates do not decay yet; their losses are their own. Windows of 128, as theirs."""
+    shape = ("data", "tokenizer", "rows", "n_layer", "n_head", "n_embd", "block_size")
+    theirs = {f"the recipe of the {name}": {key: value for key, value in config.PRESETS[name].items() if key not in shape} | {
+        "lr_decay": "constant", "max_iters": options.iters} for name in ("guide", "notes")}
+    return {name: changes | {"block_size": 128, "final_samples": 1} for name, changes in (
+        theirs | {"our recipe": {}, "our recipe, a fifth of the steps": {"max_iters": max(1, options.iters // 5)}}).items()}
+
+
 DISCRETE = dict(corruption="bernoulli")  # what discrete times need
 TRAINED = {
     "recipe": recipe,
@@ -299,6 +377,7 @@ TRAINED = {
                                       for weighting in ("elbo", "flat") for name in ("uniform", "importance")},
     "attention": lambda options: {"both sides": {}, "from the left": {"objective": "masked, causal"}},
     "window": window,
+    "expected_loss": expected_loss,
     "families": families,
     "ar_vs_diffusion": ar_vs_diffusion,
 }
@@ -344,7 +423,7 @@ def train_variants(comparison, options):
             except UserError as error:
                 if "not finite" not in str(error):
                     raise
-                return dict.fromkeys(FIGURES, math.nan) | {"above_exact": None, "curve": ""}
+                return dict.fromkeys(FIGURES, math.nan) | {"above_exact": None, "masked_ce": None, "curve": ""}
             with open(os.path.join(folder, "logs", f"{cfg.name}.jsonl"), encoding="utf-8") as log:
                 entries = [json.loads(line) for line in log]
         # minutes of training steps alone, without starting, compiling and evaluating
@@ -354,6 +433,7 @@ def train_variants(comparison, options):
                 "last_bound": entries[-1]["bound"], "loss": entries[-1]["loss"], "steps": report["steps"],
                 "minutes": minutes(report["steps"]), "ms_a_step": 1000 * report["seconds_a_step"],
                 "rows_a_step": cfg.batch_size, "parameters": report["parameters"], "above_exact": report.get("excess_over_exact"),
+                "masked_ce": report.get("masked_ce_pooled"),
                 "curve": " ".join(f"{e['step']}:{minutes(e['step']):.3f}:{e['bound']:.4f}:{e['loss']:.4f}" for e in entries)}
     variants = [cli.merge(Config, base_config(options), changes) for changes in TRAINED[comparison](options).values()]
     cfg = variants[0]
@@ -363,7 +443,7 @@ def train_variants(comparison, options):
 
 
 FIGURES = ("bound", "bits_per_character", "se_rows", "se_masks", "last_bound", "loss", "steps", "minutes", "ms_a_step",
-           "rows_a_step", "parameters", "above_exact")
+           "rows_a_step", "parameters", "above_exact", "masked_ce")
 
 
 def over_seeds(rows):
@@ -383,7 +463,7 @@ def over_seeds(rows):
             name: rounded(value) for name, value in (
                 ("bound", mean("bound")), ("se_seeds", spread), ("se_rows", mean("se_rows")),
                 ("bits_per_character", mean("bits_per_character")), ("above_exact", mean("above_exact")),
-                ("last_bound", mean("last_bound")), ("training_loss", mean("loss")), ("parameters", runs[0].get("parameters")),
+                ("last_bound", mean("last_bound")), ("training_loss", mean("loss")), ("masked_ce", mean("masked_ce")), ("parameters", runs[0].get("parameters")),
                 ("ms_a_step", mean("ms_a_step")), ("minutes", mean("minutes")))})
     return out
 
@@ -391,7 +471,11 @@ def over_seeds(rows):
 COMPARISONS = {
     "samplers": Comparison(sampler_settings, judge_samplers, plots.quality_against_cost),
     "temperature": Comparison(temperature_settings, judge_samplers, plots.over_temperature),
-    "order": Comparison(order_settings, measure_order, plots.order),
+    "order": Comparison(order_settings, measure_order, partial(
+        plots.bars, names=("frequent", "middle", "rare"), legend="in the training text", middle=0.5,
+        what="mean place in the order of writing\n(0: first, 1: last)")),
+    "spelling": Comparison(spelling_settings, measure_spelling, partial(
+        plots.bars, names=("words", "speakers"), legend="that the training text has", what="share")),
 } | {name: Comparison(partial(train_settings, name), partial(train_variants, name),
                       plots.overfitting if name == "ar_vs_diffusion" else plots.bound_over_cost, over_seeds) for name in TRAINED}
 

@@ -14,7 +14,8 @@ import torch
 
 import diffusion
 from config import Config, SampleConfig
-from utils import canvas, checkpoint, cli, plots, runtime, tales
+from model import waves
+from utils import blocks, canvas, checkpoint, cli, plots, runtime, tales
 from utils.cli import field
 
 
@@ -68,6 +69,52 @@ def hiding(options, path):
     plots.save(figure, path)
 
 
+def replacing(options, path):
+    """A sentence under uniform noise: what is replaced (orange) becomes any word, and nothing but the colour shows it."""
+    anything = sorted(set(" ".join(tales.generate("picture", 200)).split()))
+    words = tales.generate("picture", 1)[0].split()[:14]
+    generator = runtime.generator("picture")
+    u, other = torch.rand(len(words), generator=generator), torch.randint(len(anything), (len(words),), generator=generator)
+    figure, axis = plots.pyplot().subplots(figsize=(8, 2), layout="constrained")
+    for line, m in enumerate((0.0, 0.2, 0.4, 0.6, 0.8, 1.0)):
+        row = [(f"m = {m:.1f}  ", "black")] + [
+            (anything[number], plots.OKABE_ITO[4]) if hidden else (word, "black")
+            for word, number, hidden in zip(words, other.tolist(), (u < m).tolist())]
+        for place, (word, colour) in enumerate(row):
+            column = sum(len(before) + 1 for before, _ in row[:place])
+            axis.text(column, -line, word, family="DejaVu Sans Mono", fontsize=8, va="center", color=colour)
+    axis.set(xlim=(0, 8 * 72 / (8 * 0.602)), ylim=(-5.5, 0.5))  # a column is as wide as a letter
+    axis.axis("off")
+    plots.save(figure, path)
+
+
+def attention(options, path):
+    """Who sees whom: the masks of the four families, for eight tokens."""
+    size, cpu = 8, torch.device("cpu")
+    everyone = torch.ones(size, size, dtype=torch.bool)
+    own = blocks.number(size, 4, 0, cpu)
+    panels = (("masked, uniform\nall see all", everyone), ("autoregressive\nwhat is to the left", everyone.tril()),
+              ("blocks of 4, writing\nits block and those before", own[None] <= own[:, None]),
+              ("blocks of 4, training\n[corrupted | clean] twice", blocks.doubled_mask(size, 4, 0, cpu)))
+    figure, axes = plots.pyplot().subplots(1, 4, figsize=(11, 3.2), layout="constrained")
+    for axis, (title, mask) in zip(axes, panels):
+        axis.imshow(mask, cmap="Blues", vmin=0, vmax=1.4)
+        axis.set_title(title, fontsize=9)
+        axis.set(xticks=torch.arange(-0.5, len(mask)), yticks=torch.arange(-0.5, len(mask)), xlabel="is seen", ylabel="sees")
+        axis.tick_params(length=0, labelbottom=False, labelleft=False)
+        axis.grid(color="white")
+    plots.save(figure, path)
+
+
+def time_embedding(options, path):
+    """What a time-conditioned network is told: sines and cosines of the noise level."""
+    figure, axis = plots.pyplot().subplots(figsize=(8, 3), layout="constrained")
+    shown = axis.imshow(waves(torch.linspace(0, 1, 101), 64), aspect="auto", cmap="RdBu", extent=(0, 64, 1, 0))
+    axis.set(xlabel="channel (32 sines, 32 cosines)", ylabel="noise level m")
+    figure.colorbar(shown)
+    plots.save(figure, path)
+
+
 def samplers_at_work(options, path):
     """Who gets revealed when: a story by every sampler, steps from top to bottom, tokens from left to right."""
     path_of_model = options.checkpoint or checkpoint.newest(os.path.join(Config.out_dir, "models"))
@@ -94,7 +141,8 @@ def samplers_at_work(options, path):
     plots.save(figure, path)
 
 
-PICTURES = {picture.__name__: picture for picture in (schedules, weights, hiding, samplers_at_work)}
+PICTURES = {picture.__name__: picture for picture in (
+    schedules, weights, hiding, replacing, attention, time_embedding, samplers_at_work)}
 
 
 def main(argv):

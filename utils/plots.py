@@ -146,7 +146,7 @@ def quality_against_cost(rows, title, path):
         axes[0].plot([cost(row) for row in points], [quality(row) for row in points], label=name, **style)
         sure = [row for row in points if quality(row) >= ENOUGH]
         axes[1].plot([cost(row) for row in sure], [surplus(row) for row in sure], **style)
-        for row in leads[-1:]:
+        for row in leads[-1:] if len(name) < 25 else ():  # longer ones would not fit; the legend has them
             axes[0].annotate(name, (cost(row), quality(row)), (-6, 2), textcoords="offset points", ha="right",
                              color=colour, weight="bold")
     axes[0].set(xlabel="network evaluations a sample", ylabel="% of samples that are valid stories", ylim=(-2, 104))
@@ -189,18 +189,23 @@ def over_temperature(rows, title, path):
     plt.close(figure)
 
 
-def order(rows, title, path):
-    """When frequent and rare tokens are written, by sampler; rows are those of scripts/ablate.py order (dicts of str). A PNG
-    at `path`."""
+def bars(rows, title, path, *, names, what, legend, middle=None):
+    """The figures called `names` of each row of scripts/ablate.py (dicts of str, the first entry its name), beside each other,
+    with a line at `middle`. A PNG at `path`."""
     plt = pyplot()
-    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-    for number, kind in enumerate(("frequent", "middle", "rare")):
-        axis.bar([place + 0.27 * (number - 1) for place in range(len(rows))], [float(row[kind]) for row in rows], 0.25, label=kind,
-                 color=OKABE_ITO[number])
-    axis.set_xticks(range(len(rows)), [row["sampler"] for row in rows])
-    axis.axhline(0.5, color=OKABE_ITO[-1], lw=1)
-    axis.set(ylabel="mean place in the order of writing\n(0: first, 1: last)", title=title)
-    axis.legend(title="in the training text")
+    figure, axis = plt.subplots(figsize=(4 + 0.5 * len(rows), 4.5), layout="constrained")
+    width = 0.8 / len(names)
+    for number, name in enumerate(names):
+        axis.bar([place + width * (number - (len(names) - 1) / 2) for place in range(len(rows))],
+                 [float(row[name]) for row in rows], 0.9 * width, label=name, color=OKABE_ITO[number])
+    axis.set_xticks(range(len(rows)), [", ".join(filter(None, (
+        row["sampler"], row["steps"] and f"{row['steps']} steps", *(f"{key} {row[key]}" for key in ("temperature", "top_p")
+                                                                   if row.get(key, "1.0") != "1.0")))) for row in rows],
+        rotation=30, ha="right", fontsize=8)
+    if middle is not None:
+        axis.axhline(middle, color=OKABE_ITO[-1], lw=1)
+    axis.set(ylabel=what, title=title)
+    axis.legend(title=legend, loc="lower right")
     save(figure, path)
     plt.close(figure)
 
