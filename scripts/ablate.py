@@ -102,6 +102,9 @@ def trained(options):
     path = options.checkpoint or checkpoint.newest(os.path.join(Config.out_dir, "models"))
     state, device = checkpoint.read(path), runtime.choose_device(options.device)
     model, text, cfg = checkpoint.restore(state, device, path)
+    if cfg.objective != "masked" or diffusion.block_len(cfg):
+        raise UserError(f"{path} writes {diffusion.way_of_writing(cfg, 'block by block')}; samplers are compared with a masked "
+                        "model of the whole window")
     dtype = runtime.choose_dtype(options.dtype, device)
     return model, text, cfg, state["step"], device, dtype, {
         "num_samples": options.num_samples, "model": f"{cfg.name} {state['step']} {state['nll']:.4f}",
@@ -148,7 +151,8 @@ def temperature_settings(options):
 
 
 def order_settings(options):
-    return [{"sampler": name, "steps": ""} for name in ("first_hitting", "confidence", "entropy", "margin", "entropy_bounded")]
+    return [{"sampler": name, "steps": "", "temperature": t}
+            for name, t in (("first_hitting", 1.0), ("confidence", 1.0), ("confidence", 0.0), (SampleConfig.sampler, 1.0))]
 
 
 def measure_order(options):
@@ -156,11 +160,12 @@ def measure_order(options):
 
     place         mean place in the order of writing, from 0 (first) to 1, of the tokens that stand for the most frequent
                   quarter of the training text (frequent) and the least frequent quarter (rare)
+    early, all    share of frequent ones among the first tenth that is written, and among all
     correlation   of a token's place with its frequency in the training text: negative where frequent ones come first
     """
     model, text, cfg, steps, device, dtype, common = trained(options)
-    training = corpus.load(cfg, text).training(steps, metrics.SEARCHED)
-    counts = torch.bincount(training.flatten().long(), minlength=text.mask).double()
+    training = metrics.without_filling(corpus.load(cfg, text).training(steps, metrics.SEARCHED), text, cfg)
+    counts = torch.bincount(training[training >= 0].long(), minlength=text.mask).double()
     share = counts / counts.sum()
     cumulative = torch.zeros_like(share)
     order = share.argsort(descending=True)
@@ -168,17 +173,19 @@ def measure_order(options):
 
     def measure(setting):
         def places(blank, seeds):
-            place, k = torch.zeros(blank.shape, device=device), 0
+            place = torch.zeros(blank.shape, device=device)
             with runtime.autocast(device, dtype):
                 for k, step in enumerate(diffusion.sample(model, blank, sampler=setting["sampler"], seeds=seeds,
-                                                          **diffusion.options_of(cfg)), 1):
+                                                          temperature=setting["temperature"], **diffusion.options_of(cfg)), 1):
                     place[step.fresh] = k
             last = place.amax(1, keepdim=True)  # a row that is finished early has had its last step
             return step.ids, torch.where(place > 0, (place - 1) / (last - 1).clamp(min=1), -1)
         ids, place = metrics.sample_rows(places, text, cfg, options.num_samples, device)
-        written = place >= 0
+        written = (place >= 0) & (metrics.without_filling(ids, text, cfg) >= 0)
         rank, place, frequency = cumulative[ids[written]], place[written].double(), share[ids[written]]
-        return {"frequent": place[rank < 0.25].mean().item(), "middle": place[(rank >= 0.25) & (rank < 0.75)].mean().item(),
+        share_of_frequent = lambda some: (rank[some] < 0.25).double().mean().item()
+        return {"early": share_of_frequent(place < 0.1), "all": share_of_frequent(place >= 0),
+                "frequent": place[rank < 0.25].mean().item(), "middle": place[(rank >= 0.25) & (rank < 0.75)].mean().item(),
                 "rare": place[rank >= 0.75].mean().item(),
                 "correlation": torch.corrcoef(torch.stack((place, frequency)))[0, 1].item()}
     return measure, common
@@ -202,8 +209,8 @@ def misled(model, steps):
 def spelling_settings(options):
     """The notes' rule with their 100 and 300 steps, with and without their clock, beside others with as many, the default, and
     other temperatures."""
-    rows = [("notes", 100), ("notes", 300), ("notes, misled", 100), ("notes, misled", 300), ("confidence", 100), ("random", 100), ("ancestral", 100), ("ancestral", 300),
-            ("ancestral", 1000), ("remask", 100), ("source", 101), ("first_hitting", "")]
+    rows = [("notes", 100), ("notes", 300), ("notes, misled", 100), ("notes, misled", 300), ("confidence", 100), ("random", 100),
+            ("ancestral", 100), ("ancestral", 300), ("ancestral", 1000), ("remask", 100), ("source", 101), ("first_hitting", "")]
     best = [{"sampler": SampleConfig.sampler, "steps": "", "temperature": t, "top_p": 1.0} for t in (0.0, 0.5, 0.8, 1.0)]
     return [{"sampler": "held-out text", "steps": "", "temperature": 1.0, "top_p": 1.0}] + [
         {"sampler": name, "steps": steps, "temperature": 1.0, "top_p": 1.0} for name, steps in rows] + best + [
@@ -214,29 +221,30 @@ def measure_spelling(options):
     """(function from a setting to how its samples are spelled; what that depends on besides).
 
     words     share of the samples' words that the training text has
-    speakers  share of their lines that end in a colon, and so name a speaker, that the training text has
+    speakers  share of their lines that end in a colon, and so name a speaker, that the training text has; None without such
     """
     model, text, cfg, steps, device, dtype, common = trained(options)
     if cfg.time_conditioning == "none":
         raise UserError(f"{cfg.name} is not told the time, so that a wrong clock would do nothing; train one that is: "
                         "--time_conditioning sinusoidal")
     data = corpus.load(cfg, text)
-    words_of = lambda string: re.findall(r"\b[A-Za-z']+\b", string)
+    words_of = lambda string: re.findall(r"[^\W\d_]+(?:'[^\W\d_]+)*", string)
     speakers_of = lambda string: re.findall(r"\n(.+:)\n", string)
     training = text.decode(data.training(steps, metrics.SEARCHED).flatten().tolist())
-    share = lambda found, known: sum(one in known for one in found) / max(1, len(found))
+    share = lambda found, known: sum(one in known for one in found) / len(found) if found else None
     known_words, known_speakers = set(words_of(training)), set(speakers_of(training))
 
     def measure(setting):
-        rows, evaluations = data.held_out[:options.num_samples], torch.zeros(1)
+        rows, evaluations = metrics.reference_rows(data.held_out, text, options.num_samples), torch.zeros(1)
         if setting["sampler"] != "held-out text":
             with runtime.autocast(device, dtype):
                 rows, evaluations = metrics.sample_rows(partial(write, model, cfg, setting), text, cfg, options.num_samples, device)
-        texts = [text.decode(row) for row in rows.tolist()]
+        texts = [canvas.finished(text, row, stop=cfg.rows == "document") for row in rows.tolist()]
         words = [word for one in texts for word in words_of(one)[1:-1]]  # windows cut the first and the last
         speakers = [speaker for one in texts for speaker in speakers_of(one)]
         return {"evaluations": evaluations.float().mean().item(), "words": share(words, known_words),
-                "speakers": share(speakers, known_speakers), "speaker_lines": len(speakers)} | metrics.diversity(texts)
+                "speakers": share(speakers, known_speakers), "speaker_lines": len(speakers),
+                "texts": len(texts)} | metrics.diversity(texts)
     return measure, common
 
 
@@ -463,7 +471,8 @@ def over_seeds(rows):
             name: rounded(value) for name, value in (
                 ("bound", mean("bound")), ("se_seeds", spread), ("se_rows", mean("se_rows")),
                 ("bits_per_character", mean("bits_per_character")), ("above_exact", mean("above_exact")),
-                ("last_bound", mean("last_bound")), ("training_loss", mean("loss")), ("masked_ce", mean("masked_ce")), ("parameters", runs[0].get("parameters")),
+                ("last_bound", mean("last_bound")), ("training_loss", mean("loss")), ("masked_ce", mean("masked_ce")),
+                ("parameters", runs[0].get("parameters")),
                 ("ms_a_step", mean("ms_a_step")), ("minutes", mean("minutes")))})
     return out
 
@@ -472,8 +481,7 @@ COMPARISONS = {
     "samplers": Comparison(sampler_settings, judge_samplers, plots.quality_against_cost),
     "temperature": Comparison(temperature_settings, judge_samplers, plots.over_temperature),
     "order": Comparison(order_settings, measure_order, partial(
-        plots.bars, names=("frequent", "middle", "rare"), legend="in the training text", middle=0.5,
-        what="mean place in the order of writing\n(0: first, 1: last)")),
+        plots.bars, names=("early", "all"), legend="tokens", what="share of the most frequent tokens\n(a quarter of the training text)")),
     "spelling": Comparison(spelling_settings, measure_spelling, partial(
         plots.bars, names=("words", "speakers"), legend="that the training text has", what="share")),
 } | {name: Comparison(partial(train_settings, name), partial(train_variants, name),

@@ -16,7 +16,7 @@ import diffusion
 from config import Config, SampleConfig
 from model import waves
 from utils import blocks, canvas, checkpoint, cli, plots, runtime, tales
-from utils.cli import field
+from utils.cli import UserError, field
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,11 @@ def samplers_at_work(options, path):
     path_of_model = options.checkpoint or checkpoint.newest(os.path.join(Config.out_dir, "models"))
     device = runtime.choose_device(options.device)
     model, text, cfg = checkpoint.restore(checkpoint.read(path_of_model), device, path_of_model)
+    if cfg.objective != "masked" or diffusion.block_len(cfg):
+        raise UserError(f"{path_of_model} is no masked model of the whole window, and has no samplers to choose from")
     blank = torch.tensor([canvas.build(text, [None], cfg.block_size)], device=device)
-    figure, axes = plots.pyplot().subplots(4, 4, figsize=(12, 10), layout="constrained")
+    height = -(-len(diffusion.SAMPLERS) // 4)
+    figure, axes = plots.pyplot().subplots(height, 4, figsize=(12, 2.5 * height), layout="constrained")
     colours = {"hidden": (0.2, 0.25, 0.33), "written": (0.84, 0.9, 0.96), "fresh": (1.0, 0.75, 0.2),
                "hidden again": (0.8, 0.2, 0.2)}
     for axis, name in zip(axes.flat, diffusion.SAMPLERS):

@@ -189,23 +189,21 @@ def over_temperature(rows, title, path):
     plt.close(figure)
 
 
-def bars(rows, title, path, *, names, what, legend, middle=None):
-    """The figures called `names` of each row of scripts/ablate.py (dicts of str, the first entry its name), beside each other,
-    with a line at `middle`. A PNG at `path`."""
+def bars(rows, title, path, *, names, what, legend):
+    """The figures called `names` (list of str), in the unit `what`, of each row of scripts/ablate.py's comparisons of samplers
+    (dicts of str), beside each other. A PNG at `path`."""
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(4 + 0.5 * len(rows), 4.5), layout="constrained")
     width = 0.8 / len(names)
     for number, name in enumerate(names):
         axis.bar([place + width * (number - (len(names) - 1) / 2) for place in range(len(rows))],
-                 [float(row[name]) for row in rows], 0.9 * width, label=name, color=OKABE_ITO[number])
+                 [float(row[name] or math.nan) for row in rows], 0.9 * width, label=name, color=OKABE_ITO[number])
     axis.set_xticks(range(len(rows)), [", ".join(filter(None, (
         row["sampler"], row["steps"] and f"{row['steps']} steps", *(f"{key} {row[key]}" for key in ("temperature", "top_p")
                                                                    if row.get(key, "1.0") != "1.0")))) for row in rows],
         rotation=30, ha="right", fontsize=8)
-    if middle is not None:
-        axis.axhline(middle, color=OKABE_ITO[-1], lw=1)
     axis.set(ylabel=what, title=title)
-    axis.legend(title=legend, loc="lower right")
+    figure.legend(title=legend, loc="outside right upper")
     save(figure, path)
     plt.close(figure)
 
