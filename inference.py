@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import config
 import diffusion
-from config import Config, SampleConfig
+from config import SampleConfig
 from utils import canvas, checkpoint, cli, runtime, trace
 from utils.cli import UserError
 
@@ -35,7 +35,7 @@ def load(argv):
     if positional:
         raise UserError(f"what is {positional[0]}? Give text with --prompt \"...\" and a model with --checkpoint PATH")
     check(cli.merge(SampleConfig, overrides))  # complain before the checkpoint is read
-    path = overrides.get("checkpoint") or checkpoint.newest(os.path.join(Config.out_dir, "models"))
+    path = overrides.get("checkpoint") or checkpoint.newest()
     state = checkpoint.read(path)
     options = cli.merge(SampleConfig, state["sample"], overrides)
     check(options)

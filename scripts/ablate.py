@@ -99,7 +99,7 @@ def sampler_settings(options):
 
 def trained(options):
     """(model, Text, Config, its step, device, dtype, what figures of it depend on) of the checkpoint that is meant."""
-    path = options.checkpoint or checkpoint.newest(os.path.join(Config.out_dir, "models"))
+    path = options.checkpoint or checkpoint.newest()
     state, device = checkpoint.read(path), runtime.choose_device(options.device)
     model, text, cfg = checkpoint.restore(state, device, path)
     if cfg.objective != "masked" or diffusion.block_len(cfg):

@@ -18,7 +18,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import torch
 
 import diffusion
-from config import Config, SampleConfig
+from config import SampleConfig
 from utils import checkpoint, cli, corpus, metrics, plots, runtime, texts
 from utils.cli import UserError, field
 
@@ -113,7 +113,7 @@ def main(argv):
             if name in overrides]
     if options.against and idle:
         raise UserError(f"against compares bounds and prints them, nothing else; leave out --{', --'.join(idle)}")
-    path = options.checkpoint or checkpoint.newest(os.path.join(Config.out_dir, "models"))
+    path = options.checkpoint or checkpoint.newest()
     device = runtime.choose_device(options.device)
     dtype = runtime.choose_dtype(options.dtype, device)
     model, cfg, data, step = load(path, options, device)

@@ -75,7 +75,7 @@ def main(argv):
         checkpoint.restore(state, torch.device("cpu"), options.back)  # complains of what does not fit
         checkpoint.save(options.output, state)
         return print(f"wrote {options.output}")
-    path = options.checkpoint or checkpoint.newest(os.path.join(Config.out_dir, "models"))
+    path = options.checkpoint or checkpoint.newest()
     state = checkpoint.read(path)
     checkpoint.restore(state, torch.device("cpu"), path)
     folder = options.output or os.path.join(Config.out_dir, "export", os.path.basename(path).removesuffix(".pt"))

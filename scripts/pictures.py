@@ -13,7 +13,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import torch
 
 import diffusion
-from config import Config, SampleConfig
+from config import SampleConfig
 from model import waves
 from utils import blocks, canvas, checkpoint, cli, plots, runtime, tales
 from utils.cli import UserError, field
@@ -117,7 +117,7 @@ def time_embedding(options, path):
 
 def samplers_at_work(options, path):
     """Who gets revealed when: a story by every sampler, steps from top to bottom, tokens from left to right."""
-    path_of_model = options.checkpoint or checkpoint.newest(os.path.join(Config.out_dir, "models"))
+    path_of_model = options.checkpoint or checkpoint.newest()
     device = runtime.choose_device(options.device)
     model, text, cfg = checkpoint.restore(checkpoint.read(path_of_model), device, path_of_model)
     if cfg.objective != "masked" or diffusion.block_len(cfg):

@@ -3,10 +3,8 @@ import dataclasses
 import json
 import math
 import os
-import re
 import shutil
 import signal
-import sys
 
 import pytest
 import torch
@@ -21,6 +19,7 @@ from scripts import data as data_script
 from scripts import ablate, bench, evaluate, export, train_tokenizer
 from utils import checkpoint, cli, metrics, plots, runtime, tales, texts, tokenizer, trace
 from utils.cli import UserError
+
 
 @pytest.fixture(autouse=True)
 def empty_folder(tmp_path, monkeypatch):
@@ -879,7 +878,7 @@ def test_ablate_spelling(tales_run, monkeypatch, capsys):
     assert float(source["words"]) < 0.9 and {row["evaluations"] for row in rows.values()} > {"0", "32", "101"}
 
 
-def test_a_wrong_clock(monkeypatch):
+def test_a_wrong_clock():
     """What the masked-text-diffusion notes' sampler tells its network: at half of the steps half of the masks are left, and
     the cosine schedule has another share there."""
     told = []

@@ -38,7 +38,7 @@ def commands():
     return [one for number, one in enumerate(found) if one == "python train.py" or one not in found[:number]]
 
 
-SHORT = {  # later flags win; "" for all
+SHORT = {  # appended to the words of a command: later flags win
     "train.py": [*TINY, "--short_rows", "0", "--final_samples", "0", "--eval_interval", "6"],
     "inference.py": ["--device", "cpu", "--frame-ms", "0", "--trace-every", "40", "--steps", "40", "--sampler", "confidence"],
     "scripts/ablate.py": ["--iters", "2", "--yardstick_iters", "2", "--num_samples", "2", "--device", "cpu", "--compile", "off"],
@@ -48,7 +48,8 @@ SHORT = {  # later flags win; "" for all
     "scripts/export.py": [],
     "scripts/pictures.py": [],
     "scripts/train_tokenizer.py": ["--vocab-size", "400"]}
-INSTEAD = {"--dataset": "local.jsonl", "--num-stories": "300", "--tokens": "20K", "--gen-len": "300", "--num_samples": "2"}  # values that need the hub, or hours
+INSTEAD = {"--dataset": "local.jsonl", "--num-stories": "300", "--tokens": "20K", "--gen-len": "300",  # these need the hub,
+           "--num_samples": "2"}  # or hours
 SHAPE = dict(n_layer=1, n_head=2, n_embd=16, batch_size=4, block_size=67)
 
 
@@ -60,7 +61,8 @@ def folder(tmp_path_factory):
     (folder / "data").mkdir()
     (folder / "local.jsonl").write_text("".join(json.dumps({"text": story}) + "\n" for story in stories))
     (folder / "prompts.txt").write_text("Once upon a time\nOne day\n")
-    (folder / "data/shakespeare.txt").write_text("\n".join(stories) + " the end.\n\nROMEO:\nTo be, or not to be! What light; Friends, Now is the")
+    letters = " the end.\n\nROMEO:\nTo be, or not to be! What light; Friends, Now is the"  # of the prompts
+    (folder / "data/shakespeare.txt").write_text("\n".join(stories) + letters)
     for name in ("my.txt", "data/stories_847.txt"):
         texts.write_documents(str(folder / name), stories)
     before = os.getcwd()
@@ -124,9 +126,9 @@ def run_short(script, words, monkeypatch, capsys):
 @pytest.mark.parametrize("name", TEXT)
 def test_links_lead_somewhere(name):
     """Pictures, tables and files that the text points to are part of the repository."""
-    links = re.findall(r"\]\((?!http|#)([^)#]+)", open(os.path.join(ROOT, name), encoding="utf-8").read())
+    links = re.findall(r"\]\((?!http|#)([^)#]+)", TEXT[name])
     missing = [link for link in links if not os.path.exists(os.path.join(ROOT, link))]
-    ignored = subprocess.run(["git", "check-ignore", "--no-index", *links], cwd=ROOT, capture_output=True, text=True)  # none without git
+    ignored = subprocess.run(["git", "check-ignore", "--no-index", *links], cwd=ROOT, capture_output=True, text=True)
     assert not missing and not ignored.stdout
 
 
@@ -146,8 +148,7 @@ def test_the_course_runs_as_it_stands(monkeypatch):
 
 def test_quoted_code_is_the_code():
     """Code in learning.md that names its file stands there like that."""
-    text = open(os.path.join(ROOT, "learning.md"), encoding="utf-8").read()
-    quotes = re.findall(r"```python\n# (\S+\.py)\n(.*?)```", text, re.S)
+    quotes = re.findall(r"```python\n# (\S+\.py)\n(.*?)```", TEXT["learning.md"], re.S)
     assert len(quotes) >= 2
     for file, code in quotes:
         assert code in open(os.path.join(ROOT, file), encoding="utf-8").read(), file

@@ -39,7 +39,7 @@ def read(path):
     return state
 
 
-def newest(folder, best=True):
+def newest(folder=os.path.join(Config.out_dir, "models"), best=True):
     """Path of the newest run's checkpoint in `folder`: its best file (or the last one, to resume)."""
     files = [os.path.join(folder, f) for f in os.listdir(folder) if f.endswith(".pt")] if os.path.isdir(folder) else []
     last = [f for f in files if not f.endswith(".best.pt")]
