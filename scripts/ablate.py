@@ -8,6 +8,7 @@
 
 Writes artifacts/ablations/NAME.csv, .md and .png (NAME_BASE_on_DATA with those). To add a comparison, add a
 function and an entry to COMPARISONS; a comparison of training runs is an entry of TRAINED.
+Those of samplers stand in compare_samplers.py.
 """
 import csv
 import dataclasses
@@ -15,11 +16,9 @@ import hashlib
 import json
 import math
 import os
-import re
 import statistics
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from functools import partial
 from typing import Callable, NamedTuple
@@ -31,9 +30,9 @@ import torch
 import config
 import diffusion
 import train
-from config import Config, SampleConfig
-from scripts.bench import source_procedure
-from utils import canvas, checkpoint, cli, corpus, metrics, plots, runtime, tales
+from config import Config
+from scripts import compare_samplers
+from utils import cli, plots, runtime
 from utils.cli import UserError, field
 
 
@@ -66,186 +65,6 @@ class Comparison(NamedTuple):
     measure: Callable   # options -> (function from such a dict to a dict of figures, dict of what else they depend on)
     plot: Callable      # (rows of the table, title, path) -> None
     summary: Callable = lambda rows: rows  # rows of the table -> those of the Markdown table
-
-
-# --- samplers on tales, where truth is known --------------------------------------------------------------------
-
-STEPS = (4, 8, 16, 32, 64)
-MORE_STEPS = (*STEPS, 128, 256)  # for the samplers that gain from more steps than there are tokens
-# rules that choose their number of steps themselves
-NUMBERS = {"threshold": (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99), "factor": (0.3, 0.5, 1.0, 1.5, 2.0, 3.0),
-           "entropy_bounded": (0.01, 0.03, 0.1, 0.3, 1.0, 3.0), "local_entropy": (11, 17, 22, 33, 48)}
-
-
-def sampler_settings(options):
-    """Every sampler over its own range of cost: steps, or the rule's number; and what cutting off unlikely tokens does."""
-    rows = []
-    for name, rule in diffusion.SAMPLERS.items():
-        if name in NUMBERS:
-            rows += [{"sampler": f"{name}:{number:g}", "steps": "", "decode_block": 0} for number in NUMBERS[name]]
-        elif name == "first_hitting":
-            rows.append({"sampler": name, "steps": "", "decode_block": 0})
-        else:
-            several = MORE_STEPS if name == "ancestral" or name.startswith("remdm") else (*STEPS, "")  # "": one a token
-            rows += [{"sampler": name, "steps": steps, "decode_block": 0} for steps in several]
-    rows += [{"sampler": "confidence", "steps": steps, "decode_block": 16} for steps in (*STEPS, "")]
-    rows += [{"sampler": "source", "steps": steps, "decode_block": 0} for steps in (4, 8, 16, 32, 64, 101)]
-    rows = [row | {"cache": "none", "top_p": 1.0} for row in rows]
-    best = {"sampler": SampleConfig.sampler, "steps": "", "decode_block": 0, "cache": "none"}
-    rows += [best | {"top_p": share} for share in (0.9, 0.95, 0.98, 0.99)]
-    best["decode_block"] = 16
-    return rows + [best | {"cache": cache, "top_p": SampleConfig.top_p} for cache in ("none", "prefix", "dual")]
-
-
-def trained(options):
-    """(model, Text, Config, its step, device, dtype, what figures of it depend on) of the checkpoint that is meant."""
-    path = options.checkpoint or checkpoint.newest()
-    state, device = checkpoint.read(path), runtime.choose_device(options.device)
-    model, text, cfg = checkpoint.restore(state, device, path)
-    if cfg.objective != "masked" or diffusion.block_len(cfg):
-        raise UserError(f"{path} writes {diffusion.way_of_writing(cfg, 'block by block')}; samplers are compared with a masked "
-                        "model of the whole window")
-    dtype = runtime.choose_dtype(options.dtype, device)
-    return model, text, cfg, state["step"], device, dtype, {
-        "num_samples": options.num_samples, "model": f"{cfg.name} {state['step']} {state['nll']:.4f}",
-        "dtype": runtime.dtype_name(dtype)}
-
-
-def write(model, cfg, setting, blank, seeds):
-    """Ids and evaluations of each row of blank (B, L) written with the options of `diffusion.sample` in setting (dict), or
-    by the micro-dLLMs' procedure ("source"), or with a wrong clock ("notes, misled")."""
-    how = setting | {"steps": setting["steps"] or None}
-    if how["sampler"] == "source":
-        return source_procedure(model, blank, how["steps"], seeds[0]), torch.full((len(blank),), how["steps"])
-    if how["sampler"] == "notes, misled":
-        model, how["sampler"] = misled(model, how["steps"]), "notes"
-    *_, last = diffusion.sample(model, blank, seeds=seeds, **how, **diffusion.options_of(cfg))
-    return last.ids, last.row_evaluations
-
-
-def judge_samplers(options):
-    """(function from a setting to its figures, with one tales model for all; what the figures depend on besides)."""
-    model, text, cfg, _, device, dtype, common = trained(options)
-    if cfg.data != "tales":
-        raise UserError(f"{cfg.name} was trained on {cfg.data}; samplers are judged on tales: python train.py tales")
-
-    def measure(setting):
-        start = time.perf_counter()
-        with runtime.autocast(device, dtype):
-            rows, evaluations = metrics.sample_rows(partial(write, model, cfg, setting), text, cfg, options.num_samples, device)
-        seconds = time.perf_counter() - start
-        stories = [story for row in rows.tolist() for story in canvas.documents(text, row, cfg.rows)]
-        figures = metrics.judge_tales(stories) | metrics.diversity(stories)
-        return {"evaluations": evaluations.float().mean().item()} | figures | {
-            "entropy": tales.entropy(), "seconds_a_sample": seconds / options.num_samples}
-    return measure, common
-
-
-def temperature_settings(options):
-    """The default sampler and one token at a time, from always the likeliest token to beyond the network's own."""
-    return [{"sampler": sampler, "steps": "", "temperature": t, "top_p": 1.0}
-            for sampler in (SampleConfig.sampler, "first_hitting") for t in (0.0, 0.3, 0.6, 0.8, 0.9, 1.0, 1.1, 1.3)]
-
-
-# --- who comes first ----------------------------------------------------------------------------------------------
-
-
-def order_settings(options):
-    return [{"sampler": name, "steps": "", "temperature": t}
-            for name, t in (("first_hitting", 1.0), ("confidence", 1.0), ("confidence", 0.0), (SampleConfig.sampler, 1.0))]
-
-
-def measure_order(options):
-    """(function from a sampler to when each kind of character is written; what it depends on besides).
-
-    place         mean place in the order of writing, from 0 (first) to 1, of the tokens that stand for the most frequent
-                  quarter of the training text (frequent) and the least frequent quarter (rare)
-    early, all    share of frequent ones among the first tenth that is written, and among all
-    correlation   of a token's place with its frequency in the training text: negative where frequent ones come first
-    """
-    model, text, cfg, steps, device, dtype, common = trained(options)
-    training = metrics.without_filling(corpus.load(cfg, text).training(steps, metrics.SEARCHED), text, cfg)
-    counts = torch.bincount(training[training >= 0].long(), minlength=text.mask).double()
-    share = counts / counts.sum()
-    cumulative = torch.zeros_like(share)
-    order = share.argsort(descending=True)
-    cumulative[order] = share[order].cumsum(0) - share[order] / 2  # 0: the most frequent
-
-    def measure(setting):
-        def places(blank, seeds):
-            place = torch.zeros(blank.shape, device=device)
-            with runtime.autocast(device, dtype):
-                for k, step in enumerate(diffusion.sample(model, blank, sampler=setting["sampler"], seeds=seeds,
-                                                          temperature=setting["temperature"], **diffusion.options_of(cfg)), 1):
-                    place[step.fresh] = k
-            last = place.amax(1, keepdim=True)  # a row that is finished early has had its last step
-            return step.ids, torch.where(place > 0, (place - 1) / (last - 1).clamp(min=1), -1)
-        ids, place = metrics.sample_rows(places, text, cfg, options.num_samples, device)
-        written = (place >= 0) & (metrics.without_filling(ids, text, cfg) >= 0)
-        rank, place, frequency = cumulative[ids[written]], place[written].double(), share[ids[written]]
-        share_of_frequent = lambda some: (rank[some] < 0.25).double().mean().item()
-        return {"early": share_of_frequent(place < 0.1), "all": share_of_frequent(place >= 0),
-                "frequent": place[rank < 0.25].mean().item(), "middle": place[(rank >= 0.25) & (rank < 0.75)].mean().item(),
-                "rare": place[rank >= 0.75].mean().item(),
-                "correlation": torch.corrcoef(torch.stack((place, frequency)))[0, 1].item()}
-    return measure, common
-
-
-# --- spelling -----------------------------------------------------------------------------------------------------
-
-
-def misled(model, steps):
-    """`model`, told at each step what the notes' sampler tells it: their schedule's masked share at that time, though their
-    rule writes about as many tokens in each, so that another share is still masked."""
-    times = iter(range(steps - 1, -1, -1))
-
-    def network(ids, noise_level, **more):
-        t = torch.tensor(next(times) / steps, device=ids.device)
-        return model(ids, diffusion.mask_rate("cos2_s008", t).expand(len(ids)), **more)
-    network.vocab_size = model.vocab_size
-    return network
-
-
-def spelling_settings(options):
-    """The notes' rule with their 100 and 300 steps, with and without their clock, beside others with as many, the default, and
-    other temperatures."""
-    rows = [("notes", 100), ("notes", 300), ("notes, misled", 100), ("notes, misled", 300), ("confidence", 100), ("random", 100),
-            ("ancestral", 100), ("ancestral", 300), ("ancestral", 1000), ("remask", 100), ("source", 101), ("first_hitting", "")]
-    best = [{"sampler": SampleConfig.sampler, "steps": "", "temperature": t, "top_p": 1.0} for t in (0.0, 0.5, 0.8, 1.0)]
-    return [{"sampler": "held-out text", "steps": "", "temperature": 1.0, "top_p": 1.0}] + [
-        {"sampler": name, "steps": steps, "temperature": 1.0, "top_p": 1.0} for name, steps in rows] + best + [
-        best[-1] | {"top_p": SampleConfig.top_p}]
-
-
-def measure_spelling(options):
-    """(function from a setting to how its samples are spelled; what that depends on besides).
-
-    words     share of the samples' words that the training text has
-    speakers  share of their lines that end in a colon, and so name a speaker, that the training text has; None without such
-    """
-    model, text, cfg, steps, device, dtype, common = trained(options)
-    if cfg.time_conditioning == "none":
-        raise UserError(f"{cfg.name} is not told the time, so that a wrong clock would do nothing; train one that is: "
-                        "--time_conditioning sinusoidal")
-    data = corpus.load(cfg, text)
-    words_of = lambda string: re.findall(r"[^\W\d_]+(?:'[^\W\d_]+)*", string)
-    speakers_of = lambda string: re.findall(r"\n(.+:)\n", string)
-    training = text.decode(data.training(steps, metrics.SEARCHED).flatten().tolist())
-    share = lambda found, known: sum(one in known for one in found) / len(found) if found else None
-    known_words, known_speakers = set(words_of(training)), set(speakers_of(training))
-
-    def measure(setting):
-        rows, evaluations = metrics.reference_rows(data.held_out, text, options.num_samples), torch.zeros(1)
-        if setting["sampler"] != "held-out text":
-            with runtime.autocast(device, dtype):
-                rows, evaluations = metrics.sample_rows(partial(write, model, cfg, setting), text, cfg, options.num_samples, device)
-        texts = [canvas.finished(text, row, stop=cfg.rows == "document") for row in rows.tolist()]
-        words = [word for one in texts for word in words_of(one)[1:-1]]  # windows cut the first and the last
-        speakers = [speaker for one in texts for speaker in speakers_of(one)]
-        return {"evaluations": evaluations.float().mean().item(), "words": share(words, known_words),
-                "speakers": share(speakers, known_speakers), "speaker_lines": len(speakers),
-                "texts": len(texts)} | metrics.diversity(texts)
-    return measure, common
 
 
 # --- training runs ----------------------------------------------------------------------------------------------
@@ -478,11 +297,11 @@ def over_seeds(rows):
 
 
 COMPARISONS = {
-    "samplers": Comparison(sampler_settings, judge_samplers, plots.quality_against_cost),
-    "temperature": Comparison(temperature_settings, judge_samplers, plots.over_temperature),
-    "order": Comparison(order_settings, measure_order, partial(
+    "samplers": Comparison(compare_samplers.sampler_settings, compare_samplers.judge_samplers, plots.quality_against_cost),
+    "temperature": Comparison(compare_samplers.temperature_settings, compare_samplers.judge_samplers, plots.over_temperature),
+    "order": Comparison(compare_samplers.order_settings, compare_samplers.measure_order, partial(
         plots.bars, names=("early", "all"), legend="tokens", what="share of the most frequent tokens\n(a quarter of the training text)")),
-    "spelling": Comparison(spelling_settings, measure_spelling, partial(
+    "spelling": Comparison(compare_samplers.spelling_settings, compare_samplers.measure_spelling, partial(
         plots.bars, names=("words", "speakers"), legend="that the training text has", what="share")),
 } | {name: Comparison(partial(train_settings, name), partial(train_variants, name),
                       plots.overfitting if name == "ar_vs_diffusion" else plots.bound_over_cost, over_seeds) for name in TRAINED}

@@ -15,8 +15,9 @@ import torch
 import diffusion
 from config import SampleConfig
 from model import waves
-from utils import blocks, canvas, checkpoint, cli, plots, runtime, tales
-from utils.cli import UserError, field
+from scripts import compare_samplers
+from utils import blocks, canvas, cli, plots, runtime, tales
+from utils.cli import field
 
 
 @dataclass(frozen=True)
@@ -117,11 +118,8 @@ def time_embedding(options, path):
 
 def samplers_at_work(options, path):
     """Who gets revealed when: a story by every sampler, steps from top to bottom, tokens from left to right."""
-    path_of_model = options.checkpoint or checkpoint.newest()
     device = runtime.choose_device(options.device)
-    model, text, cfg = checkpoint.restore(checkpoint.read(path_of_model), device, path_of_model)
-    if cfg.objective != "masked" or diffusion.block_len(cfg):
-        raise UserError(f"{path_of_model} is no masked model of the whole window, and has no samplers to choose from")
+    model, text, cfg, _ = compare_samplers.masked_model(options.checkpoint, device)
     blank = torch.tensor([canvas.build(text, [None], cfg.block_size)], device=device)
     height = -(-len(diffusion.SAMPLERS) // 4)
     figure, axes = plots.pyplot().subplots(height, 4, figsize=(12, 2.5 * height), layout="constrained")

@@ -16,7 +16,7 @@ import train
 from config import Config, SampleConfig
 from conftest import TINY, interrupt, run
 from scripts import data as data_script
-from scripts import ablate, bench, evaluate, export, train_tokenizer
+from scripts import ablate, bench, compare_samplers, evaluate, export, train_tokenizer
 from utils import checkpoint, cli, metrics, plots, runtime, tales, texts, tokenizer, trace
 from utils.cli import UserError
 
@@ -824,9 +824,9 @@ def test_ablate_ar_vs_diffusion(monkeypatch, capsys):
 
 def test_ablate_samplers(tales_run, monkeypatch, capsys):
     """Every sampler gets a row, a second call does nothing again, and the figure is drawn."""
-    monkeypatch.setattr(ablate, "STEPS", (2,))
-    monkeypatch.setattr(ablate, "MORE_STEPS", (2,))
-    monkeypatch.setattr(ablate, "NUMBERS", {name: (0.5,) for name in ablate.NUMBERS})
+    monkeypatch.setattr(compare_samplers, "STEPS", (2,))
+    monkeypatch.setattr(compare_samplers, "MORE_STEPS", (2,))
+    monkeypatch.setattr(compare_samplers, "NUMBERS", {name: (0.5,) for name in compare_samplers.NUMBERS})
     command = ["samplers", "--checkpoint", str(tales_run / "models" / "tales.best.pt"), "--num_samples", "2",
                "--out_dir", "x", "--device", "cpu"]
     code, out, err = run(ablate.main, [*command, "--only", "conf"], monkeypatch, capsys)
@@ -890,7 +890,7 @@ def test_a_wrong_clock():
             told.append((noise_level[0].item(), (ids == 5).double().mean().item()))
             return torch.zeros(ids.numel(), 5)[select]
     setting = {"sampler": "notes, misled", "steps": 10, "temperature": 1.0, "top_p": 1.0}
-    ids, evaluations = ablate.write(Network(), Config(), setting, torch.full((2, 20), 5), [1, 2])
+    ids, evaluations = compare_samplers.write(Network(), Config(), setting, torch.full((2, 20), 5), [1, 2])
     schedule = diffusion.mask_rate("cos2_s008", torch.arange(10).flip(0) / 10)
     assert [level for level, _ in told] == pytest.approx(schedule.tolist()) and evaluations.tolist() == [10, 10]
     assert [share for _, share in told] == pytest.approx([1 - k / 10 for k in range(10)]) and not (ids == 5).any()
