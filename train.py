@@ -14,7 +14,6 @@ held-out bound), artifacts/logs/NAME.jsonl, and at the end artifacts/logs/NAME.j
 import contextlib
 import copy
 import dataclasses
-import json
 import math
 import os
 import time
@@ -30,63 +29,11 @@ from model import Transformer
 from utils import canvas, checkpoint, cli, corpus, metrics, optim, plots, runtime
 from utils.cli import UserError
 
-# what a resumed run may change; everything else would make it another run
-MAY_CHANGE = {"max_iters", "max_minutes", "save_interval", "device", "dtype", "compile", "lr", "muon_lr", "lr_decay",
-              "decay_share", "eval_interval", "final_rows", "final_masks", "final_samples", "resume", "micro_batch",
-              "activation_checkpointing", "out_dir"}  # out_dir: for "auto"
 # seconds of eager CPU training: compiling takes up to a minute, a step is then 1.2 (float32) to 2 times (bfloat16) as fast
 COMPILE_PAYS = 300
 DENSITY_EVERY, DENSITY_ROWS = 100, 256  # steps between measurements of time_sampling=importance, and rows of each
 # what --init_from must agree on
 SHAPE = ("n_layer", "n_head", "n_embd", "tie_embeddings", "rope_base", "softcap", "time_conditioning")
-
-
-def resumed_config(argv):
-    """(Config, checkpoint dict) for --resume: the run's own settings, with the allowed changes of the command line.
-
-    The run goes on where its checkpoint lies, FOLDER/models/NAME.pt, so that no other run can be overwritten.
-    """
-    positional, overrides = cli.parse(argv, Config)
-    if positional:
-        raise UserError(f"--resume takes its preset from the checkpoint; leave out {positional[0]}")
-    folder = os.path.join(overrides.get("out_dir", Config.out_dir), "models")
-    path = checkpoint.newest(folder, best=False) if overrides["resume"] == "auto" else overrides["resume"]
-    state = checkpoint.read(path)
-    if "optimizers" not in state:
-        raise UserError(f"{path} holds weights only and cannot be resumed; use the run's last checkpoint "
-                        f"({path.replace('.best.pt', '.pt')}), or --init_from {path} to start a new run from it")
-    before = dataclasses.asdict(cli.merge(Config, state["config"]))
-    for key, value in overrides.items():
-        if key not in MAY_CHANGE and value != before[key]:
-            raise UserError(f"--{key} {value} differs from the run's {before[key]}, and a resumed run cannot change it; "
-                            f"--init_from {path} starts a new run")
-    folder, file = os.path.split(os.path.abspath(path))
-    if os.path.basename(folder) != "models":
-        raise UserError(f"{path} is not in a folder models/; to go on with it, move it to {Config.out_dir}/models/")
-    if "max_minutes" in overrides:  # a new limit replaces the old one of the other kind
-        overrides.setdefault("max_iters", 0)
-    elif "max_iters" in overrides:
-        overrides["max_minutes"] = 0.0
-    place = {"out_dir": os.path.relpath(os.path.dirname(folder)), "name": file.removesuffix(".pt")}
-    cfg = cli.merge(Config, before, overrides, place)
-    changed = [f"{k} {before[k]} -> {v}" for k, v in overrides.items()
-               if k not in ("resume", "out_dir") and v != before[k]]
-    if runtime.is_first():
-        print(f"resuming {cfg.name} at step {state['step']:,}" + (f", with {', '.join(changed)}" if changed else ""))
-    over = 0 < cfg.max_iters <= state["step"] or 0 < cfg.max_minutes <= state["minutes"]
-    if over and reported_steps(os.path.join(cfg.out_dir, "logs", f"{cfg.name}.json")) == state["step"]:
-        raise UserError(f"{path} is finished ({state['step']:,} steps, {state['minutes']:.1f} minutes); "
-                        "give a larger --max_iters or --max_minutes to go on")
-    return cfg, state
-
-
-def reported_steps(path):
-    """How many steps the final metrics at `path` are about; None: there are none yet."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)["steps"]
-    except (OSError, ValueError, KeyError):
-        return None
 
 
 def make_model(cfg, text, given):
@@ -437,10 +384,10 @@ def main(argv):
     if "--list" in argv:
         return config.show_list(diffusion.SAMPLERS, diffusion.SCHEDULES, diffusion.OBJECTIVES)
     if any(word.split("=")[0] == "--resume" for word in argv):
-        return train(*resumed_config(argv))
+        return train(*checkpoint.resumed_config(argv))
     cfg, why = config.load(argv)
     if path := checkpoint.interrupted(cfg.out_dir, cfg.name):  # torchrun started this run anew
-        return train(*resumed_config(["--resume", path]))
+        return train(*checkpoint.resumed_config(["--resume", path]))
     if runtime.is_first():
         print(why)
     train(cfg)

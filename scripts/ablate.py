@@ -369,6 +369,8 @@ def main(argv):
     # all seeds that were measured count, also those of other calls
     shown = dict.fromkeys(tuple((name, value) for name, value in key.items() if name != "seed") for key in keys)
     rows = lambda: [row for key in shown for row in done(dict(key))]
+    if missing := [setting for key, setting in wanted if not done(key)]:
+        print(f"to measure: {len(missing)} of {len(wanted)} settings, the others are in {stem}.csv", flush=True)
     for number, (key, setting) in enumerate(wanted, 1):
         if done(key):
             continue

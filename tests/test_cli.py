@@ -63,12 +63,12 @@ def test_an_experiment_file_is_a_preset():
     cfg, _ = config.load(["mine.py", "--n_head", "4"])
     assert (cfg.name, cfg.n_layer, cfg.dropout, cfg.n_head, cfg.tokenizer) == ("mine", 2, 0.2, 4, "char")
     open("typo.py", "w").write('config = {"n_layers": 2}')
-    with pytest.raises(UserError, match="did you mean n_layer"):
+    with pytest.raises(UserError, match="did you mean --n_layer"):
         config.load(["typo.py"])
 
 
 @pytest.mark.parametrize("words, message", (
-    ("tale", "did you mean tales"), ("tales shakespeare", "one preset at a time"), ("--n_layrs 3", "did you mean n_layer"),
+    ("tale", "did you mean tales"), ("tales shakespeare", "one preset at a time"), ("--n_layrs 3", "did you mean --n_layer"),
     ("--n_layer three", "expected a whole number"), ("--lr fast", "expected a number"), ("--n_layer", "needs a value"),
     ("--tie_embeddings maybe", "expected true or false"), ("--init warm", "not one of normal, zero"), ("--n_head 5 --n_embd 384", "n_head=5"),
     ("--diffusion_steps 100", "corruption=count"), ("--time_conditioning table", "diffusion_steps=0"),
@@ -101,7 +101,7 @@ def test_mistakes_in_training(words, message, monkeypatch, capsys):
 @pytest.mark.parametrize("words, message", (
     ("--gen-len 0", "gen_len=0"), ("--gen_len -3", "gen_len=-3"), ("--sampler best", "there is no sampler"),
     ("--sampler confidense", "did you mean confidence"), ("--temperature hot", "expected a number"), ("--top_p 0", "top_p=0"),
-    ("--checkpoint none.pt", "there is no checkpoint"), ("--checkpoint bad.pt", "no checkpoint"), ("--promt x", "did you mean prompt"),
+    ("--checkpoint none.pt", "there is no checkpoint"), ("--checkpoint bad.pt", "no checkpoint"), ("--promt x", "did you mean --prompt"),
     ("--checkpoint letters.pt", "no tokenizer"), ("--checkpoint mine.pt", "there is no sampler mine"),
     ("--checkpoint romeo.pt", "no checkpoint"), ("--checkpoint half.pt", "no checkpoint"), ("--temperature nan", "expected a number"),
     ("--seed -1", "seed=-1"), ("--viz-video x.webm", "must end in .mp4"), ("--viz-gif x.jpg", "must end in .gif"),
@@ -581,7 +581,7 @@ def test_the_source_documents_commands(monkeypatch, capsys):
     ("--dataset none.txt", "there is no file"), ("--dataset none.jsonl", "there is no file"),
     ("--num-stories 0", "num_stories=0"), ("--dataset tales", "needs --output"),
     ("local.jsonl", "--dataset local.jsonl"), ("--dataset local.jsonl --text-column body --output x.txt", "no column body"),
-    ("--dataset tales --num-stories 5 --output blocked/x.txt", "cannot write"), ("--datset x", "did you mean dataset")))
+    ("--dataset tales --num-stories 5 --output blocked/x.txt", "cannot write"), ("--datset x", "did you mean --dataset")))
 def test_mistakes_in_data(words, message, monkeypatch, capsys):
     open("local.jsonl", "w").write('{"text": "hello"}')
     open("blocked", "w").write("a file")

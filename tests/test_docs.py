@@ -4,17 +4,21 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 
 import pytest
+import torch
 
 import config
 import diffusion
 import inference
+import test_maths
 import train
 from conftest import ROOT, TINY, run
+from model import Transformer
 from scripts import ablate, bench, data, evaluate, export, pictures, train_tokenizer
-from utils import metrics, tales, texts
+from utils import corpus, metrics, runtime, tales, texts
 
 TEXT = {name: open(os.path.join(ROOT, name), encoding="utf-8").read() for name in ("README.md", "learning.md")}
 MAIN = {"train.py": train.main, "inference.py": inference.main} | {
@@ -123,6 +127,22 @@ def run_short(script, words, monkeypatch, capsys):
     return code, err
 
 
+def test_comparisons_that_are_there_train_nothing(tmp_path, monkeypatch, capsys):
+    """The commands of the tables find all runs done, and write the same tables again."""
+    shutil.copytree(os.path.join(ROOT, "artifacts/ablations"), tmp_path, dirs_exist_ok=True)
+    tables = {path.name: path.read_text() for path in tmp_path.glob("*.md")}
+    monkeypatch.setattr(train, "train", lambda cfg, quiet: pytest.fail(f"trains {cfg}"))
+    monkeypatch.setattr(runtime, "choose_device", lambda name: torch.device("cpu"))  # as those runs had
+    monkeypatch.setattr(runtime, "choose_dtype", lambda name, device: torch.float32 if name == "float32" else torch.bfloat16)
+    found = [command for command in map(shlex.split, commands()) if command[1] == "scripts/ablate.py" and command[2] in ablate.TRAINED]
+    for words in found:
+        comparison = ablate.COMPARISONS[words[2]]._replace(plot=lambda *_: None)
+        monkeypatch.setitem(ablate.COMPARISONS, words[2], comparison)
+        code, out, err = run(ablate.main, [*words[2:], "--compile", "on", "--out_dir", str(tmp_path)], monkeypatch, capsys)
+        assert code == 0 and "to measure" not in out, (words, out, err)
+    assert len(found) > 15 and tables == {path.name: path.read_text() for path in tmp_path.glob("*.md")}
+
+
 @pytest.mark.parametrize("name", TEXT)
 def test_links_lead_somewhere(name):
     """Pictures, tables and files that the text points to are part of the repository."""
@@ -137,9 +157,14 @@ def test_the_course_runs_as_it_stands(monkeypatch):
     monkeypatch.chdir(ROOT)
     before = [(table, dict(table)) for table in (diffusion.SCHEDULES, diffusion.SAMPLERS, diffusion.OBJECTIVES)]
     try:
-        found = doctest.testfile(os.path.join(ROOT, "learning.md"), module_relative=False)
+        course = doctest.DocTestParser().get_doctest(TEXT["learning.md"], {"__name__": "__main__"}, "learning.md", "learning.md", 0)
+        found = doctest.DocTestRunner().run(course, clear_globs=False)  # the functions of its examples are called below
         assert found.attempted > 40 and not found.failed
-        assert {"sqrt", "leftmost", "squared"} <= {name for table, _ in before for name in table}
+        assert {"poly3", "leftmost", "squared"} <= {name for table, _ in before for name in table}
+        test_maths.test_the_bound_does_not_depend_on_the_schedule("poly3")  # what the loops over the dictionaries would run
+        test_maths.test_training_loss_is_an_unbiased_bound("poly3", "bernoulli", False)
+        for steps in (1, 2, 3, 4, 9):
+            test_maths.test_sampler_invariants("leftmost", steps)
     finally:
         for table, old in before:
             table.clear()
@@ -155,53 +180,87 @@ def test_quoted_code_is_the_code():
 
 
 def parts(text):
-    """(links to result files, text) of each paragraph, item of a list or row of a table that has some. A row also has those of
-    the table's head; a list those of the paragraph before it, if that ends with a colon."""
+    """(links to result files, text) of each paragraph, item of a list or row of a table. A row also has the links of the table's
+    head; a list those of the paragraph before it, if that ends with a colon."""
     before = []
     for paragraph in re.split(r"\n\s*\n", re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)):
         head = before if paragraph.startswith(("* ", "- ")) else []
         for number, part in enumerate(re.split(r"\n(?=\||\* |- )", paragraph)):
             own = re.findall(r"\]\((artifacts/[^)]+\.(?:md|csv|json))\)", part)
             head = own if part.startswith("|") and not number else head
-            if own or head:
-                yield own or head, part
+            yield own or head, part
         before = own if paragraph.endswith(":") else []
 
 
-def figures(part, links):
-    """Numbers with a decimal point in the part, and those of the result files that may stand there: where the first cell of a
-    row is that of rows in the files too, up to a colon, theirs alone."""
+def numbers(part):
+    """(number, unit) of all numbers with a decimal point or a thousands separator, but in code, links and quotation marks."""
+    plain = re.sub(r"`[^`]*`|\]\([^)]*\)|\"[^\"]*\"|arXiv:\S+", " ", part)
+    return re.findall(r"(?<![\w.,])(\d+(?:,\d{3})*\.\d+|\d{1,3}(?:,\d{3})+)(?![.,]?\d)(%| TFLOP/s|)", plain)
+
+
+def known(part, links):
+    """Numbers of the result files that may stand in the part: where the first cell of a row is that of rows in the files too, up
+    to a colon, theirs alone."""
     lines = [line for link in links for line in open(os.path.join(ROOT, link), encoding="utf-8")]
     first = lambda cell: re.split(r"[:,|]", cell)[0].strip()
     label = first(re.sub(r"`|\(.*?\)|\*\*", "", part.split("|")[1])) if part.startswith("|") else ""
     own = [line for line in lines if label and first(line.lstrip("| ")) == label]
-    known = [float(x) for x in re.findall(r"(?<![\w.])-?\d+\.\d+(?:e[+-]?\d+)?", " ".join(own or lines))]
-    plain = re.sub(r"`[^`]*`|\]\([^)]*\)|\"[^\"]*\"|arXiv:\S+", " ", part)  # without code, links and what others claim
-    return re.findall(r"(?<![\w.,])(\d+(?:,\d{3})*\.\d+)(?!\.?\d)(%?)", plain), known
+    return [abs(float(x)) for x in re.findall(r"(?<![\w.])-?\d+(?:\.\d+)?(?:e[+-]?\d+)?(?![\w.])", " ".join(own or lines))]
+
+
+def stands(number, unit, values):
+    """Whether one of `values`, in the unit of the text, is rounded to the number (str)."""
+    value, error = float(number.replace(",", "")), 0.5001 * 10.0 ** -len((number.split(".") + [""])[1])
+    scales = {"%": (1, 100), " TFLOP/s": (1e-12,)}.get(unit, (1,) if "." in number else (1, 1000))  # ms of seconds
+    return any(abs(x * scale - value) <= error for x in values for scale in scales)
+
+
+# Numbers that no result file has: shapes and settings, the sources' and papers' claims, arithmetic of the lines beside them,
+# toys that test_maths.py computes, and what the shell's `time` said.
+STATED = {"README.md": """
+    886,272 10,667,520 11,403,264 10,706,304 12,228,480 10,963,200 6,446,080 135,266,304 268,435,456 84,977,664 85,330,944 12,189,696
+    5,000 105,000 300,000 174,000 2,048 1,024 10,000 45,000
+    5.2 10.5 1.51 7.9 2,200 6.7 0.9 3.5 0.98 0.02 0.005 10.7 11.4 12.2 4.5 2.3 1.8 0.4 5.1 0.45 0.79 2,700 2.4
+    """, "learning.md": """
+    2,700 10.7 12.2 0.9 6.50 3.2 12,228,480 6,446,080 5,000 1,024 10,000 17,400 89,000 150,000 1.752
+    0.008 0.999 0.9999999 0.2 0.8 0.3 0.1 0.9 0.6 1.8 0.693 4.17 2.6
+    3.7295673421 3.7333134174 3.7346923253 2.59 2.63 2.73 2.52
+    """}
+
+
+@pytest.mark.parametrize("row", re.findall(r"^\| (`\w+`.*?) \|.*?\| ([\d,; ]{7,}) \|", TEXT["README.md"], re.M))
+def test_parameter_counts(row):
+    """The table of presets, with the vocabularies of its corpora."""
+    for name, count in zip(re.findall(r"`(\w+)`", row[0]), row[1].split("; ")):
+        cfg = config.Config(**config.PRESETS[name])
+        vocab_size = corpus.load(cfg).text.vocab_size if name == "tales" else 66 if "shakespeare" in cfg.data else 28 if (
+            name == "text8") else cfg.vocab_size  # of the grammar, of the 65 and 27 characters, of BPE
+        with torch.device("meta"):
+            assert Transformer(cfg, vocab_size).num_parameters() == int(count.replace(",", ""))
 
 
 @pytest.mark.parametrize("name", TEXT)
 def test_figures_are_those_of_the_result_files(name):
-    """Where the text links to results, every number with a decimal point stands there, rounded, or as a share if it is a
-    percentage."""
-    checked, wrong = 0, []
+    """Every number stands in the result files that its part of the text links to, rounded, or as a share if it is a percentage;
+    in a part without links it is in STATED, or of a paper or a test that is named beside it."""
+    checked, wrong, stated = 0, [], set(STATED[name].split())
     for links, part in parts(TEXT[name]):
-        numbers, known = figures(part, links)
-        for number, percent in numbers:
-            value, error = float(number.replace(",", "")), 0.5001 * 10.0 ** -len(number.split(".")[1])
-            if not any(abs(abs(x) * scale - value) <= error for x in known for scale in ((1, 100) if percent else (1,))):
-                wrong.append((number + percent, part[:100], links))
-        checked += len(numbers)
+        values, sourced = known(part, links), not links and ("arXiv:" in part or "`pytest" in part)
+        for number, unit in numbers(part):
+            if not (sourced or number in stated or stands(number, unit, values)):
+                wrong.append((number + unit, part[:100], links))
+            checked += bool(links)
     assert checked > 50 and not wrong, "\n".join(map(str, wrong))
 
 
 def test_the_check_of_figures_can_fail():
     """A figure of another row, or of no row."""
     link = "artifacts/ablations/families.md"
-    numbers, known = figures("| masked | 1.522 |", [link])
-    assert numbers == [("1.522", "")] and 1.522 not in known and 1.997 in known
-    assert 1.522 in figures("one 1.522", [link])[1] and 1.2345 not in figures("one 1.2345", [link])[1]
+    masked = known("| masked | 1.522 |", [link])
+    assert numbers("| masked | 1.522 |") == [("1.522", "")] and not stands("1.522", "", masked) and stands("1.997", "", masked)
+    assert stands("1.522", "", known("one 1.522", [link])) and not stands("1.2345", "", known("one 1.2345", [link]))
+    assert stands("12.5", "%", [0.1249]) and not stands("12.5", "", [0.1249]) and stands("1,518", "", [1.51763])
     table = "artifacts/ablations/samplers.csv"
-    assert figures("| `factor:f` | 90.5% (0.3) |", [table])[1] != figures("| `threshold:p` | 96.0% |", [table])[1]
+    assert known("| `factor:f` | 90.5% (0.3) |", [table]) != known("| `threshold:p` | 96.0% |", [table])
     assert [links for links, _ in parts("See [it](artifacts/a.csv):\n\n* one 1.5\n* [two](artifacts/b.md) 2.5\n\nNo 3.5")] == [
-        ["artifacts/a.csv"], ["artifacts/a.csv"], ["artifacts/b.md"]]
+        ["artifacts/a.csv"], ["artifacts/a.csv"], ["artifacts/b.md"], []]

@@ -5,6 +5,7 @@ runs no code. Written beside the old file and then renamed, so that a crash at a
 """
 import contextlib
 import dataclasses
+import json
 import os
 import re
 
@@ -15,6 +16,11 @@ from config import Config, SampleConfig
 from model import Transformer
 from utils import cli, runtime, tokenizer
 from utils.cli import UserError, reason
+
+# what a resumed run may change; everything else would make it another run
+MAY_CHANGE = {"max_iters", "max_minutes", "save_interval", "device", "dtype", "compile", "lr", "muon_lr", "lr_decay",
+              "decay_share", "eval_interval", "final_rows", "final_masks", "final_samples", "resume", "micro_batch",
+              "activation_checkpointing", "out_dir"}  # out_dir: for "auto"
 
 
 def save(path, state):
@@ -30,8 +36,8 @@ def read(path):
         raise UserError(f"there is no checkpoint {path}; train one with: python train.py")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # noqa: BLE001 - any file may be given, and the unpickler fails in many ways
-        raise UserError(f"{path} is no checkpoint, or a damaged one: {reason(error)}") from None
+    except Exception as error:  # noqa: BLE001 - any file may be given, and the unpickler fails in many ways, at length
+        raise UserError(f"{path} is no checkpoint, or a damaged one ({type(error).__name__}); take another, or train anew") from None
     if not isinstance(state, dict) or not {"version", "config", "sample", "tokenizer", "step", "model"} <= set(state):
         raise UserError(f"{path} is no checkpoint of this program")
     if state["version"] != config.VERSION:
@@ -102,3 +108,51 @@ def restore(state, device, path="the checkpoint"):
     except UserError as error:
         raise UserError(f"{path} does not fit this program: {error}") from None
     return model.to(device).eval(), text, cfg
+
+
+def resumed_config(argv):
+    """(Config, checkpoint dict) for --resume: the run's own settings, with the allowed changes of the command line.
+
+    The run goes on where its checkpoint lies, FOLDER/models/NAME.pt, so that no other run can be overwritten.
+    """
+    positional, overrides = cli.parse(argv, Config)
+    if positional:
+        raise UserError(f"--resume takes its preset from the checkpoint; leave out {positional[0]}")
+    folder = os.path.join(overrides.get("out_dir", Config.out_dir), "models")
+    path = newest(folder, best=False) if overrides["resume"] == "auto" else overrides["resume"]
+    state = read(path)
+    if "optimizers" not in state:
+        raise UserError(f"{path} holds weights only and cannot be resumed; use the run's last checkpoint "
+                        f"({path.replace('.best.pt', '.pt')}), or --init_from {path} to start a new run from it")
+    before = dataclasses.asdict(cli.merge(Config, state["config"]))
+    for key, value in overrides.items():
+        if key not in MAY_CHANGE and value != before[key]:
+            raise UserError(f"--{key} {value} differs from the run's {before[key]}, and a resumed run cannot change it; "
+                            f"--init_from {path} starts a new run")
+    folder, file = os.path.split(os.path.abspath(path))
+    if os.path.basename(folder) != "models":
+        raise UserError(f"{path} is not in a folder models/; to go on with it, move it to {Config.out_dir}/models/")
+    if "max_minutes" in overrides:  # a new limit replaces the old one of the other kind
+        overrides.setdefault("max_iters", 0)
+    elif "max_iters" in overrides:
+        overrides["max_minutes"] = 0.0
+    place = {"out_dir": os.path.relpath(os.path.dirname(folder)), "name": file.removesuffix(".pt")}
+    cfg = cli.merge(Config, before, overrides, place)
+    changed = [f"{k} {before[k]} -> {v}" for k, v in overrides.items()
+               if k not in ("resume", "out_dir") and v != before[k]]
+    if runtime.is_first():
+        print(f"resuming {cfg.name} at step {state['step']:,}" + (f", with {', '.join(changed)}" if changed else ""))
+    over = 0 < cfg.max_iters <= state["step"] or 0 < cfg.max_minutes <= state["minutes"]
+    if over and reported_steps(os.path.join(cfg.out_dir, "logs", f"{cfg.name}.json")) == state["step"]:
+        raise UserError(f"{path} is finished ({state['step']:,} steps, {state['minutes']:.1f} minutes); "
+                        "give a larger --max_iters or --max_minutes to go on")
+    return cfg, state
+
+
+def reported_steps(path):
+    """How many steps the final metrics at `path` are about; None: there are none yet."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)["steps"]
+    except (OSError, ValueError, KeyError):
+        return None

@@ -48,9 +48,9 @@ def replacing(path, *also):
             os.close(folder)
 
 
-def nearest(word, words):
+def nearest(word, words, prefix=""):
     match = difflib.get_close_matches(str(word), list(words), 1)
-    return f"; did you mean {match[0]}?" if match else ""
+    return f"; did you mean {prefix}{match[0]}?" if match else ""
 
 
 def field(default, help, group=None, choices=None):
@@ -104,7 +104,7 @@ def parse(argv, kind):
         key, equals, value = word[2:].partition("=")
         key = key.replace("-", "_")
         if key not in fields:
-            raise UserError(f"unknown flag {word.split('=')[0]}{nearest(key, fields)} (--help shows all)")
+            raise UserError(f"unknown flag {word.split('=')[0]}{nearest(key, fields, '--')} (--help shows all)")
         if not equals:
             if fields[key].type is bool and (not rest or rest[0].startswith("--")):
                 value = "true"

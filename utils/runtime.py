@@ -197,9 +197,11 @@ def first_rank_first(ranks):
     turn = 0 if not ranks.rank else 1 if os.environ["LOCAL_RANK"] == "0" else 2
     for _ in range(turn):
         dist.barrier()
-    yield
-    for _ in range(2 - turn if ranks.world > 1 else 0):
-        dist.barrier()
+    try:
+        yield
+    finally:  # where the first one's corpus is missing, the others find that out themselves
+        for _ in range(2 - turn if ranks.world > 1 else 0):
+            dist.barrier()
 
 
 def agree(ranks, value):
