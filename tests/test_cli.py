@@ -63,7 +63,7 @@ def test_an_experiment_file_is_a_preset():
     cfg, _ = config.load(["mine.py", "--n_head", "4"])
     assert (cfg.name, cfg.n_layer, cfg.dropout, cfg.n_head, cfg.tokenizer) == ("mine", 2, 0.2, 4, "char")
     open("typo.py", "w").write('config = {"n_layers": 2}')
-    with pytest.raises(UserError, match="did you mean --n_layer"):
+    with pytest.raises(UserError, match="did you mean n_layer"):
         config.load(["typo.py"])
 
 

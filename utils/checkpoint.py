@@ -36,6 +36,8 @@ def read(path):
         raise UserError(f"there is no checkpoint {path}; train one with: python train.py")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError as error:
+        raise UserError(f"{path} cannot be read: {reason(error)}") from None
     except Exception as error:  # noqa: BLE001 - any file may be given, and the unpickler fails in many ways, at length
         raise UserError(f"{path} is no checkpoint, or a damaged one ({type(error).__name__}); take another, or train anew") from None
     if not isinstance(state, dict) or not {"version", "config", "sample", "tokenizer", "step", "model"} <= set(state):

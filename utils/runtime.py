@@ -197,11 +197,15 @@ def first_rank_first(ranks):
     turn = 0 if not ranks.rank else 1 if os.environ["LOCAL_RANK"] == "0" else 2
     for _ in range(turn):
         dist.barrier()
+    others = range(2 - turn if ranks.world > 1 else 0)
     try:
         yield
-    finally:  # where the first one's corpus is missing, the others find that out themselves
-        for _ in range(2 - turn if ranks.world > 1 else 0):
+    except UserError:  # a corpus is missing, say, which the others will find out themselves
+        for _ in others:
             dist.barrier()
+        raise
+    for _ in others:
+        dist.barrier()
 
 
 def agree(ranks, value):
