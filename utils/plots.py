@@ -48,7 +48,7 @@ def levels(entries, name, path):
     right.set(ylabel="likeliest token is right, %", ylim=(0, 100))
     axis.grid(alpha=0.3)
     handles, labels = (sum(pair, []) for pair in zip(axis.get_legend_handles_labels(), right.get_legend_handles_labels()))
-    axis.legend(handles, labels, loc="upper left")
+    axis.legend(handles, labels, loc="lower center")
     save(figure, path)
     plt.close(figure)
 
