@@ -46,8 +46,8 @@ def weights(options, path):
     axis.axhline(1, color=plots.OKABE_ITO[-1], lw=2, label="the bound, whatever the schedule")
     for number, name in enumerate(("linear", "cos", "cos2", "cos2_s008")):
         weight = m / diffusion.mask_rate_slope(name, diffusion.time_of(name, m))  # m times the density of shares
-        axis.plot(m, weight / (weight.sum() / len(m)), color=plots.OKABE_ITO[number], ls=("-", "--", ":", "-.")[number],
-                  label=f"mean over masked tokens, {name}")
+        axis.plot(m, weight / (weight.sum() / len(m)), color=plots.OKABE_ITO[number], ls=("-", "--", "-", ":")[number],
+                  lw=4 if name == "cos2" else 1.5, label=f"mean over masked tokens, {name}")  # cos2 and cos2_s008 nearly coincide
     axis.set(xlabel="masked share m", ylabel="weight of a masked token's cross entropy", xlim=(0, 1), ylim=(0, 4))
     axis.grid(alpha=0.3)
     axis.legend()

@@ -142,12 +142,12 @@ def resumed_config(argv):
     cfg = cli.merge(Config, before, overrides, place)
     changed = [f"{k} {before[k]} -> {v}" for k, v in overrides.items()
                if k not in ("resume", "out_dir") and v != before[k]]
-    if runtime.is_first():
-        print(f"resuming {cfg.name} at step {state['step']:,}" + (f", with {', '.join(changed)}" if changed else ""))
     over = 0 < cfg.max_iters <= state["step"] or 0 < cfg.max_minutes <= state["minutes"]
     if over and reported_steps(os.path.join(cfg.out_dir, "logs", f"{cfg.name}.json")) == state["step"]:
         raise UserError(f"{path} is finished ({state['step']:,} steps, {state['minutes']:.1f} minutes); "
                         "give a larger --max_iters or --max_minutes to go on")
+    if runtime.is_first():
+        print(f"resuming {cfg.name} at step {state['step']:,}" + (f", with {', '.join(changed)}" if changed else ""))
     return cfg, state
 
 

@@ -152,9 +152,8 @@ def quality_against_cost(rows, title, path):
     axes[0].set(xlabel="network evaluations a sample", ylabel="% of samples that are valid stories", ylim=(-2, 104))
     axes[1].set(xlabel="network evaluations a sample", ylabel="log-probability of valid samples + entropy, nats")
     axes[1].axhline(0, color="#1d1d1f", lw=1)
-    axes[1].text(0.02, 0.97, f"above 0: too likely (collapsed); settings with {ENOUGH}% valid or more",
-                 transform=axes[1].transAxes, va="top")
-    axes[0].text(0.98, 0.06, "bold: nothing is better at the same cost", transform=axes[0].transAxes, ha="right")
+    axes[0].set_title("bold: nothing is better at the same cost", fontsize=10)
+    axes[1].set_title(f"above 0: too likely (collapsed); settings with {ENOUGH}% valid or more", fontsize=10)
     costs = [float(row["evaluations"]) for row in rows]
     for axis in axes:
         axis.set_xscale("log", base=2)
