@@ -777,7 +777,7 @@ def test_every_variant_of_a_training_comparison_is_allowed(name):
 
 def test_ablate_trains_each_variant_once(monkeypatch, capsys):
     """Two seeds each, one variant diverges; the second call finds all done; another length is another group."""
-    open("tiny.py", "w").write(f"config = {{'preset': 'tales', 'n_layer': 1, 'n_head': 1, 'n_embd': 8, 'batch_size': 4}}")
+    open("tiny.py", "w").write("config = {'preset': 'tales', 'n_layer': 1, 'n_head': 1, 'n_embd': 8, 'batch_size': 4}")
     texts.write_documents("my.txt", tales.generate("tests", 200))
     monkeypatch.setitem(ablate.TRAINED, "weighting", lambda options: {
         "elbo": {}, "flat": {"loss_weighting": "flat"}, "mad": {"lr": 1e38, "grad_clip": 0.0}})

@@ -66,7 +66,7 @@ def folder(tmp_path_factory):
     (folder / "data").mkdir()
     (folder / "local.jsonl").write_text("".join(json.dumps({"text": story}) + "\n" for story in stories))
     (folder / "prompts.txt").write_text("Once upon a time\nOne day\n")
-    letters = " the end.\n\nROMEO:\nTo be, or not to be! What light; Friends, Now is the"  # of the prompts
+    letters = "\n\nROMEO:\nTo be, or not to be! What light; Friends, Now is the"  # of the prompts
     (folder / "data/shakespeare.txt").write_text("\n".join(stories) + letters)
     for name in ("my.txt", "data/stories_847.txt"):
         texts.write_documents(str(folder / name), stories)
@@ -236,13 +236,13 @@ def stands(number, unit, values):
 # Numbers that no result file has: shapes and settings, the sources' and papers' claims, arithmetic of the lines beside them,
 # toys that test_maths.py computes, and what the shell's `time` said. In parts that link results only large ones, of steps say.
 STATED = {"README.md": """
-    886,272 10,667,520 11,403,264 10,706,304 12,228,480 10,963,200 6,446,080 135,266,304 268,435,456 84,977,664 85,330,944 12,189,696
+    886,272 11,403,264 12,228,480 10,963,200 6,446,080 135,266,304 268,435,456 84,977,664 85,330,944 12,189,696
     5,000 105,000 300,000 174,000 2,048 1,024 10,000 45,000
-    5.2 10.5 1.51 7.9 2,200 6.7 0.9 3.5 0.98 0.02 0.005 10.7 11.4 12.2 2.3 1.8 0.4 5.1 4
+    5.2 10.5 1.51 7.9 2,200 6.7 0.9 3.5 0.02 0.005 10.7 11.4 12.2 2.3 1.8 0.4 5.1 4
     """, "learning.md": """
     10.7 12.2 0.9 6.50 15 19 45 63 0.37 12,228,480 6,446,080 5,000 1,024 10,000 17,400 89,000 150,000 1.752
     0.008 0.999 0.9999999 0.2 0.8 0.3 0.1 0.9 0.6 1.8 0.693 4.17 2.6
-    3.7295673421 3.7333134174 3.7346923253 2.59 2.63 2.73 2.52
+    2.59 2.63 2.73 2.52
     """}
 
 

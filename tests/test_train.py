@@ -490,6 +490,18 @@ def test_two_processes_are_one_and_survive_a_crash(tmp_path):
         assert x["loss"] == pytest.approx(y["loss"], abs=1e-5) and x["bound"] == pytest.approx(y["bound"], abs=1e-5)
 
 
+@pytest.mark.parametrize("rank, local, before, after", ((0, "0", 0, 2), (4, "0", 1, 1), (5, "1", 2, 0)))
+def test_a_first_process_that_fails_lets_the_others_go_on(rank, local, before, after, monkeypatch):
+    """What one process cannot find the others cannot either, and say so, instead of waiting for it in vain."""
+    calls = []
+    monkeypatch.setenv("LOCAL_RANK", local)
+    monkeypatch.setattr(runtime.dist, "barrier", lambda: calls.append("barrier"))
+    with pytest.raises(UserError), runtime.first_rank_first(runtime.Ranks(rank, 8)):
+        assert len(calls) == before
+        raise UserError("there is no corpus")
+    assert len(calls) == before + after
+
+
 def test_a_restart_finds_its_own_run(monkeypatch):
     """An earlier job of the same name is not gone on with, and over several nodes there is no guess."""
     for name, value in (("RUN_ID", "run1"), ("RESTART_COUNT", "0")):
@@ -558,18 +570,6 @@ def split_at(ids, text):
             here.append(i)
     assert not here
     return documents
-
-
-@pytest.mark.parametrize("rank, local, before, after", ((0, "0", 0, 2), (4, "0", 1, 1), (5, "1", 2, 0)))
-def test_a_first_process_that_fails_lets_the_others_go_on(rank, local, before, after, monkeypatch):
-    """What one process cannot find the others cannot either, and say so, instead of waiting for it in vain."""
-    calls = []
-    monkeypatch.setenv("LOCAL_RANK", local)
-    monkeypatch.setattr(runtime.dist, "barrier", lambda: calls.append("barrier"))
-    with pytest.raises(UserError), runtime.first_rank_first(runtime.Ranks(rank, 8)):
-        assert len(calls) == before
-        raise UserError("there is no corpus")
-    assert len(calls) == before + after
 
 
 def test_shards_go_on_after_an_interruption(stories, monkeypatch, capsys):

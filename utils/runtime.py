@@ -197,15 +197,15 @@ def first_rank_first(ranks):
     turn = 0 if not ranks.rank else 1 if os.environ["LOCAL_RANK"] == "0" else 2
     for _ in range(turn):
         dist.barrier()
-    others = range(2 - turn if ranks.world > 1 else 0)
+    failed = None
     try:
         yield
-    except UserError:  # a corpus is missing, say, which the others will find out themselves
-        for _ in others:
-            dist.barrier()
-        raise
-    for _ in others:
+    except UserError as error:  # a corpus is missing, say, which the others will find out themselves
+        failed = error
+    for _ in range(2 - turn if ranks.world > 1 else 0):
         dist.barrier()
+    if failed:
+        raise failed
 
 
 def agree(ranks, value):

@@ -66,12 +66,12 @@ def open_dataset(name, split="train", config=None):
     """A Hugging Face dataset, or a local .jsonl or .parquet file, as a `datasets.IterableDataset`: never downloaded or
     held in memory as a whole."""
     import datasets  # here, because it takes seconds to import and most runs do not need it
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each of its retries is a warning of two lines
     with reading(name):
         if name.endswith(LOCAL):
             kind = "parquet" if name.endswith(".parquet") else "json"
             return datasets.load_dataset(kind, data_files=name, split="train", streaming=True)
         print(f"looking for {name} on the Hugging Face hub")
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each of its retries is a warning of two lines
         return datasets.load_dataset(name, config, split=split, streaming=True)
 
 
