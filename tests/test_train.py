@@ -572,6 +572,25 @@ def split_at(ids, text):
     return documents
 
 
+def test_a_full_disk_loses_no_shard(stories, monkeypatch):
+    """One line that says so, and what is whole is kept."""
+    full, count = os.fsync, iter(range(10**6))
+
+    def fsync(descriptor):
+        if next(count) > 20:
+            raise OSError(28, "No space left on device")
+        full(descriptor)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        with pytest.raises(UserError, match="No space left on device.*goes on from the last whole shard"):
+            shards(COMMAND + "parts.bin", patch)
+    assert 0 < len(corpus.read_index("parts.bin")["shards"]) and not corpus.read_index("parts.bin")["ended"]
+    for folder in ("parts.bin", "whole.bin"):
+        shards(COMMAND + folder, monkeypatch)
+    whole, parts = (corpus.read_index(folder) for folder in ("whole.bin", "parts.bin"))
+    assert whole["shards"] == parts["shards"] and whole["tokens"] == parts["tokens"] and parts["ended"]
+
+
 def test_shards_go_on_after_an_interruption(stories, monkeypatch, capsys):
     """Stopped in the middle of the third shard, and asked for more later: the same files as in one go."""
     shards(COMMAND + "whole.bin", monkeypatch)

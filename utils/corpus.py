@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from utils import tales, texts, tokenizer
-from utils.cli import UserError
+from utils.cli import UserError, reason
 from utils.runtime import generator, is_first, write_json
 
 TALES_HELD_OUT = 2048  # stories
