@@ -26,6 +26,9 @@ class PictureConfig:
     out_dir: str = field("artifacts/plots", "where to write")
     device: str = field("cpu", "of samplers_at_work", choices=("auto", "cpu", "cuda", "mps"))
 
+    def __post_init__(self):
+        cli.check(self)
+
 
 def schedules(options, path):
     """m(t) of every schedule."""
@@ -98,10 +101,11 @@ def attention(options, path):
               ("blocks of 4, writing\nits block and those before", own[None] <= own[:, None]),
               ("blocks of 4, training\n[corrupted | clean] twice", blocks.doubled_mask(size, 4, 0, cpu)))
     figure, axes = plots.pyplot().subplots(1, 4, figsize=(11, 3.2), layout="constrained")
+    edges = [i - 0.5 for i in range(size + 1)]
     for axis, (title, mask) in zip(axes, panels):
-        axis.imshow(mask, cmap="Blues", vmin=0, vmax=1.4)
+        axis.imshow(mask.numpy(), cmap="Blues", vmin=0, vmax=1.4)
         axis.set_title(title, fontsize=9)
-        axis.set(xticks=torch.arange(-0.5, len(mask)), yticks=torch.arange(-0.5, len(mask)), xlabel="is seen", ylabel="sees")
+        axis.set(xticks=edges, yticks=edges, xlabel="is seen", ylabel="sees")
         axis.tick_params(length=0, labelbottom=False, labelleft=False)
         axis.grid(color="white")
     plots.save(figure, path)
@@ -110,7 +114,7 @@ def attention(options, path):
 def time_embedding(options, path):
     """What a time-conditioned network is told: sines and cosines of the noise level."""
     figure, axis = plots.pyplot().subplots(figsize=(8, 3), layout="constrained")
-    shown = axis.imshow(waves(torch.linspace(0, 1, 101), 64), aspect="auto", cmap="RdBu", extent=(0, 64, 1, 0))
+    shown = axis.imshow(waves(torch.linspace(0, 1, 101), 64).numpy(), aspect="auto", cmap="RdBu", extent=(0, 64, 1, 0))
     axis.set(xlabel="channel (32 sines, 32 cosines)", ylabel="noise level m")
     figure.colorbar(shown)
     plots.save(figure, path)
@@ -133,7 +137,7 @@ def samplers_at_work(options, path):
             for kind, where in (("hidden", step.masked), ("fresh", step.fresh), ("hidden again", step.remasked)):
                 state[where[0].cpu()] = torch.tensor(colours[kind])
             states.append(state)
-        axis.imshow(torch.stack(states), aspect="auto", interpolation="nearest")
+        axis.imshow(torch.stack(states).numpy(), aspect="auto", interpolation="nearest")
         axis.set_title(f"{name}: {int(step.row_evaluations[0])} evaluations", fontsize=9)
         axis.set(xticks=[], yticks=[])
     axes[0, 0].set(ylabel="steps, downwards", xlabel="tokens")

@@ -7,11 +7,37 @@ sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
 if "PYTEST_XDIST_WORKER" in os.environ:  # a process for each core, and so one thread for each, and what it starts
     os.environ["OMP_NUM_THREADS"] = "1"
 
+import functools  # noqa: E402
+
+import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from utils import cli  # noqa: E402
+import train  # noqa: E402
+from utils import cli, tales, tokenizer  # noqa: E402
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def made_once():
+    """The corpus of tiny runs on tales, the same in all of them: stories and their BPE are made once. They took
+    a run of six steps a third of its time."""
+    generate, train_bpe = tales.generate, tokenizer.train_bpe
+    stories = functools.lru_cache(maxsize=64)(lambda seed, n: tuple(generate(seed, n)))
+    tokenizers = functools.lru_cache(maxsize=64)(lambda sample, *size: train_bpe(sample, *size))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tales, "generate", lambda seed, n, grammar=tales.TALES: list(
+            stories(seed, n)) if grammar is tales.TALES else generate(seed, n, grammar))
+        patch.setattr(tokenizer, "train_bpe", lambda sample, *size: tokenizers(tuple(sample), *size))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def runs_without_plots(monkeypatch):
+    """Tiny runs draw nothing: two figures took them as long as all else. `tales_run` in test_cli.py, which is made before, and
+    the tests of plots do."""
+    monkeypatch.setattr(train, "plots", type("NoPlots", (), {"loss_curves": staticmethod(lambda *_: None),
+                                                              "levels": staticmethod(lambda *_: None)}))
 
 
 def interrupt(monkeypatch, step, number):

@@ -77,13 +77,15 @@ def test_documents_survive_the_file(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ("jsonl", "parquet"))
-def test_local_datasets(tmp_path, kind):
+def test_local_datasets(kind, tmp_path, monkeypatch):
+    import datasets
+    # it waits that long, in seconds, for threads of pyarrow after a shuffled .parquet file, five by default
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1)
     path = str(tmp_path / f"x.{kind}")
     rows = [{"text": f"story {i}", "body": f"body {i}"} for i in range(30)]
     if kind == "jsonl":
         open(path, "w").write("\n".join(map(json.dumps, rows)))
     else:
-        import datasets
         datasets.Dataset.from_list(rows).to_parquet(path)
     assert texts.read_documents(path) == [row["text"] for row in rows]
     assert texts.read_documents(path, "body")[3] == "body 3"
