@@ -10,21 +10,26 @@ import os
 import runpy
 from dataclasses import dataclass
 
-from utils.cli import UserError, check_choices, check_seed, field, merge, nearest, parse, reason
+from utils.cli import UserError, check, field, merge, nearest, parse, reason
 
 VERSION = 2  # of what a checkpoint stores
+
+# Limits that no use comes near, so that a slip of the finger ends in one line and not in a machine without memory.
+SEEDS = 2**62 - 1
+LONGEST = 2**17      # tokens of a text or a window
+MOST_TOKENS = 2**27  # in a training step, of all devices together: a gigabyte of ids
 
 
 @dataclass(frozen=True)
 class Config:
     name: str = field("", "name of the run: artifacts/models/NAME.pt (default: the preset's)", "run")
-    seed: int = field(1337, "of the weights, the batches and the masks")
+    seed: int = field(1337, "of the weights, the batches and the masks", low=0, high=SEEDS)
     out_dir: str = field("artifacts", "folder for models/, logs/, plots/, tokenizer/")
     resume: str = field("", "continue a run: path of its checkpoint, or auto for the newest")
     init_from: str = field("", "start a new run from the weights of this checkpoint (fine-tuning)")
-    max_iters: int = field(2000, "optimizer steps (0: no limit but max_minutes)")
-    max_minutes: float = field(0.0, "stop after this long, the learning rate decayed by then (0: no limit)")
-    save_interval: int = field(0, "steps between checkpoints (0: eval_interval)")
+    max_iters: int = field(2000, "optimizer steps (0: no limit but max_minutes)", low=0)
+    max_minutes: float = field(0.0, "stop after this long, the learning rate decayed by then (0: no limit)", low=0)
+    save_interval: int = field(0, "steps between checkpoints (0: eval_interval)", low=0)
     device: str = field("auto", "auto: cuda, else mps, else cpu", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = field("auto", "of matrix products; auto: bfloat16 where the hardware has it",
                        choices=("auto", "float32", "bfloat16", "float16"))
@@ -35,85 +40,70 @@ class Config:
                       "(scripts/data.py --tokens)", "data")
     tokenizer: str = field("bpe", "char, bpe (trained on the corpus), or the path of a tokenizer.json; shards have "
                            "their own")
-    vocab_size: int = field(2048, "for a bpe trained here, MASK included; char has as many as the text")
+    vocab_size: int = field(2048, "for a bpe trained here, MASK included; char has as many as the text", low=2, high=2**20)
     rows: str = field("stream", "stream: windows anywhere in the text; document: one document a row",
                       choices=("stream", "document"))
-    max_documents: int = field(0, "train on the first so many training documents (0: all)")
-    short_rows: float = field(0.01, "share of rows trained at a random shorter length, for short canvases")
+    max_documents: int = field(0, "train on the first so many training documents (0: all)", low=0)
+    short_rows: float = field(0.01, "share of rows trained at a random shorter length, for short canvases", low=0, high=1)
 
-    n_layer: int = field(6, "transformer blocks", "model")
-    n_head: int = field(6, "attention heads")
-    n_embd: int = field(384, "channels")
-    block_size: int = field(256, "tokens in a window")
-    dropout: float = field(0.0, "share of activations dropped in training")
+    n_layer: int = field(6, "transformer blocks", "model", low=1, high=1000)
+    n_head: int = field(6, "attention heads", low=1, high=1000)
+    n_embd: int = field(384, "channels", low=1, high=2**16)
+    block_size: int = field(256, "tokens in a window", low=2, high=LONGEST)
+    dropout: float = field(0.0, "share of activations dropped in training", low=0, below=1)
     tie_embeddings: bool = field(True, "one matrix for embedding and head: better for BPE, no matter for characters")
     init: str = field("normal", "normal: N(0, 0.02) as in the sources; zero: projections and head start at zero",
                       choices=("normal", "zero"))
     time_conditioning: str = field("none", "how the network is told the masked share",
                                    choices=("none", "table", "sinusoidal", "adaln"))
     rope_base: float = field(100.0, "longest rotary wavelength, in units of 2 pi tokens: with short ones a network finds "
-                             "its near neighbours sooner")
-    softcap: float = field(0.0, "logits are squeezed into -softcap..softcap by tanh (0: not)")
+                             "its near neighbours sooner", low=1)
+    softcap: float = field(0.0, "logits are squeezed into -softcap..softcap by tanh (0: not)", low=0)
 
     objective: str = field("masked", "masked: diffusion; uniform: diffusion with random tokens instead of masks; ar: the "
                            "same transformer from left to right, to compare", "objective")
-    block_len: int = field(0, "block diffusion: tokens of a block, which sees those to its left (0: block_size, all at once)")
+    block_len: int = field(0, "block diffusion: tokens of a block, which sees those to its left (0: block_size, all at once)", low=0)
     schedule: str = field("linear", "masked share over time; --list shows all")
     corruption: str = field("count", "count: an exact number of masks a row; bernoulli: each token by itself",
                             choices=("count", "bernoulli"))
-    diffusion_steps: int = field(0, "0: continuous time; T: T discrete times (and rows of the time table)")
+    diffusion_steps: int = field(0, "0: continuous time; T: T discrete times (and rows of the time table)", low=0, high=10**6)
     loss_weighting: str = field("flat", "weight of a masked token in the training loss; the bound is always the ELBO",
                                 choices=("elbo", "flat", "clip", "pooled", "full"))
     time_sampling: str = field("uniform", "importance: times in proportion to the spread of their losses, reweighted; measured "
                                "anew every 100 steps", choices=("uniform", "importance"))
     complementary: bool = field(False, "rows in pairs: the same text, masked where the other is not")
 
-    batch_size: int = field(64, "rows a step, of all devices together", "optimisation")
-    micro_batch: int = field(0, "rows of one forward and backward pass, gradients summed up (0: all at once)")
+    batch_size: int = field(64, "rows a step, of all devices together", "optimisation", low=1)
+    micro_batch: int = field(0, "rows of one forward and backward pass, gradients summed up (0: all at once)", low=0)
     activation_checkpointing: bool = field(False, "compute activations anew in the backward pass: less memory, slower")
     optimizer: str = field("muon", "muon: Muon for block matrices, AdamW for the rest; adamw: AdamW for all",
                            choices=("muon", "adamw"))
-    lr: float = field(0.005, "learning rate of AdamW; narrower networks bear more: 0.01 at 128 channels")
-    muon_lr: float = field(0.03, "learning rate of Muon")
-    beta1: float = field(0.8, "AdamW")
-    beta2: float = field(0.95, "AdamW")
-    weight_decay: float = field(0.0, "decoupled, on matrices")
-    warmup_iters: int = field(5, "steps of linear warm-up")
+    lr: float = field(0.005, "learning rate of AdamW; narrower networks bear more: 0.01 at 128 channels", low=0)
+    muon_lr: float = field(0.03, "learning rate of Muon", low=0)
+    beta1: float = field(0.8, "AdamW", low=0, below=1)
+    beta2: float = field(0.95, "AdamW", low=0, below=1)
+    weight_decay: float = field(0.0, "decoupled, on matrices", low=0)
+    warmup_iters: int = field(5, "steps of linear warm-up", low=0)
     lr_decay: str = field("linear", "shape of the decay to zero", choices=("linear", "cosine", "constant"))
-    decay_share: float = field(0.5, "share of the run, at its end, over which the learning rate decays")
-    grad_clip: float = field(1.0, "largest norm of the gradient (0: off)")
-    ema: float = field(0.0, "decay of an average of the weights, which is then what is judged and sampled (0: none)")
+    decay_share: float = field(0.5, "share of the run, at its end, over which the learning rate decays", low=0, high=1)
+    grad_clip: float = field(1.0, "largest norm of the gradient (0: off)", low=0)
+    ema: float = field(0.0, "decay of an average of the weights, which is then what is judged and sampled (0: none)", low=0, below=1)
 
-    eval_interval: int = field(250, "steps between held-out bounds, samples and log lines", "evaluation")
-    eval_rows: int = field(256, "held-out rows while training, each with one mask")
-    final_rows: int = field(256, "held-out rows at the end, each with final_masks masks")
-    final_masks: int = field(8, "masks a row at the end")
-    final_samples: int = field(64, "samples that the final metrics judge (0: the bound alone)")
+    eval_interval: int = field(250, "steps between held-out bounds, samples and log lines", "evaluation", low=1)
+    eval_rows: int = field(256, "held-out rows while training, each with one mask", low=1)
+    final_rows: int = field(256, "held-out rows at the end, each with final_masks masks", low=1)
+    final_masks: int = field(8, "masks a row at the end", low=1, high=10_000)
+    final_samples: int = field(64, "samples that the final metrics judge (0: the bound alone)", low=0, high=10**5)
 
     def __post_init__(self):
-        check_choices(self)
-        positive = ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "eval_interval", "eval_rows",
-                    "final_rows", "final_masks", "vocab_size", "rope_base")
-        for name in positive:
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("max_iters", "max_minutes", "diffusion_steps", "warmup_iters", "lr", "muon_lr", "weight_decay",
-                     "grad_clip", "save_interval", "micro_batch", "softcap", "block_len", "max_documents", "final_samples"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name}={getattr(self, name)} must not be negative")
-        for name in ("beta1", "beta2", "ema"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
-        check_seed(self.seed)
+        check(self)
         if os.path.basename(self.name) != self.name or self.name.endswith(".best"):
             raise UserError(f"name={self.name} must not be a path (--out_dir says where to write) nor end in .best")
-        if self.block_size < 2:
-            raise UserError(f"block_size={self.block_size} must be at least 2")
+        if self.batch_size * self.block_size > MOST_TOKENS:
+            raise UserError(f"batch_size={self.batch_size} with block_size={self.block_size}: {self.batch_size * self.block_size:,} "
+                            f"tokens a step, more than {MOST_TOKENS:,}; make one of them smaller")
         if self.n_embd % self.n_head or self.n_embd // self.n_head % 2:
             raise UserError(f"n_embd={self.n_embd} over n_head={self.n_head} heads must be an even whole number")
-        if not 0 <= self.dropout < 1 or not 0 <= self.short_rows <= 1 or not 0 <= self.decay_share <= 1:
-            raise UserError(f"dropout={self.dropout}, short_rows={self.short_rows} and decay_share={self.decay_share} "
-                            "are shares: from 0 to 1 (dropout below 1)")
         if self.diffusion_steps and self.corruption == "count":
             raise UserError(f"diffusion_steps={self.diffusion_steps} with corruption=count: discrete times need "
                             "corruption=bernoulli")
@@ -172,54 +162,45 @@ class SampleConfig:
     suffix: str = field("", "text that the result ends with")
     infill: str = field("", "text with holes: 'Tom [8] a boat.' has one of 8 tokens, [___] one of 5, \\[ is a bracket")
     prompt_file: str = field("", "a file with a prompt on each line; one result each")
-    gen_len: int = field(None, "tokens to write (default: to the end of the window); may go beyond the window")
+    gen_len: int = field(None, "tokens to write (default: to the end of the window); may go beyond the window", low=1, high=LONGEST)
     no_stop: bool = field(False, "write all tokens asked for, beyond <|endoftext|> too")
-    num_samples: int = field(1, "how many of each")
-    seed: int = field(1337, "of the first sample; the next has the next number")
+    num_samples: int = field(1, "how many of each", low=1, high=10**5)
+    seed: int = field(1337, "of the first sample; the next has the next number", low=0, high=SEEDS)
 
     # chosen by scripts/ablate.py samplers on tales: as good as one token at a time, in a third of the evaluations
     sampler: str = field("entropy_bounded", "rule that picks which tokens to write next, NAME or NAME:NUMBER; --list "
                          "shows all", "how")
     steps: int = field(None, "most steps; more is better and slower (default: as many as there are tokens to write, "
-                       "or, under uniform noise, in the text)")
+                       "or, under uniform noise, in the text)", low=1, high=LONGEST)
     schedule: str = field("linear", "masked share over the steps")
-    min_tokens: int = field(1, "least number of tokens a step, for rules with a count")
-    temperature: float = field(1.0, "of the token distribution; 0: always the likeliest token")
-    top_k: int = field(0, "draw from the k likeliest tokens (0: all)")
+    min_tokens: int = field(1, "least number of tokens a step, for rules with a count", low=1)
+    temperature: float = field(1.0, "of the token distribution; 0: always the likeliest token", low=0)
+    top_k: int = field(0, "draw from the k likeliest tokens (0: all)", low=0)
     # 0.98 leaves the text as varied, and cuts off the many tokens that a small network gives a little too much
-    top_p: float = field(0.98, "draw from the likeliest tokens that sum to this (1: all)")
-    guidance: float = field(0.0, "classifier-free guidance by masking the prompt; twice the work (0: off)")
+    top_p: float = field(0.98, "draw from the likeliest tokens that sum to this (1: all)", above=0, high=1)
+    guidance: float = field(0.0, "classifier-free guidance by masking the prompt; twice the work (0: off)", low=0)
     decode_block: int = field(0, "write left to right in blocks of so many tokens (0: all at once; beyond the window "
-                              "a quarter of it)")
+                              "a quarter of it)", low=0)
     cache: str = field("auto", "keep keys and values: prefix, dual: around the block, faster, approximate; auto: only those that "
                        "stay exact (ar and block models)", choices=("auto", "none", "prefix", "dual"))
-    cache_refresh: int = field(0, "steps after which a cache is computed anew (0: once a block)")
+    cache_refresh: int = field(0, "steps after which a cache is computed anew (0: once a block)", low=0)
     correctors: int = field(0, "uniform noise: sweeps after each step that draw an eighth of the tokens anew; with a prompt, 2 "
-                            "bring the text much nearer to what the model means")
+                            "bring the text much nearer to what the model means", low=0, high=1000)
     device: str = field("auto", "auto: cuda, else mps, else cpu", choices=("auto", "cpu", "cuda", "mps"))
-    dtype: str = field("auto", "of matrix products; auto: bfloat16 where the hardware has it",
+    dtype: str = field("auto", "of matrix products; auto: as the model was trained",
                        choices=("auto", "float32", "bfloat16", "float16"))
 
     viz_video: str = field("", "write an MP4 of the text appearing", "trace")
     viz_gif: str = field("", "write the same as a GIF")
     viz_html: str = field("", "write a page to step through, with the alternatives of each token")
-    trace_every: int = field(1, "steps between frames")
-    gif_frame_ms: int = field(180, "milliseconds a frame stays, in GIF and MP4")
+    trace_every: int = field(1, "steps between frames", low=1)
+    gif_frame_ms: int = field(180, "milliseconds a frame stays, in GIF and MP4", low=1, high=60_000)
     live: bool = field(False, "show the text in the terminal while it appears")
-    frame_ms: int = field(0, "least milliseconds of a step with --live")
+    frame_ms: int = field(0, "least milliseconds of a step with --live", low=0, high=60_000)
     json: bool = field(False, "print one JSON object a sample instead of text")
 
     def __post_init__(self):
-        check_choices(self)
-        check_seed(self.seed)
-        for name in ("gen_len", "num_samples", "steps", "trace_every", "gif_frame_ms", "min_tokens"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("temperature", "top_k", "guidance", "decode_block", "cache_refresh", "frame_ms", "correctors"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name}={getattr(self, name)} must not be negative")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p={self.top_p} must be in (0, 1]")
+        check(self)
         if self.infill and (self.prompt or self.suffix or self.prompt_file or self.gen_len):
             raise UserError("infill says itself what is given and how much to write; leave out --prompt, --suffix, "
                             "--prompt-file and --gen-len")

@@ -23,7 +23,9 @@ from config import SampleConfig
 from utils import canvas, checkpoint, cli, runtime, trace
 from utils.cli import UserError
 
-ALTERNATIVES = 5  # likeliest tokens that the page of --viz-html shows
+ALTERNATIVES = 5       # likeliest tokens that the page of --viz-html shows
+MOST_TOKENS = 2**24    # of all texts together: what is kept of each is some 100 bytes
+AT_ONCE = 2**26        # logits of the rows that are written together
 
 
 def load(argv):
@@ -37,7 +39,7 @@ def load(argv):
     check(cli.merge(SampleConfig, overrides))  # complain before the checkpoint is read
     path = overrides.get("checkpoint") or checkpoint.newest()
     state = checkpoint.read(path)
-    options = cli.merge(SampleConfig, state["sample"], overrides)
+    options = cli.merge(SampleConfig, checkpoint.sampling(state, path), overrides)
     check(options)
     for target, ending in ((options.viz_video, ".mp4"), (options.viz_gif, ".gif"), (options.viz_html, ".html")):
         if target:  # rather now than after the work
@@ -75,14 +77,26 @@ def canvases(options, text, cfg):
                                                                    enumerate(row) if token != text.mask):
         raise UserError("this model writes from left to right and sees nothing of what comes after; give a --prompt, without "
                         "--suffix and --infill, or train a masked model (--objective masked, without --block_len)")
+    if sum(map(len, rows)) * options.num_samples > MOST_TOKENS:
+        raise UserError(f"{len(rows) * options.num_samples:,} texts of up to {max(map(len, rows)):,} tokens are more than "
+                        f"{MOST_TOKENS:,} tokens together; ask for fewer at a time")
     return [(row, options.seed + i) for row in rows for i in range(options.num_samples)]
+
+
+def batches(rows, vocabulary):
+    """Indices (lists) of the rows (lists of (canvas, seed)) that are written together: those of a length, as many as have
+    AT_ONCE logits, so that memory does not grow with their number."""
+    for length in dict.fromkeys(len(row) for row, _ in rows):
+        members = [i for i, (row, _) in enumerate(rows) if len(row) == length]
+        size = max(1, AT_ONCE // (length * vocabulary))
+        yield from (members[start:start + size] for start in range(0, len(members), size))
 
 
 def generate(model, text, options, cfg, device, dtype):
     """Write all rows of `options`; returns (results, frames of the first row, network evaluations, seconds).
 
     A result is a dict: text, seed, sampler, evaluations, tokens, confidence and step (when each token settled; 0: given)
-    of its own row; seconds and tokens_per_second of the rows of its length, which are written together, counting the
+    of its own row; seconds and tokens_per_second of the rows that are written together with it (`batches`), counting the
     tokens of the finished texts and not the time of viewers.
     """
     rows, results, frames, evaluations, total = canvases(options, text, cfg), {}, [], 0, 0.0
@@ -95,8 +109,7 @@ def generate(model, text, options, cfg, device, dtype):
             yield step
             start = time.perf_counter()
 
-    for length in dict.fromkeys(len(row) for row, _ in rows):  # rows of a length are one batch
-        members = [i for i, (row, _) in enumerate(rows) if len(row) == length]
+    for members in batches(rows, text.mask):
         blank = torch.tensor([rows[i][0] for i in members], device=device)
         spent = []
         steps = timed(diffusion.sample(
@@ -108,6 +121,7 @@ def generate(model, text, options, cfg, device, dtype):
             top=ALTERNATIVES if options.viz_html and 0 in members else 0, seeds=[rows[i][1] for i in members]), spent)
         if 0 in members:
             if options.viz_video or options.viz_gif or options.viz_html:
+                trace.check_states(options.steps or blank.size(1), blank.size(1), options.trace_every, bool(options.viz_html))
                 frames, steps = trace.record(steps, blank, text.mask, options.trace_every)
             if options.live:
                 steps = trace.live(steps, text, (blank[0] != text.mask).tolist(), options.frame_ms)
@@ -139,7 +153,7 @@ def main(argv):
     if "--list" in argv:
         return config.show_list(diffusion.SAMPLERS, diffusion.SCHEDULES, diffusion.OBJECTIVES)
     options, model, text, cfg, device, path = load(argv)
-    dtype = runtime.choose_dtype(options.dtype, device)
+    dtype = runtime.dtype_of_run(options.dtype, cfg.dtype, device)
     name = os.path.basename(path).removesuffix(".pt")
     results, frames, evaluations, seconds = generate(model, text, options, cfg, device, dtype)
     for result in results:

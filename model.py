@@ -152,6 +152,14 @@ def waves(level, width):
     return torch.cat((angle.sin(), angle.cos()), dim=-1)
 
 
+def count_parameters(cfg, vocab_size):
+    """How many parameters `Transformer(cfg, vocab_size)` has, without making it."""
+    C, adaln = cfg.n_embd, cfg.time_conditioning == "adaln"
+    noise = {"none": 0, "table": (cfg.diffusion_steps + 1) * C}.get(cfg.time_conditioning, 2 * (C * C + C))
+    blocks = cfg.n_layer * (12 * C * C + adaln * (4 * C * C + 4 * C))
+    return vocab_size * C * (1 if cfg.tie_embeddings else 2) + blocks + noise
+
+
 class Transformer(nn.Module):
     """ids (B, L) -> logits over the V real tokens; see `forward`.
 

@@ -25,7 +25,7 @@ from tqdm import tqdm
 import config
 import diffusion
 from config import Config, SampleConfig
-from model import Transformer
+from model import Transformer, count_parameters
 from utils import canvas, checkpoint, cli, corpus, metrics, optim, plots, runtime
 from utils.cli import UserError
 
@@ -47,8 +47,25 @@ def make_model(cfg, text, given):
             if getattr(cfg, name) != getattr(theirs, name):
                 raise UserError(f"--init_from {cfg.init_from} was trained with {name}={getattr(theirs, name)}, not "
                                 f"{getattr(cfg, name)}; give --{name} {getattr(theirs, name)}")
-        model.load_state_dict(given.get("ema") or given["model"])
+        with checkpoint.fitting(cfg.init_from):
+            model.load_state_dict(given.get("ema") or given["model"])
     return model
+
+
+def check_size(cfg, vocab_size, ranks, device):
+    """Complain of a network or a batch that cannot fit into memory, by what they need at least: before they take it, since
+    a machine without memory ends a process without a word. (A GPU says so itself.)"""
+    parameters = count_parameters(cfg, vocab_size)
+    # in float32: weights, gradients and the optimizers' averages; on a GPU they are made on the CPU first
+    runtime.check_memory(parameters * (4 if device.type == "cuda" else 12), f"a network of {parameters:,} parameters "
+                         f"(n_layer={cfg.n_layer}, n_embd={cfg.n_embd}, vocab_size={vocab_size})")
+    if device.type == "cpu":
+        rows = cfg.micro_batch or cfg.batch_size // ranks.world
+        # what a backward pass needs of each token: ten bfloat16 activations of a channel in a block, or what a block begins
+        # with; the logits, at half of the positions
+        a_token = cfg.n_layer * cfg.n_embd * (2 if cfg.activation_checkpointing else 20) + vocab_size
+        runtime.check_memory(rows * cfg.block_size * a_token, f"a pass of {rows} rows of {cfg.block_size} tokens (micro_batch="
+                             f"{cfg.micro_batch}, batch_size={cfg.batch_size}, block_size={cfg.block_size})")
 
 
 def prepare(cfg, data, step, ranks, device, density=None):
@@ -177,6 +194,7 @@ def train(cfg, state=None, quiet=False):
     given = state or (checkpoint.read(cfg.init_from) if cfg.init_from else None)
     with runtime.first_rank_first(ranks):  # it prepares the corpus where need be
         data = corpus.load(cfg, corpus.tokenizer.from_json(given["tokenizer"]) if given else None)
+    check_size(cfg, data.text.vocab_size, ranks, device)
     model = make_model(cfg, data.text, None if state else given).to(device)
     ema = copy.deepcopy(model).requires_grad_(False).eval() if cfg.ema else None
     judged = ema or model
@@ -187,13 +205,15 @@ def train(cfg, state=None, quiet=False):
     if state:
         corpus.check_same(data, state.get("corpus"), cfg)
         step, minutes, nll = state["step"], state["minutes"], state["nll"]
-        running, counted = state["running"].to(device) / ranks.world, state["counted"]
-        density = state.get("density")
-        model.load_state_dict(state["model"])
-        if ema:
-            ema.load_state_dict(state["ema"])
-        for optimizer, saved in zip(optimizers, state["optimizers"]):
-            optimizer.load_state_dict(saved)
+        with checkpoint.fitting(f"the checkpoint of {cfg.name}"):
+            running, counted = state["running"].reshape(()).to(device) / ranks.world, state["counted"]
+            if (density := state.get("density")) is not None:
+                density = density.reshape(diffusion.SPREAD_BINS)
+            model.load_state_dict(state["model"])
+            if ema:
+                ema.load_state_dict(state["ema"])
+            for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+                optim.load(optimizer, saved)
         peaks = [g["lr"] for o in optim.make_optimizers(model, cfg) for g in o.param_groups]  # --lr may have changed
         for group, peak in zip((g for o in optimizers for g in o.param_groups), peaks):
             group["peak"] = peak
@@ -361,7 +381,7 @@ def finish(cfg, data, device, dtype, parameters, step, minutes, seconds_a_step, 
         report |= metrics.final(model, cfg, data, device, dtype, best_step, cfg.final_samples,
                                 sampling={name: getattr(SampleConfig, name) for name in ("sampler", "temperature", "top_p")})
     rate = cfg.batch_size * cfg.block_size / seconds_a_step if seconds_a_step else None
-    report = {"name": cfg.name, "parameters": parameters, "steps": step, "best_step": best_step, "minutes": minutes,
+    report = {"name": cfg.name, "dtype": runtime.dtype_name(dtype), "parameters": parameters, "steps": step, "best_step": best_step, "minutes": minutes,
               "seconds_a_step": seconds_a_step, "tokens_per_second_of_training": rate} | report
     runtime.write_json(path["metrics"], report)
     say(metrics.show(report))

@@ -39,12 +39,12 @@ from utils.cli import UserError, field
 @dataclass(frozen=True)
 class AblateConfig:
     checkpoint: str = field("", "of the comparisons that need a trained model (default: the newest run's best)", "what")
-    num_samples: int = field(200, "samples of each setting, seeds 0, 1, ...")
+    num_samples: int = field(200, "samples of each setting, seeds 0, 1, ...", low=2, high=10**5)
     base: str = field("", "preset that the training runs start from (default: Tiny Shakespeare at 4 x 128, window 64)")
     data: str = field("", "corpus of the training runs instead of the base's, with a BPE of its own")
-    iters: int = field(300, "steps of each training run; with other batch sizes as many rows")
-    yardstick_iters: int = field(5000, "steps of the sources' recipe (recipe)")
-    seeds: int = field(1, "training runs of each variant, with the seeds 1, 2, ...")
+    iters: int = field(300, "steps of each training run; with other batch sizes as many rows", low=1)
+    yardstick_iters: int = field(5000, "steps of the sources' recipe (recipe)", low=1)
+    seeds: int = field(1, "training runs of each variant, with the seeds 1, 2, ...", low=1, high=1000)
     only: str = field("", "only settings whose name begins so")
     out_dir: str = field("artifacts/ablations", "where to write")
     device: str = field("auto", "auto: cuda, else mps, else cpu", choices=("auto", "cpu", "cuda", "mps"))
@@ -52,12 +52,7 @@ class AblateConfig:
     compile: str = field("auto", "torch.compile, of training runs", choices=("auto", "on", "off"))
 
     def __post_init__(self):
-        cli.check_choices(self)
-        if self.num_samples < 2:
-            raise UserError(f"num_samples={self.num_samples} must be at least 2")
-        for name in ("iters", "seeds"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        cli.check(self)
 
 
 class Comparison(NamedTuple):
@@ -261,7 +256,7 @@ def train_variants(comparison, options):
                 "minutes": minutes(report["steps"]), "ms_a_step": 1000 * report["seconds_a_step"],
                 "rows_a_step": cfg.batch_size, "parameters": report["parameters"], "above_exact": report.get("excess_over_exact"),
                 "masked_ce": report.get("masked_ce_pooled"),
-                "curve": " ".join(f"{e['step']}:{minutes(e['step']):.3f}:{e['bound']:.4f}:{e['loss']:.4f}" for e in entries)}
+                "curve": " ".join(f"{e['step']}:{minutes(e['step']):.4g}:{e['bound']:.4f}:{e['loss']:.4f}" for e in entries)}
     variants = [cli.merge(Config, base_config(options), changes) for changes in TRAINED[comparison](options).values()]
     cfg = variants[0]
     what = {name: getattr(cfg, name) for name in ("data", "n_layer", "n_embd", "block_size")

@@ -25,7 +25,7 @@ import torch
 import config
 import diffusion
 import train
-from config import Config
+from config import LONGEST, Config
 from model import Transformer
 from utils import checkpoint, cli, corpus, optim, runtime, tales, tokenizer, trace
 from utils.cli import UserError, field
@@ -36,23 +36,21 @@ SOURCE = "the sources' recipe, float32 eager"
 
 @dataclass(frozen=True)
 class BenchConfig:
-    rounds: int = field(7, "timed rounds of each variant")
-    warm_up: int = field(1, "rounds before those (train: memory takes several steps to settle)")
+    rounds: int = field(7, "timed rounds of each variant", low=1, high=1000)
+    warm_up: int = field(1, "rounds before those (train: memory takes several steps to settle)", low=0, high=1000)
     variants: str = field("", "only variants whose name holds this (train)")
     batches: str = field("1,16,64", "rows that are sampled at once (sample)")
     samplers: str = field("", "NAME or NAME:NUMBER, with commas between (sample; default: all)")
-    steps: int = field(64, "steps of the samplers that take as many as they are told (sample)")
+    steps: int = field(64, "steps of the samplers that take as many as they are told (sample)", low=1, high=LONGEST)
     json: str = field("", "write the figures to this file too")
     device: str = field("auto", "auto: cuda, else mps, else cpu", choices=("auto", "cpu", "cuda", "mps"))
 
     def __post_init__(self):
-        cli.check_choices(self)
-        if self.rounds < 1 or self.steps < 1:
-            raise UserError(f"rounds={self.rounds} and steps={self.steps} must be at least 1")
+        cli.check(self)
         for name in self.sampler_names():
             diffusion.find_sampler(name)
-        if not all(word.strip().isdigit() and int(word) for word in self.batches.split(",")):
-            raise UserError(f"batches={self.batches}: expected whole numbers with commas between, as in 1,16")
+        if not all(word.strip().isdecimal() and 1 <= int(word) <= 10_000 for word in self.batches.split(",")):
+            raise UserError(f"batches={self.batches}: expected whole numbers up to 10,000 with commas between, as in 1,16")
 
     def sampler_names(self):
         return [name.strip() for name in self.samplers.split(",") if name.strip()] or list(diffusion.SAMPLERS)

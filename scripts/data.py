@@ -18,6 +18,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from tqdm import tqdm
 
+from config import SEEDS
 from utils import cli, corpus, tales, texts, tokenizer
 from utils.cli import UserError, field
 
@@ -29,9 +30,9 @@ class DataConfig:
     split: str = field("train", "of a hub dataset")
     config: str = field(None, "of a hub dataset that has several")
     text_column: str = field("text", "column of .jsonl, .parquet and hub datasets")
-    num_stories: int = field(10_000, "documents to take, at most")
-    seed: int = field(1337, "of the shuffle")
-    shuffle_buffer: int = field(10_000, "documents among which the stream is shuffled")
+    num_stories: int = field(10_000, "documents to take, at most", low=1)
+    seed: int = field(1337, "of the shuffle", low=0, high=SEEDS)
+    shuffle_buffer: int = field(10_000, "documents among which the stream is shuffled", low=1, high=10**7)
     output: str = field("", "file to write (default: data/stories.txt for TinyStories, data/shakespeare.txt for that)", "to")
     tokens: str = field("", "write token shards instead, of at least so many tokens: 500M, 10B; not shuffled")
     tokenizer: str = field("", "tokenizer file of the shards (scripts/train_tokenizer.py)")
@@ -39,9 +40,7 @@ class DataConfig:
     clean_mojibake: bool = field(True, "put right UTF-8 that was read as Windows-1252")
 
     def __post_init__(self):
-        for name in ("num_stories", "shuffle_buffer"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        cli.check(self)
 
 
 # short names: what they are called on the hub, which part, which column
@@ -56,7 +55,7 @@ def number(text):
         value = int(float(digits) * unit) if unit else int(text)
     except (ValueError, OverflowError):
         value = 0
-    if value < 1:
+    if not 1 <= value <= cli.MOST:
         raise UserError(f"tokens={text}: expected a number of tokens, as in 500M or 10B")
     return value
 

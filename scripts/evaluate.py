@@ -12,13 +12,16 @@ import math
 import os
 import sys
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import torch
 
 import diffusion
-from config import SampleConfig
+from config import LONGEST, Config, SampleConfig
+from model import Transformer
 from utils import checkpoint, cli, corpus, metrics, plots, runtime, texts
 from utils.cli import UserError, field
 
@@ -27,35 +30,45 @@ from utils.cli import UserError, field
 class EvaluateConfig:
     checkpoint: str = field("", "path (default: the newest run's best)", "what")
     data: str = field("", "a text of your own instead of the run's held-out part")
-    rows: int = field(None, "held-out rows (default: the run's final_rows)")
-    num_samples: int = field(None, "unconditional samples, seeds 0, 1, ...; 0: none (default: the run's final_samples)")
-    left_to_right: int = field(0, "rows whose exact likelihood is computed, written from left to right: one evaluation a token")
+    rows: int = field(None, "held-out rows (default: the run's final_rows)", low=1)
+    num_samples: int = field(None, "unconditional samples, seeds 0, 1, ...; 0: none (default: the run's final_samples)", low=0, high=10**5)
+    left_to_right: int = field(0, "rows whose exact likelihood is computed, written from left to right: one evaluation a token",
+                              low=0)
     judge: str = field("", "autoregressive checkpoint that scores the samples too")
     against: str = field("", "a checkpoint to compare with, on the same held-out text")
     json: str = field("", "write the report to this file too")
     plot: str = field("", "write loss, entropy and accuracy over the noise level to this PNG")
-    sampler: str = field(SampleConfig.sampler, "rule that picks what to write next", "how")
-    steps: int = field(None, "most steps (default: as many as there are tokens to write; uniform noise: in the window)")
-    temperature: float = field(SampleConfig.temperature, "of the token distribution")
-    top_p: float = field(SampleConfig.top_p, "draw from the likeliest tokens that sum to this (1: all)")
+    sampler: str = field(None, "rule that picks what to write next (default, as of those below: the checkpoint's)", "how")
+    steps: int = field(None, "most steps", low=1, high=LONGEST)
+    temperature: float = field(None, "of the token distribution", low=0)
+    top_p: float = field(None, "draw from the likeliest tokens that sum to this (1: all)", above=0, high=1)
     device: str = field("auto", "auto: cuda, else mps, else cpu", choices=("auto", "cpu", "cuda", "mps"))
-    dtype: str = field("auto", "of matrix products; auto: float32 if training was, else what the hardware has",
+    dtype: str = field("auto", "of matrix products; auto: as the model was trained",
                        choices=("auto", "float32", "bfloat16", "float16"))
 
     def __post_init__(self):
-        cli.check_choices(self)
-        for name, least in (("num_samples", 0), ("rows", 1), ("steps", 1), ("left_to_right", 0)):
-            if getattr(self, name) is not None and getattr(self, name) < least:
-                raise UserError(f"{name}={getattr(self, name)} must be at least {least}")
-        diffusion.find_sampler(self.sampler)
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
-            raise UserError(f"temperature={self.temperature} must not be negative, and top_p={self.top_p} in (0, 1]")
+        cli.check(self)
+        if self.sampler is not None:
+            diffusion.find_sampler(self.sampler)
+
+
+class Loaded(NamedTuple):
+    """A checkpoint, with the text and the rows that the options ask for."""
+    path: str
+    model: Transformer
+    cfg: Config
+    data: corpus.Corpus
+    step: int
+    dtype: torch.dtype  # in which it is judged
+    sampling: dict      # how its author wanted it sampled
 
 
 def load(path, options, device):
-    """(model, Config, Corpus, step) of the checkpoint at `path`, with the text and the rows that the options ask for."""
+    """The checkpoint at `path` as `Loaded`."""
     state = checkpoint.read(path)
     model, text, cfg = checkpoint.restore(state, device, path)
+    found = partial(Loaded, path, model, step=state["step"], sampling=checkpoint.sampling(state, path),
+                    dtype=runtime.dtype_of_run(options.dtype, cfg.dtype, device))
     cfg = dataclasses.replace(cfg, final_rows=options.rows or cfg.final_rows)
     if options.data:
         if not os.path.isfile(options.data):
@@ -66,18 +79,18 @@ def load(path, options, device):
                 training = corpus.load(cfg, text).training
         cfg = dataclasses.replace(cfg, data=options.data)
         rows = corpus.held_out_rows(texts.read_documents(options.data), text, cfg)
-        return model, cfg, corpus.Corpus(None, rows, text, 0, "", training), state["step"]
-    return model, cfg, corpus.load(cfg, text), state["step"]
+        return found(cfg, corpus.Corpus(None, rows, text, 0, "", training))
+    return found(cfg, corpus.load(cfg, text))
 
 
-def compare(first, second, device, dtype):
-    """What the bounds of two models, each (path, model, Config, Corpus), say of each other: a list of lines.
+def compare(first, second, device):
+    """What the bounds of two models (`Loaded`) say of each other: a list of lines.
 
     The same rows of the same tokens compare by nats a token, row by row. Other tokens or windows of the same text compare by
     bits per character at best, which windows change too: both are printed, and no difference. Different texts do not.
     """
     lines, bounds, texts_of = [], [], []
-    for path, model, cfg, data in (first, second):
+    for path, model, cfg, data, _, dtype, _ in (first, second):
         rows = data.held_out[: cfg.final_rows]
         with runtime.autocast(device, dtype):
             nll = diffusion.bound(model, rows.to(device), cfg.final_masks, cfg, cfg.micro_batch or 64).mean(1)
@@ -87,7 +100,7 @@ def compare(first, second, device, dtype):
                      f"{cfg.block_size} tokens, {len(text):,} characters, of {cfg.data})")
         bounds.append(nll)
         texts_of.append(text)
-    (_, _, _, mine), (_, _, _, theirs) = first, second
+    mine, theirs = first.data, second.data
     n = min(map(len, bounds))
     if mine.text.to_json() == theirs.text.to_json() and torch.equal(mine.held_out[:n], theirs.held_out[:n]):
         difference = bounds[0][:n] - bounds[1][:n]
@@ -115,24 +128,23 @@ def main(argv):
         raise UserError(f"against compares bounds and prints them, nothing else; leave out --{', --'.join(idle)}")
     path = options.checkpoint or checkpoint.newest()
     device = runtime.choose_device(options.device)
-    dtype = runtime.choose_dtype(options.dtype, device)
-    model, cfg, data, step = load(path, options, device)
-    if options.dtype == "auto" and cfg.dtype == "float32":
-        dtype = torch.float32
+    loaded = load(path, options, device)
     if options.against:
-        other = load(options.against, options, device)
-        return print("\n".join(compare((path, model, cfg, data), (options.against, *other[:3]), device, dtype)))
+        return print("\n".join(compare(loaded, load(options.against, options, device), device)))
+    _, model, cfg, data, step, dtype, sampling = loaded
     judge = None
     if options.judge:
         judge = checkpoint.restore(checkpoint.read(options.judge), device, options.judge)
         if judge[2].objective != "ar":
             raise UserError(f"{options.judge} has objective={judge[2].objective}; a judge must give exact likelihoods: ar")
+        judge = *judge, runtime.dtype_of_run(options.dtype, judge[2].dtype, device)
     if options.left_to_right and cfg.objective == "uniform":
         raise UserError("left_to_right with objective=uniform: such a model does not write from left to right")
     samples = cfg.final_samples if options.num_samples is None else options.num_samples
-    sampling = {name: getattr(options, name) for name in ("sampler", "steps", "temperature", "top_p")}
+    sampling = {name: sampling.get(name, getattr(SampleConfig, name)) if getattr(options, name) is None else getattr(options, name)
+                for name in ("sampler", "steps", "temperature", "top_p")}
     named = sampling | {"sampler": diffusion.way_of_writing(cfg, options.sampler)}
-    report = {"checkpoint": path, "step": step, "sampling": ", ".join(f"{k} {v}" for k, v in named.items() if v is not None)}
+    report = {"checkpoint": path, "step": step, "dtype": runtime.dtype_name(dtype), "sampling": ", ".join(f"{k} {v}" for k, v in named.items() if v is not None)}
     with runtime.autocast(device, dtype):
         report |= metrics.held_out(model, cfg, data, device)
     report |= metrics.final(model, cfg, data, device, dtype, step, samples, judge, sampling)

@@ -46,15 +46,14 @@ def read(folder):
     from safetensors.torch import load_file
     try:
         with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
-            state = json.load(file)
+            state = dict(json.load(file))
         with open(os.path.join(folder, "tokenizer.json"), encoding="utf-8") as file:
             state["tokenizer"] = file.read()
         state["model"] = load_file(os.path.join(folder, "model.safetensors"))
     except Exception as error:  # noqa: BLE001 - any folder may be given, and safetensors has exceptions of its own
         raise UserError(f"{folder} is no exported checkpoint, or a damaged one: {reason(error)}") from None
-    if not isinstance(state.get("config"), dict) or not set(PLAIN) <= set(state):
-        raise UserError(f"{folder} is no exported checkpoint: config.json lacks what this program wrote")
-    if state["config"].get("tie_embeddings"):
+    checkpoint.check_state(state, folder)
+    if state["config"].get("tie_embeddings") and "embedding.weight" in state["model"]:
         state["model"]["head.weight"] = state["model"]["embedding.weight"]
     return state
 

@@ -16,12 +16,11 @@ from utils.cli import UserError, field
 class TokenizerConfig:
     input: str = field("data/stories.txt", "prepared text file, .jsonl or .parquet")
     output: str = field(tokenizer.DEFAULT, "tokenizer file to write")
-    vocab_size: int = field(2048, "MASK included, as in a model's vocabulary: the file has one less")
-    min_frequency: int = field(2, "pairs that are rarer are not merged")
+    vocab_size: int = field(2048, "MASK included, as in a model's vocabulary: the file has one less", low=2, high=2**20)
+    min_frequency: int = field(2, "pairs that are rarer are not merged", low=0)
 
     def __post_init__(self):
-        if self.min_frequency < 0:
-            raise UserError(f"min_frequency={self.min_frequency} must not be negative")
+        cli.check(self)
 
 
 def main(argv):

@@ -402,5 +402,5 @@ def test_a_judge_counts_nats_per_character():
     text = train_char(["abcdefgh"], documents=False)
     cfg, model = tiny_model("ar")
     torch.nn.init.zeros_(model.head.weight)
-    nats = metrics.judge_texts(["abcdefgh" * 5, "", "aa"], model, text, cfg, torch.device("cpu"), torch.float32)
+    nats = metrics.judge_texts(["abcdefgh" * 5, "", "aa"], model, text, cfg, torch.float32, torch.device("cpu"))
     assert nats == pytest.approx(math.log(8), abs=1e-5)

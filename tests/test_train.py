@@ -292,7 +292,7 @@ def save_for_ever(path):
     while True:
         step += 1
         checkpoint.save(path, {"version": config.VERSION, "config": {}, "sample": {}, "tokenizer": "", "step": step,
-                               "model": torch.full((300_000,), float(step))})
+                               "nll": 1.0, "model": {"x": torch.full((300_000,), float(step))}})
 
 
 def test_a_kill_at_any_moment_leaves_a_checkpoint(tmp_path):
@@ -311,7 +311,7 @@ def test_a_kill_at_any_moment_leaves_a_checkpoint(tmp_path):
         child.join()
         unfinished += os.path.exists(f"{path}.tmp")
         state = checkpoint.read(path)
-        assert (state["model"] == state["step"]).all() and len(state["model"]) == 300_000
+        assert (state["model"]["x"] == state["step"]).all() and len(state["model"]["x"]) == 300_000
         assert state["step"] >= seen > steps[-1]
         steps.append(state["step"])
     assert unfinished > 3, "some kills hit a save"
@@ -411,6 +411,7 @@ def test_no_matplotlib_is_no_crash(monkeypatch, capsys):
     def missing():
         raise ModuleNotFoundError("No module named 'matplotlib'")
     monkeypatch.setattr(plots, "pyplot", missing)
+    monkeypatch.setattr(train, "plots", plots)
     assert train.train(tiny())["steps"] == 6
     assert "no plots: No module named 'matplotlib'" in capsys.readouterr().out
 

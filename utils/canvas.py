@@ -2,6 +2,7 @@
 the MASKs are."""
 import re
 
+from config import LONGEST
 from utils import tokenizer
 from utils.cli import UserError
 
@@ -21,6 +22,8 @@ def parse_infill(template):
         if escaped:
             plain += escaped
             continue
+        if size and len(size) > len(str(LONGEST)):
+            raise UserError(f"--infill: a hole of {size[:20]} tokens; a text has at most {LONGEST:,}")
         parts += [plain, int(size) if size else GUIDE_HOLE]
         plain = ""
     parts.append(plain + template[position:])
@@ -40,7 +43,10 @@ def build(text, parts, window):
         part.rstrip(" ") if not text.is_char and i + 1 < len(parts) else part
         for i, part in enumerate(parts) if isinstance(part, str)], "the prompt"))
     pieces = [next(ids) if isinstance(part, str) else part for part in parts]
-    room = window - len(row) - sum(len(piece) if isinstance(piece, list) else piece or 0 for piece in pieces)
+    asked = len(row) + sum(len(piece) if isinstance(piece, list) else piece or 0 for piece in pieces)
+    if asked > LONGEST:
+        raise UserError(f"the text would have {asked:,} tokens, more than {LONGEST:,}; ask for fewer")
+    room = window - asked
     if None in pieces and room < 1:
         raise UserError(f"the prompt takes {window - room} of the window's {window} tokens, which leaves no room to "
                         "write: shorten it, or say with --gen-len how many tokens to write beyond the window")

@@ -6,6 +6,7 @@ runs no code. Written beside the old file and then renamed, so that a crash at a
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import re
 
@@ -13,7 +14,7 @@ import torch
 
 import config
 from config import Config, SampleConfig
-from model import Transformer
+from model import Transformer, count_parameters
 from utils import cli, runtime, tokenizer
 from utils.cli import UserError, reason
 
@@ -30,6 +31,46 @@ def save(path, state):
         torch.save(state, file)
 
 
+ENTRIES = {"version": int, "config": dict, "sample": dict, "tokenizer": str, "step": int, "nll": float, "model": dict}
+ENTRIES_TO_RESUME = {"minutes": float, "running": torch.Tensor, "counted": int, "scaler": dict, "optimizers": list}
+ENTRIES_OR_NONE = {"ema": dict, "corpus": str, "job": str, "density": torch.Tensor}
+
+
+def check_state(state, path):
+    """Complain of the first entry of what should be a checkpoint (dict) that is not as `snapshot` writes it: anybody may have
+    made the file."""
+    if not isinstance(state, dict) or type(state.get("version")) is not int:
+        raise UserError(f"{path} is no checkpoint of this program")
+    if state["version"] != config.VERSION:
+        raise UserError(f"{path} has format {state['version']}, this program reads {config.VERSION}")
+    wanted = ENTRIES | (ENTRIES_TO_RESUME if "optimizers" in state else {})
+    # these may be None or, in a file from before they were, missing
+    wanted |= {name: kind for name, kind in ENTRIES_OR_NONE.items() if state.get(name) is not None}
+    for name, kind in wanted.items():
+        if name not in state:
+            raise UserError(f"{path} is no checkpoint of this program: it has no {name}")
+        if not isinstance(state[name], kind) or isinstance(state[name], bool):
+            raise UserError(f"{path} is damaged: its {name} is of type {type(state[name]).__name__}, not {kind.__name__}")
+        if kind in (int, float) and (math.isnan(state[name]) or kind is int and state[name] < 0):
+            raise UserError(f"{path} is damaged: its {name} is {state[name]}")
+    for part in ("model", "ema"):
+        for name, weights in (state.get(part) or {}).items():
+            if not (torch.is_tensor(weights) and weights.is_floating_point() and weights.layout == torch.strided
+                    and weights.isfinite().all()):
+                raise UserError(f"{path} is damaged: {part} has {name}, which is no tensor of finite numbers")
+
+
+@contextlib.contextmanager
+def fitting(path):
+    """Turn what happens where the contents of a checkpoint are of the right types, but not of this network, into a UserError."""
+    try:
+        yield
+    except (KeyError, IndexError, RuntimeError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} does not fit this program: {reason(error)}") from None
+    except UserError as error:
+        raise UserError(f"{path} does not fit this program: {error}") from None
+
+
 def read(path):
     """The dict that `save` wrote. A file that is missing, damaged or no checkpoint is a UserError."""
     if not os.path.isfile(path):
@@ -40,10 +81,7 @@ def read(path):
         raise UserError(f"{path} cannot be read: {reason(error)}") from None
     except Exception as error:  # noqa: BLE001 - any file may be given, and the unpickler fails in many ways, at length
         raise UserError(f"{path} is no checkpoint, or a damaged one ({type(error).__name__}); take another, or train anew") from None
-    if not isinstance(state, dict) or not {"version", "config", "sample", "tokenizer", "step", "model"} <= set(state):
-        raise UserError(f"{path} is no checkpoint of this program")
-    if state["version"] != config.VERSION:
-        raise UserError(f"{path} has format {state['version']}, this program reads {config.VERSION}")
+    check_state(state, path)
     return state
 
 
@@ -98,17 +136,26 @@ def sample_defaults():
     return {name: getattr(SampleConfig(), name) for name in how}
 
 
+def sampling(state, path):
+    """How the author of a checkpoint (dict) wanted it sampled (dict): nothing else, no file to write say."""
+    with fitting(path):
+        if unknown := set(state["sample"]) - set(sample_defaults()):
+            raise UserError(f"there is no way of sampling called {sorted(map(str, unknown))[0]}")
+        cli.merge(SampleConfig, state["sample"])
+    return state["sample"]
+
+
 def restore(state, device, path="the checkpoint"):
     """(model on `device` in evaluation mode, Text, Config) of what `read` gave."""
-    try:
+    with fitting(path):
         cfg = cli.merge(Config, state["config"])
         text = tokenizer.from_json(state["tokenizer"])
+        weights = state.get("ema") or state["model"]
+        held = sum(w.numel() for name, w in weights.items() if not (cfg.tie_embeddings and name == "head.weight"))
+        if held != (count := count_parameters(cfg, text.vocab_size)):  # before as much memory is taken
+            raise UserError(f"it holds {held:,} weights, and the network of its config has {count:,}")
         model = Transformer(cfg, text.vocab_size)
-        model.load_state_dict(state.get("ema") or state["model"])
-    except (KeyError, RuntimeError, TypeError) as error:
-        raise UserError(f"{path} does not fit this program: {reason(error)}") from None
-    except UserError as error:
-        raise UserError(f"{path} does not fit this program: {error}") from None
+        model.load_state_dict(weights)
     return model.to(device).eval(), text, cfg
 
 

@@ -3,6 +3,7 @@ import contextlib
 import dataclasses
 import difflib
 import math
+import operator
 import os
 import sys
 
@@ -53,21 +54,35 @@ def nearest(word, words, prefix=""):
     return f"; did you mean {prefix}{match[0]}?" if match else ""
 
 
-def field(default, help, group=None, choices=None):
-    """A dataclass field that is a flag. `group` starts a heading of --help, for this field and those after it."""
-    return dataclasses.field(default=default, metadata={"help": help, "group": group, "choices": choices})
+MOST = 10**12  # of a whole number whose field names no other: beyond, C integers overflow and memory is gone
 
 
-def check_choices(config):
+def field(default, help, group=None, choices=None, low=None, high=None, above=None, below=None):
+    """A dataclass field that is a flag. `group` starts a heading of --help, for this field and those after it.
+
+    low <= value <= high, above < value < below: what `check` allows, where given.
+    """
+    limits = {"low": low, "high": high, "above": above, "below": below}
+    return dataclasses.field(default=default, metadata={"help": help, "group": group, "choices": choices, "limits": limits})
+
+
+def check(config):
+    """Complain of the first field of the dataclass `config` that is none of its choices or beyond its limits, so before
+    anything is computed or memory taken. None, where it is the default, stands for a value that is found later."""
     for f in dataclasses.fields(config):
-        choices, value = f.metadata["choices"], getattr(config, f.name)
+        choices, value, limit = f.metadata["choices"], getattr(config, f.name), f.metadata["limits"]
+        if value is None:
+            continue
         if choices and value not in choices:
             raise UserError(f"{f.name}={value} is not one of {', '.join(choices)}{nearest(value, choices)}")
-
-
-def check_seed(seed):
-    if not 0 <= seed < 2**62:
-        raise UserError(f"seed={seed} must be at least 0 and below 2^62")
+        if f.type not in (int, float):
+            continue
+        high = MOST if f.type is int and limit["high"] is None else limit["high"]
+        for bound, wrong, words in ((limit["low"], operator.lt, "must be at least"), (high, operator.gt, "must be at most"),
+                                    (limit["above"], operator.le, "must be above"), (limit["below"], operator.ge, "must be below")):
+            if bound is not None and wrong(value, bound):
+                shown = f"{bound:,}" if f.type is int else f"{bound:g}"
+                raise UserError(f"{f.name}={value} {words} {shown}")
 
 
 def check_name(kind, name, known):
@@ -154,11 +169,12 @@ def run(main):
         rank = os.environ.get("RANK", "0")  # torchrun's number of this process
         print(f"{'' if rank == '0' else f'process {rank}: '}error: {error}", file=sys.stderr)
         sys.exit(2)
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+    except (RuntimeError, MemoryError) as error:
+        gpu = type(error).__name__ == "OutOfMemoryError"  # torch's, which is not imported here
+        if not gpu and not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
             raise
-        print("error: the GPU's memory is too small; make --micro_batch, --batch_size or the network smaller, or give "
-              f"--activation_checkpointing true ({reason(error)})", file=sys.stderr)
+        print(f"error: {'the GPU' if gpu else 'this machine'} has too little memory for this; ask for less at once: fewer rows "
+              f"(--micro_batch, --batch_size, --num_samples), shorter ones, a smaller network ({reason(error)})", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -19,7 +19,7 @@ def final(model, cfg, data, device, dtype, steps, samples, judge=None, sampling=
     """The final metrics block but for `held_out` (dict): `levels_of`, and of so many `samples` what `judge_rows` says.
 
     steps     of the run, which say what it was trained on where that has no end
-    judge     (model, Text, Config) of an autoregressive checkpoint that scores the samples too
+    judge     (model, Text, Config, dtype) of an autoregressive checkpoint that scores the samples too
     sampling  options of `diffusion.sample`
     """
     with runtime.autocast(device, dtype):
@@ -28,7 +28,7 @@ def final(model, cfg, data, device, dtype, steps, samples, judge=None, sampling=
             return report
         rows, figures = write_rows(model, data.text, cfg, samples, device, dict(sampling))
     searched = data.training(steps, SEARCHED) if data.training else None  # what it was trained on need not be at hand
-    rest = dict(text=data.text, cfg=cfg, training=searched, judge=judge, device=device, dtype=dtype)
+    rest = dict(text=data.text, cfg=cfg, training=searched, judge=judge, device=device)
     return report | {"samples": judge_rows(rows, **rest) | figures,
                      "reference": judge_rows(reference_rows(data.held_out, data.text, samples), **rest),
                      "copies_looked_for_in_tokens": 0 if searched is None else searched.numel()}
@@ -206,7 +206,7 @@ def reference_rows(held_out, text, count):
     return torch.stack([flat[start:start + L] for start in starts[:count]]) if starts else held_out[:count]
 
 
-def judge_rows(rows, *, text, cfg, training, judge, device, dtype):
+def judge_rows(rows, *, text, cfg, training, judge, device):
     """Figures (dict) of samples or real text, rows (R, L) long: diversity, copies from the `training` rows (N, L), validity
     on tales, and the judge's nats per character."""
     between = f"\n{tokenizer.END}\n"  # documents of a stream
@@ -220,7 +220,7 @@ def judge_rows(rows, *, text, cfg, training, judge, device, dtype):
     if cfg.data == "tales":
         report |= judge_tales([story for row in rows.tolist() for story in canvas.documents(text, row, cfg.rows)])
     if judge:
-        report["judge_nats_per_character"] = judge_texts(texts, *judge, device, dtype)
+        report["judge_nats_per_character"] = judge_texts(texts, *judge, device)
     return report
 
 
@@ -234,7 +234,7 @@ def without_filling(rows, text, cfg):
 
 
 @torch.no_grad()
-def judge_texts(texts, model, text, cfg, device, dtype):
+def judge_texts(texts, model, text, cfg, dtype, device):
     """Nats per character of texts (list of str) under an autoregressive model: generative NLL. Texts are cut in windows."""
     total, characters = 0.0, 0
     begin = [] if text.end is None else [text.end]

@@ -71,6 +71,16 @@ def make_optimizers(model, cfg, dtype=torch.float32):
     return optimizers
 
 
+def load(optimizer, saved):
+    """Put the state dict `saved` into `optimizer`; a ValueError where it is of other parameters, which torch would notice at
+    the next step only."""
+    optimizer.load_state_dict(saved)
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if not torch.is_tensor(value) or value.ndim and value.shape != parameter.shape:
+                raise ValueError(f"{name} of the optimizer is not of the shape of its parameter, {tuple(parameter.shape)}")
+
+
 @torch.no_grad()
 def update_average(average, model, decay, step):
     """Move the weights of `average` towards those of `model` after step (from 0), exponentially, in float32.

@@ -4,8 +4,10 @@ import copy
 import ctypes
 import hashlib
 import json
+import math
 import os
 import signal
+import sys
 from typing import NamedTuple
 
 import torch
@@ -32,17 +34,31 @@ def choose_device(name):
 
 
 def has_bfloat16(device):
-    """Whether bfloat16 is faster than float32 there, not just emulated."""
+    """Whether bfloat16 is faster than float32 there, not just emulated. ATEN_CPU_CAPABILITY=avx2 in the environment, which
+    keeps PyTorch from a CPU's newer instructions, makes it a machine without."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
-    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512" and (
+        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def choose_dtype(name, device):
-    """torch.dtype of matrix products for auto | float32 | bfloat16 | float16."""
+    """torch.dtype of matrix products for auto | float32 | bfloat16 | float16, where a network is trained."""
     if name == "auto":
         name = "bfloat16" if has_bfloat16(device) else "float16" if device.type == "cuda" else "float32"
     return getattr(torch, name)
+
+
+def dtype_of_run(name, trained, device):
+    """torch.dtype in which a trained network is judged and sampled: `name`, or for "auto" that of its training, `trained`,
+    so that its figures and texts can be repeated on any machine. A line on stderr says where the device emulates it."""
+    dtype = choose_dtype(trained if name == "auto" else name, device)
+    slow = not has_bfloat16(device) if dtype == torch.bfloat16 else dtype == torch.float16 and device.type == "cpu"
+    if slow:
+        whose = ", in which this model was trained," if name == "auto" else ""
+        print(f"{dtype_name(dtype)}{whose} is emulated by this {device.type}, which is slow; --dtype float32 is faster, and its "
+              "figures differ a little", file=sys.stderr)
+    return dtype
 
 
 def dtype_name(dtype):
@@ -83,11 +99,29 @@ def peak_memory(device):
         return torch.cuda.max_memory_allocated(device)
     try:
         import resource
-        import sys
     except ImportError:  # Windows
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def total_memory():
+    """Bytes of memory that this process can have at most (inf where the system does not tell)."""
+    try:
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError):  # Windows
+        return math.inf
+    with contextlib.suppress(OSError, ValueError):  # a container's limit; "max" where there is none
+        with open("/sys/fs/cgroup/memory.max", encoding="utf-8") as file:
+            total = min(total, int(file.read()))
+    return total
+
+
+def check_memory(needed, what):
+    """Complain before memory is taken of which `what` (str) needs at least so many bytes: a system that has less ends a
+    process without a word."""
+    if needed > (total := total_memory()):
+        raise UserError(f"{what} needs at least {needed / 2**30:,.1f} GB, and this machine has {total / 2**30:,.1f} GB")
 
 
 def reset_peak_memory(device):
@@ -104,6 +138,11 @@ def compile_network(model, token_nll, device, try_out):
     """
     compiled = copy.copy(model)
     compiled._modules = dict(model._modules)
+    if device.type == "cpu":
+        # Compiled code that is found in the cache is not asked for which instructions it was made: what a CPU with AVX-512
+        # left there ended in a segmentation fault under ATEN_CPU_CAPABILITY=avx2. So each kind has a cache of its own.
+        from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{default_cache_dir()}_{torch.backends.cpu.get_cpu_capability()}")
     # on a CPU the compiler's own random numbers, for dropout, are slower than PyTorch's
     options = {"fallback_random": True} if device.type == "cpu" else None
     compiled.blocks = torch.nn.ModuleList(torch.compile(block, options=options) for block in model.blocks)

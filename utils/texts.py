@@ -170,6 +170,8 @@ def split(documents):
     """(training, held-out) documents. A single document is cut at its last tenth; of several, at least one each."""
     if len(documents) == 1:
         cut = int(len(documents[0]) * (1 - HELD_OUT))
+        if not cut:
+            raise UserError("the corpus is a single character, of which nothing can be held out; use more text")
         return [documents[0][:cut]], [documents[0][cut:]]
     train, held_out = [], []
     for document in documents:

@@ -29,7 +29,12 @@ class Text:
         self.vocab_size = self.mask + 1
         self.end = tokenizer.token_to_id(END)
         self.is_char = isinstance(tokenizer.model, models.WordLevel)
-        self._characters = {t for t in tokenizer.get_vocab() if t != END} if self.is_char else None
+        vocab = tokenizer.get_vocab()
+        if sorted(vocab.values()) != list(range(self.mask)):
+            raise UserError(f"its ids are not 0 to {self.mask - 1}, each once")
+        if not self.is_char and any(t != END and not _BYTE.keys() >= set(t) for t in vocab):
+            raise UserError("it is no byte-level BPE (nor one of characters), so that the bytes of its tokens are not known")
+        self._characters = {t for t in vocab if t != END} if self.is_char else None
 
     def encode(self, texts, what="the text"):
         """List of str -> list of lists of ids. A character that a character vocabulary lacks is a UserError."""
@@ -43,6 +48,8 @@ class Text:
             return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
         except (TypeError, UnicodeEncodeError):
             raise UserError(f"{what} is not valid Unicode text") from None
+        except Exception as error:  # noqa: BLE001 - `tokenizers` raises plain Exception; the file may be a stranger's
+            raise UserError(f"the tokenizer cannot encode {what}: {cli.reason(error)}") from None
 
     def decode(self, ids):
         """Real ids (list of int) -> str; `<|endoftext|>` reads as nothing."""
@@ -126,7 +133,7 @@ def from_json(text):
     try:
         return Text(Tokenizer.from_str(text))
     except Exception as error:  # noqa: BLE001 - `tokenizers` raises plain Exception
-        raise UserError(f"this is no tokenizer: {error}") from None
+        raise UserError(f"this is no tokenizer that this program can use: {cli.reason(error)}") from None
 
 
 def load(path):

@@ -27,6 +27,7 @@ PAPER, INK, FAINT, GIVEN = "#fbfaf7", "#1d1d1f", "#a9a59c", "#0072b2"
 FRESH, REMASKED, CURVE, SURE = "#e69f00", "#cc79a7", "#56b4e9", "#d55e00"
 UNSURE = (140, 190, 235)  # tint of a token of confidence 0; at 1 there is none
 HOLD_SECONDS, PAGE_SECONDS = 3, 2
+MOST_STATES = 2**24  # of tokens, over all frames of a trace
 
 
 class Frame(NamedTuple):
@@ -37,6 +38,15 @@ class Frame(NamedTuple):
     evaluations: int  # network evaluations of this row so far
     confidence: list  # L floats, the largest probability of each position when it was last computed
     top: list = None  # L lists of (token, probability), likeliest first, as last computed
+
+
+def check_states(steps, tokens, every, alternatives):
+    """Complain where a trace of so many steps and tokens, each of its states with alternatives or without, would not fit into
+    memory: a token takes some 90 bytes in a state, and 600 with them."""
+    most = MOST_STATES // (8 if alternatives else 1)
+    if (steps // every) * tokens > most:
+        raise UserError(f"up to {steps // every:,} states of {tokens:,} tokens are too many for a trace; give --trace-every "
+                        f"{-(-steps * tokens // most)}")
 
 
 def record(steps, canvas, mask, every=1):
