@@ -101,8 +101,8 @@ def attention(options, path):
               ("blocks of 4, writing\nits block and those before", own[None] <= own[:, None]),
               ("blocks of 4, training\n[corrupted | clean] twice", blocks.doubled_mask(size, 4, 0, cpu)))
     figure, axes = plots.pyplot().subplots(1, 4, figsize=(11, 3.2), layout="constrained")
-    edges = [i - 0.5 for i in range(size + 1)]
     for axis, (title, mask) in zip(axes, panels):
+        edges = [i - 0.5 for i in range(len(mask) + 1)]
         axis.imshow(mask.numpy(), cmap="Blues", vmin=0, vmax=1.4)
         axis.set_title(title, fontsize=9)
         axis.set(xticks=edges, yticks=edges, xlabel="is seen", ylabel="sees")
