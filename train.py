@@ -214,9 +214,6 @@ def train(cfg, state=None, quiet=False):
                 ema.load_state_dict(state["ema"])
             for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
                 optim.load(optimizer, saved)
-        peaks = [g["lr"] for o in optim.make_optimizers(model, cfg) for g in o.param_groups]  # --lr may have changed
-        for group, peak in zip((g for o in optimizers for g in o.param_groups), peaks):
-            group["peak"] = peak
         if state["scaler"]:  # empty if the run did not use float16 before
             scaler.load_state_dict(state["scaler"])
     else:

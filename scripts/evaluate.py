@@ -143,7 +143,7 @@ def main(argv):
     samples = cfg.final_samples if options.num_samples is None else options.num_samples
     sampling = {name: sampling.get(name, getattr(SampleConfig, name)) if getattr(options, name) is None else getattr(options, name)
                 for name in ("sampler", "steps", "temperature", "top_p")}
-    named = sampling | {"sampler": diffusion.way_of_writing(cfg, options.sampler)}
+    named = sampling | {"sampler": diffusion.way_of_writing(cfg, sampling["sampler"])}
     report = {"checkpoint": path, "step": step, "dtype": runtime.dtype_name(dtype), "sampling": ", ".join(f"{k} {v}" for k, v in named.items() if v is not None)}
     with runtime.autocast(device, dtype):
         report |= metrics.held_out(model, cfg, data, device)

@@ -80,11 +80,19 @@ def test_an_experiment_file_is_a_preset():
     ("--max_minutes nan", "expected a number"),
     ("--rows document --tokenizer char", "corpus of several documents"), ("broken.py", "does not run"), ("number.py", "does not define"),
     ("text.py", "must be of type int"), ("null.py", "must be of type int"), ("nan.py", "finite number"),
-    ("self.py", "there is no preset self.py"), ("--name x.best", "nor end in .best"), ("--name=", "no name"), ("--tokenizer none.json", "there is no tokenizer"), ("--vocab_size 100", "too small")))
+    ("self.py", "there is no preset self.py"), ("--name x.best", "nor end in .best"), ("--name=", "no name"), ("--tokenizer none.json", "there is no tokenizer"), ("--vocab_size 100", "too small"),
+    ("--data letter.txt --rows document", "a single character"), ("--batch_size 1000000000", "tokens a step"),
+    ("--tokenizer char --batch_size 500000", "a pass of 500000 rows of 256 tokens (micro_batch=0, batch_size=500000, block_size=256) needs at least"),
+    ("--tokenizer char --n_layer 1000 --n_embd 65536 --n_head 1", "n_embd=65536"), ("--max_iters 9999999999999999", "max_iters=9999999999999999 must be"),
+    ("--block_size 10000000", "must be at most 131,072"), ("--final_samples 9999999", "must be at most 100,000"),
+    ("--tokenizer holes.json", "its ids are not"), ("--tokenizer words.json", "no byte-level BPE")))
 def test_mistakes_in_training(words, message, monkeypatch, capsys):
     if message == "device=cuda" and torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
     open("some.txt", "w").write("to be or not to be " * 200)
+    open("letter.txt", "w").write("a")
+    open("holes.json", "w").write(tokenizer.train_char(["abc"], False).to_json().replace('"c":2', '"c":7'))
+    open("words.json", "w").write(tokenizer.train_bpe(["a b"], 300).to_json().replace('"a":', '"▁a":'))
     open("broken.py", "w").write("config = {")
     open("number.py", "w").write("config = 3")
     open("text.py", "w").write('config = {"n_layer": "3"}')
@@ -106,7 +114,13 @@ def test_mistakes_in_training(words, message, monkeypatch, capsys):
     ("--checkpoint romeo.pt", "no checkpoint"), ("--checkpoint half.pt", "no checkpoint"), ("--temperature nan", "expected a number"),
     ("--seed -1", "seed=-1"), ("--viz-video x.webm", "must end in .mp4"), ("--viz-gif x.jpg", "must end in .gif"),
     ("--schedule linaer", "did you mean linear"), ("hello", "--prompt"), ("--num_samples 0", "num_samples=0"), ("--steps 0", "steps=0"),
-    ("--gen_len 5 --viz-video blocked/x.mp4", "cannot write"), ("--gen_len 5 --viz-gif blocked/x.gif", "cannot write")))
+    ("--gen_len 5 --viz-video blocked/x.mp4", "cannot write"), ("--gen_len 5 --viz-gif blocked/x.gif", "cannot write"),
+    ("--infill a[99999999999]b", "a hole of 99999999999 tokens"), ("--infill a[131072]b", "more than 131,072"),
+    ("--gen-len 99999999999", "gen_len=99999999999 must be at most 131,072"), ("--num-samples 99999999", "must be at most 100,000"),
+    ("--num-samples 100000 --gen-len 1000", "100,000 texts of up to 1,001 tokens"), ("--steps 99999999999", "steps=99999999999 must be"),
+    ("--gen-len 5000 --viz-gif x.gif", "give --trace-every 2"), ("--gen-len 2000 --viz-html x.html", "give --trace-every 2"),
+    ("--gif-frame-ms 99999", "must be at most 60,000"), ("--checkpoint writes.pt", "no way of sampling called viz_video"),
+    ("--checkpoint deep.pt", "it holds 15,552 weights, and the network of its config has"), ("--checkpoint nan.pt", "no tensor of finite")))
 def test_mistakes_in_inference(words, message, tales_run, monkeypatch, capsys):
     open("bad.pt", "w").write("this is no checkpoint")
     open("romeo.pt", "w").write("Romeo, wherefore art thou?")
@@ -114,6 +128,9 @@ def test_mistakes_in_inference(words, message, tales_run, monkeypatch, capsys):
     state = checkpoint.read(str(tales_run / "models" / "tales.best.pt"))
     torch.save({**state, "tokenizer": "{}"}, "letters.pt")
     torch.save({**state, "sample": {"sampler": "mine"}}, "mine.pt")
+    torch.save({**state, "sample": {"viz_video": "x.mp4"}}, "writes.pt")
+    torch.save({**state, "config": state["config"] | {"n_layer": 1000, "n_embd": 65536}}, "deep.pt")
+    torch.save({**state, "model": {name: weights * math.nan for name, weights in state["model"].items()}}, "nan.pt")
     open("blocked", "w").write("a file, not a folder")
     words = words.split()
     if "--checkpoint" not in words:
@@ -620,6 +637,70 @@ def test_evaluate(tales_run, monkeypatch, capsys):
     samples = json.load(open("report.json"))["samples"]
     assert samples["samples"] == 3 and samples["valid"] == 0 and samples["evaluations_a_sample"] == 8
     assert json.load(open("report.json"))["reference"]["valid"] == 1 and "held-out text" in out
+
+
+def test_judged_and_sampled_as_it_was_trained(monkeypatch, capsys):
+    """bfloat16 on a machine that emulates it, and float32 on one that need not, unless --dtype says otherwise; the same samples as
+    the checkpoint's author wanted. So a metrics block and a text can be had again anywhere."""
+    monkeypatch.setattr(runtime, "has_bfloat16", lambda device: True)
+    written = {}
+    for dtype in ("bfloat16", "float32"):
+        cfg = settings(dtype=dtype, name=dtype)
+        written[dtype] = train.train(cfg, quiet=True)
+    assert written["bfloat16"]["bound_nats_per_token"] != written["float32"]["bound_nats_per_token"]
+    texts_of = {}
+    for here in (True, False):
+        monkeypatch.setattr(runtime, "has_bfloat16", lambda device: here)
+        for dtype, final in written.items():
+            path = f"artifacts/models/{dtype}.best.pt"
+            code, out, err = run(evaluate.main, ["--checkpoint", path, "--json", "r.json", "--device", "cpu"], monkeypatch, capsys)
+            report, slow = json.load(open("r.json")), dtype == "bfloat16" and not here
+            assert code == 0 and ("is emulated by this cpu" in err) == slow and report["dtype"] == dtype == final["dtype"], err
+            assert all(report[key] == value for key, value in final.items() if key in report and key != "samples")
+            code, out, err = run(inference.main, ["--checkpoint", path, "--json", "--gen-len", "20", "--device", "cpu"], monkeypatch, capsys)
+            assert code == 0 and err.count("which this model was trained, is emulated") == slow
+            texts_of.setdefault(dtype, set()).add(str(json.loads(out)["confidence"]))
+            code, out, err = run(evaluate.main, ["--checkpoint", path, "--json", "r.json", "--dtype", "float32", "--num_samples", "0"],
+                                 monkeypatch, capsys)
+            assert code == 0 and not err and json.load(open("r.json"))["dtype"] == "float32"
+    assert [len(found) for found in texts_of.values()] == [1, 1] and texts_of["bfloat16"] != texts_of["float32"]
+    state = checkpoint.read("artifacts/models/float32.best.pt")
+    torch.save(state | {"sample": state["sample"] | {"sampler": "random", "steps": 4, "temperature": 0.5}}, "mine.pt")
+    run(evaluate.main, "--checkpoint mine.pt --json r.json --num_samples 1 --rows 1", monkeypatch, capsys)
+    assert json.load(open("r.json"))["sampling"] == "sampler random, steps 4, temperature 0.5, top_p 0.98"
+    run(evaluate.main, "--checkpoint mine.pt --json r.json --num_samples 1 --rows 1 --steps 3 --top_p 1", monkeypatch, capsys)
+    assert json.load(open("r.json"))["sampling"] == "sampler random, steps 3, temperature 0.5, top_p 1.0"
+
+
+def test_a_machine_told_to_be_old(monkeypatch):
+    """ATEN_CPU_CAPABILITY=avx2 makes one without bfloat16, as PyTorch then computes."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    for capability, expected in (("AVX512", True), ("AVX2", False)):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+        assert runtime.has_bfloat16(torch.device("cpu")) is expected
+        assert runtime.choose_dtype("auto", torch.device("cpu")) == (torch.bfloat16 if expected else torch.float32)
+
+
+@pytest.mark.parametrize("error", (MemoryError("x"), RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't "
+                                                                  "allocate memory: you tried to allocate 4 bytes"), torch.OutOfMemoryError("x")))
+def test_no_memory_is_one_line(error, monkeypatch, capsys):
+    def main(words):
+        raise error
+    code, _, err = run(main, "", monkeypatch, capsys)
+    assert code == 2 and "too little memory" in err and len(err.splitlines()) == 1
+
+
+def test_many_samples_are_written_in_batches(tales_run, monkeypatch, capsys):
+    """Memory does not grow with their number, and each is what it would be alone."""
+    words = ["--checkpoint", str(tales_run / "models" / "tales.best.pt"), "--json", "--gen-len", "8", "--num-samples", "5", "--device", "cpu"]
+    results = {}
+    for at_once in (2**26, 2 * 9 * 800):
+        monkeypatch.setattr(inference, "AT_ONCE", at_once)
+        code, out, err = run(inference.main, words, monkeypatch, capsys)
+        results[at_once] = [{k: v for k, v in json.loads(line).items() if "second" not in k} for line in out.splitlines()]
+        assert code == 0, err
+    one, parts = results.values()
+    assert one == parts and len(one) == 5 and len({result["text"] for result in one}) > 1
 
 
 def test_evaluate_another_text(tales_run, monkeypatch, capsys):

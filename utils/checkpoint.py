@@ -51,13 +51,14 @@ def check_state(state, path):
             raise UserError(f"{path} is no checkpoint of this program: it has no {name}")
         if not isinstance(state[name], kind) or isinstance(state[name], bool):
             raise UserError(f"{path} is damaged: its {name} is of type {type(state[name]).__name__}, not {kind.__name__}")
-        if kind in (int, float) and (math.isnan(state[name]) or kind is int and state[name] < 0):
+        if name == "nll" and math.isnan(state[name]) or name in ("step", "minutes", "counted") and not 0 <= state[name] < 2**53:
             raise UserError(f"{path} is damaged: its {name} is {state[name]}")
+    tensors = {name: state[name] for name, kind in wanted.items() if kind is torch.Tensor}
     for part in ("model", "ema"):
-        for name, weights in (state.get(part) or {}).items():
-            if not (torch.is_tensor(weights) and weights.is_floating_point() and weights.layout == torch.strided
-                    and weights.isfinite().all()):
-                raise UserError(f"{path} is damaged: {part} has {name}, which is no tensor of finite numbers")
+        tensors |= {f"{part}'s {name}": weights for name, weights in (state.get(part) or {}).items()}
+    for name, tensor in tensors.items():
+        if not (torch.is_tensor(tensor) and tensor.is_floating_point() and tensor.layout == torch.strided and tensor.isfinite().all()):
+            raise UserError(f"{path} is damaged: {name} is no tensor of finite numbers")
 
 
 @contextlib.contextmanager
@@ -147,6 +148,7 @@ def sampling(state, path):
 
 def restore(state, device, path="the checkpoint"):
     """(model on `device` in evaluation mode, Text, Config) of what `read` gave."""
+    sampling(state, path)  # complains of what inference would
     with fitting(path):
         cfg = cli.merge(Config, state["config"])
         text = tokenizer.from_json(state["tokenizer"])

@@ -141,12 +141,20 @@ def merge(kind, *layers):
                 raise UserError(f"there is no setting {key}{nearest(key, types)}")
             wanted = (int, float) if types[key] is float else types[key]
             if value is None and defaults[key] is None:
+                values[key] = None
                 continue
             if not isinstance(value, wanted) or isinstance(value, bool) != (types[key] is bool):
-                raise UserError(f"{key}={value!r} must be of type {types[key].__name__}")
-            if types[key] is float and not math.isfinite(value):
-                raise UserError(f"{key}={value} must be a finite number")
-        values |= layer
+                raise UserError(f"{key}={' '.join(repr(value).split())[:60]} must be of type {types[key].__name__}")
+            if types[key] is str and "\0" in value:  # no name of a file
+                raise UserError(f"{key}={value!r} has a NUL character")
+            if types[key] is float:
+                try:
+                    value = float(value)
+                except OverflowError:
+                    value = math.inf
+                if not math.isfinite(value):
+                    raise UserError(f"{key}={value} must be a finite number")
+            values[key] = value
     return kind(**values)
 
 

@@ -71,14 +71,18 @@ def make_optimizers(model, cfg, dtype=torch.float32):
     return optimizers
 
 
+STATE = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "Muon": {"momentum_buffer"}}  # of each parameter
+
+
 def load(optimizer, saved):
-    """Put the state dict `saved` into `optimizer`; a ValueError where it is of other parameters, which torch would notice at
-    the next step only."""
-    optimizer.load_state_dict(saved)
+    """Put what the state dict `saved` has averaged into `optimizer`, which keeps its own settings: a resumed run may have other
+    learning rates. A ValueError where it is of other parameters, which torch would notice at the next step only."""
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": optimizer.state_dict()["param_groups"]})
     for parameter, state in optimizer.state.items():
-        for name, value in state.items():
-            if not torch.is_tensor(value) or value.ndim and value.shape != parameter.shape:
-                raise ValueError(f"{name} of the optimizer is not of the shape of its parameter, {tuple(parameter.shape)}")
+        if state.keys() != STATE[type(optimizer).__name__] or not all(
+                value.is_floating_point() and value.shape == (() if name == "step" else parameter.shape)
+                for name, value in state.items()):
+            raise ValueError(f"the averages of its optimizer, {', '.join(map(str, state))}, are not those of its network")
 
 
 @torch.no_grad()
