@@ -87,7 +87,7 @@ def write_shards(cfg, output, given):
 def documents(cfg):
     """Iterator of str."""
     if cfg.dataset == "tales":
-        return iter(tales.generate(f"data {cfg.seed}", cfg.num_stories))
+        return tales.stream(f"data {cfg.seed}")
     if cfg.dataset in texts.DOWNLOADS:
         return iter([texts.download(cfg.dataset)])
     if cfg.dataset.endswith(".txt"):

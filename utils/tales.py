@@ -13,6 +13,7 @@ every variable and a sentence for every place. To add a plot, add a list to `PLO
 import math
 import random
 import re
+from itertools import islice
 from typing import NamedTuple
 
 # --- what a story is made of ------------------------------------------------------------------------------------
@@ -132,17 +133,20 @@ TALES = Grammar(VARIABLES, FORMS, PLOTS)
 # --- writing stories --------------------------------------------------------------------------------------------
 
 
-def generate(seed, n, grammar=TALES):
-    """n stories (list of str), the same for the same seed (int or str) on every machine."""
+def stream(seed, grammar=TALES):
+    """Stories (iterator of str) without end, the same for the same seed (int or str) on every machine."""
     rng, plots = random.Random(seed), list(grammar.plots.values())
     pick = lambda choices: choices[int(rng.random() * len(choices))]  # random.choice's result may change with Python
-    stories = []
-    for _ in range(n):
+    while True:
         plot = pick(plots)
         chosen = {variable: pick(choices) for variable, choices in grammar.variables.items()}
         text = " ".join(pick(sentences) for sentences in plot)
-        stories.append(text.format_map(_Rendered(grammar.forms, chosen)))
-    return stories
+        yield text.format_map(_Rendered(grammar.forms, chosen))
+
+
+def generate(seed, n, grammar=TALES):
+    """The first n stories (list of str) of `stream`."""
+    return list(islice(stream(seed, grammar), n))
 
 
 class _Rendered(dict):
