@@ -28,7 +28,8 @@ class Config:
     resume: str = field("", "continue a run: path of its checkpoint, or auto for the newest")
     init_from: str = field("", "start a new run from the weights of this checkpoint (fine-tuning)")
     max_iters: int = field(2000, "optimizer steps (0: no limit but max_minutes)", low=0)
-    max_minutes: float = field(0.0, "stop after this long, the learning rate decayed by then (0: no limit)", low=0)
+    max_minutes: float = field(0.0, "stop after this long, the learning rate decayed by then (0: no limit)", low=0,
+                               high=10**6)
     save_interval: int = field(0, "steps between checkpoints (0: eval_interval)", low=0)
     device: str = field("auto", "auto: cuda, else mps, else cpu", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = field("auto", "of matrix products; auto: bfloat16 where the hardware has it",
@@ -102,6 +103,11 @@ class Config:
         if self.batch_size * self.block_size > MOST_TOKENS:
             raise UserError(f"batch_size={self.batch_size} with block_size={self.block_size}: {self.batch_size * self.block_size:,} "
                             f"tokens a step, more than {MOST_TOKENS:,}; make one of them smaller")
+        if self.final_samples * self.block_size > MOST_TOKENS:
+            raise UserError(f"final_samples={self.final_samples} with block_size={self.block_size}: more than {MOST_TOKENS:,} tokens; "
+                            "make one of them smaller")
+        if self.n_embd < 4 and self.time_conditioning in ("sinusoidal", "adaln"):
+            raise UserError(f"n_embd={self.n_embd} with time_conditioning={self.time_conditioning}: two waves need 4 channels")
         if self.n_embd % self.n_head or self.n_embd // self.n_head % 2:
             raise UserError(f"n_embd={self.n_embd} over n_head={self.n_head} heads must be an even whole number")
         if self.diffusion_steps and self.corruption == "count":
@@ -292,17 +298,17 @@ def preset(name):
             raise UserError(f"there is no file {name}")
         try:
             settings = runpy.run_path(name).get("config")
-        except Exception as error:  # noqa: BLE001 - whatever the user's file does
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever the user's file does
             raise UserError(f"{name} does not run: {reason(error)}") from None
         if not isinstance(settings, dict):
             raise UserError(f"{name} does not define config = {{...}}")
         settings, base = dict(settings), {}
         if "preset" in settings:
             base_name = settings.pop("preset")
-            if base_name not in PRESETS:
+            if not isinstance(base_name, str) or base_name not in PRESETS:
                 raise UserError(f"{name}: there is no preset {base_name}{nearest(base_name, PRESETS)}")
             base = PRESETS[base_name]
-        family = FAMILIES.get(settings.get("objective"), {})
+        family = FAMILIES.get(str(settings.get("objective")), {})
         return base | family | {"name": os.path.splitext(os.path.basename(name))[0]} | settings
     raise UserError(f"there is no preset {name}{nearest(name, PRESETS)} (--list shows all; a .py file works too)")
 

@@ -223,6 +223,11 @@ def options_of(cfg):
     return {"objective": cfg.objective, "block_len": block_len(cfg), "given": given_tokens(cfg)}
 
 
+def sample_options(how):
+    """Options of `sample` for a dict of SampleConfig's group "how"."""
+    return {"refresh" if name == "cache_refresh" else name: value for name, value in how.items()}
+
+
 def way_of_writing(cfg, sampler):
     """How a model of cfg's family writes, in a word: the sampler, where there is a choice."""
     return {"ar": "left to right", "uniform": "from uniform noise"}.get(cfg.objective, sampler)
@@ -363,9 +368,14 @@ OBJECTIVES = {
 }
 
 
+def check_names(cfg):
+    """Complain of a schedule or an objective that is not there."""
+    check_name("schedule", cfg.schedule, SCHEDULES)
+    check_name("objective", cfg.objective, OBJECTIVES)
+
+
 def bound(model, x0, passes, cfg, rows_at_once=64):
     """Upper bound on -log p(x0), (R, passes) nats per token, of a model of cfg's family; exact for ar, in one pass."""
-    check_name("objective", cfg.objective, OBJECTIVES)
     return OBJECTIVES[cfg.objective].bound(model, x0, passes, cfg, rows_at_once)
 
 

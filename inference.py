@@ -24,8 +24,7 @@ from utils import canvas, checkpoint, cli, runtime, trace
 from utils.cli import UserError
 
 ALTERNATIVES = 5       # likeliest tokens that the page of --viz-html shows
-MOST_TOKENS = 2**24    # of all texts together: what is kept of each is some 100 bytes
-AT_ONCE = 2**26        # logits of the rows that are written together
+MOST_WRITTEN = 2**24   # tokens of all texts together: what is kept of each is some 100 bytes
 
 
 def load(argv):
@@ -77,19 +76,27 @@ def canvases(options, text, cfg):
                                                                    enumerate(row) if token != text.mask):
         raise UserError("this model writes from left to right and sees nothing of what comes after; give a --prompt, without "
                         "--suffix and --infill, or train a masked model (--objective masked, without --block_len)")
-    if sum(map(len, rows)) * options.num_samples > MOST_TOKENS:
+    if sum(map(len, rows)) * options.num_samples > MOST_WRITTEN:
         raise UserError(f"{len(rows) * options.num_samples:,} texts of up to {max(map(len, rows)):,} tokens are more than "
-                        f"{MOST_TOKENS:,} tokens together; ask for fewer at a time")
+                        f"{MOST_WRITTEN:,} tokens together; ask for fewer at a time")
     return [(row, options.seed + i) for row in rows for i in range(options.num_samples)]
 
 
-def batches(rows, vocabulary):
-    """Indices (lists) of the rows (lists of (canvas, seed)) that are written together: those of a length, as many as have
-    AT_ONCE logits, so that memory does not grow with their number."""
+def batches(rows, cfg, vocabulary, device):
+    """Indices (lists) of the rows, a list of (canvas, seed), that are written together: those of a length, as many as fit."""
     for length in dict.fromkeys(len(row) for row, _ in rows):
         members = [i for i, (row, _) in enumerate(rows) if len(row) == length]
-        size = max(1, AT_ONCE // (length * vocabulary))
+        size = runtime.rows_at_once(cfg, vocabulary, length, device)
         yield from (members[start:start + size] for start in range(0, len(members), size))
+
+
+def most_states(row, options, cfg, mask):
+    """How many states a trace of the row (list of ids) can have: a step that changes nothing has none."""
+    masks, steps = row.count(mask), options.steps or 0
+    if cfg.objective == "uniform":
+        return (steps or len(row)) * (1 + options.correctors)
+    hides = options.sampler.startswith("rem")  # written tokens again, so that there may be more steps than tokens
+    return max(steps, masks) if hides else masks
 
 
 def generate(model, text, options, cfg, device, dtype):
@@ -100,6 +107,7 @@ def generate(model, text, options, cfg, device, dtype):
     tokens of the finished texts and not the time of viewers.
     """
     rows, results, frames, evaluations, total = canvases(options, text, cfg), {}, [], 0, 0.0
+    how = diffusion.sample_options({name: getattr(options, name) for name in checkpoint.sample_defaults()})
 
     def timed(steps, spent):
         start = time.perf_counter()
@@ -109,26 +117,24 @@ def generate(model, text, options, cfg, device, dtype):
             yield step
             start = time.perf_counter()
 
-    for members in batches(rows, text.mask):
+    for members in batches(rows, cfg, text.vocab_size, device):
         blank = torch.tensor([rows[i][0] for i in members], device=device)
         spent = []
         steps = timed(diffusion.sample(
-            model, blank, sampler=options.sampler, steps=options.steps, schedule=options.schedule,
-            temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, min_tokens=options.min_tokens,
-            guidance=options.guidance, decode_block=options.decode_block, window=cfg.block_size, cache=options.cache,
-            refresh=options.cache_refresh, correctors=options.correctors, **diffusion.options_of(cfg),
+            model, blank, **how, **diffusion.options_of(cfg), window=cfg.block_size,
             stop=None if options.no_stop else text.end,
             top=ALTERNATIVES if options.viz_html and 0 in members else 0, seeds=[rows[i][1] for i in members]), spent)
         if 0 in members:
             if options.viz_video or options.viz_gif or options.viz_html:
-                trace.check_states(options.steps or blank.size(1), blank.size(1), options.trace_every, bool(options.viz_html))
+                trace.check_states(most_states(rows[0][0], options, cfg, text.mask), blank.size(1), options.trace_every,
+                                   bool(options.viz_html))
                 frames, steps = trace.record(steps, blank, text.mask, options.trace_every)
             if options.live:
                 steps = trace.live(steps, text, (blank[0] != text.mask).tolist(), options.frame_ms)
         settled, masks = torch.zeros_like(blank), int((blank == text.mask).sum())
         number = torch.zeros_like(blank[:, :1])  # of steps in which something happened in each row
         with contextlib.closing(steps), runtime.autocast(device, dtype), tqdm(
-                total=masks, unit="token", leave=False, disable=True if options.live else None) as bar:
+                total=masks, unit="token", leave=False, disable=True if options.live and 0 in members else None) as bar:
             for step in steps:
                 number = number + (step.fresh | step.remasked).any(1, keepdim=True)
                 settled = torch.where(step.fresh, number, settled)
@@ -153,7 +159,7 @@ def main(argv):
     if "--list" in argv:
         return config.show_list(diffusion.SAMPLERS, diffusion.SCHEDULES, diffusion.OBJECTIVES)
     options, model, text, cfg, device, path = load(argv)
-    dtype = runtime.dtype_of_run(options.dtype, cfg.dtype, device)
+    dtype = runtime.dtype_of_run(options.dtype, cfg.dtype, device, path)
     name = os.path.basename(path).removesuffix(".pt")
     results, frames, evaluations, seconds = generate(model, text, options, cfg, device, dtype)
     for result in results:

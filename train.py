@@ -64,7 +64,8 @@ def check_size(cfg, vocab_size, ranks, device):
         # what a backward pass needs of each token: ten bfloat16 activations of a channel in a block, or what a block begins
         # with; the logits, at half of the positions
         a_token = cfg.n_layer * cfg.n_embd * (2 if cfg.activation_checkpointing else 20) + vocab_size
-        runtime.check_memory(rows * cfg.block_size * a_token, f"a pass of {rows} rows of {cfg.block_size} tokens (micro_batch="
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # that share this machine's memory
+        runtime.check_memory(processes * rows * cfg.block_size * a_token, f"a pass of {rows} rows of {cfg.block_size} tokens (micro_batch="
                              f"{cfg.micro_batch}, batch_size={cfg.batch_size}, block_size={cfg.block_size})")
 
 
@@ -178,8 +179,7 @@ def duration(seconds):
 def train(cfg, state=None, quiet=False):
     """Run the training loop for `cfg`, from the beginning or from the checkpoint dict `state`; returns the metrics."""
     started = time.perf_counter()
-    cli.check_name("schedule", cfg.schedule, diffusion.SCHEDULES)
-    cli.check_name("objective", cfg.objective, diffusion.OBJECTIVES)
+    diffusion.check_names(cfg)
     if not cfg.name:
         raise UserError("the run has no name; give it one with --name")
     runtime.keep_memory()
@@ -213,9 +213,9 @@ def train(cfg, state=None, quiet=False):
             if ema:
                 ema.load_state_dict(state["ema"])
             for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-                optim.load(optimizer, saved)
-        if state["scaler"]:  # empty if the run did not use float16 before
-            scaler.load_state_dict(state["scaler"])
+                optim.load(optimizer, saved, begun=step > 0 and not state["scaler"])
+            if state["scaler"]:  # empty if the run did not use float16 before
+                scaler.load_state_dict(state["scaler"])
     else:
         cfg = dataclasses.replace(cfg, name=runtime.agree(ranks, checkpoint.unused_name(cfg.out_dir, cfg.name)))
     if given:
@@ -291,7 +291,8 @@ def train(cfg, state=None, quiet=False):
                 if nll < best:
                     best = nll
                     if not ranks.rank:
-                        checkpoint.save(path["best"], checkpoint.snapshot(cfg, data.text, judged, step, nll))
+                        checkpoint.save(path["best"], checkpoint.snapshot(
+                            cfg, data.text, judged, step, nll, corpus=data.fingerprint))
             if save:
                 if not ranks.rank:
                     checkpoint.save(path["last"], checkpoint.snapshot(
@@ -355,9 +356,9 @@ def check_finite(loss, model, step, cfg):
 
 def find_best(cfg, data, device, dtype, path):
     """(held-out metrics, model, step) of the better one of the best checkpoint, which one mask a row decided, and the last,
-    whose learning rate has decayed. It becomes the best checkpoint."""
+    whose learning rate has decayed. It becomes the best checkpoint, and says how it was judged."""
     def judge(state):
-        model, *_ = checkpoint.restore(state, device)
+        model, *_ = checkpoint.restore(state, device, f"the checkpoint of {cfg.name}")
         with runtime.autocast(device, dtype):
             return metrics.held_out(model, cfg, data, device), model
 
@@ -366,8 +367,11 @@ def find_best(cfg, data, device, dtype, path):
     if last["step"] > best["step"]:
         new, newer = judge(last)
         if new["bound_nats_per_token"] < old["bound_nats_per_token"]:
-            checkpoint.save(path["best"], checkpoint.snapshot(cfg, data.text, newer, last["step"], last["nll"]))
+            checkpoint.save(path["best"], checkpoint.snapshot(cfg, data.text, newer, last["step"], last["nll"], corpus=data.fingerprint))
             return new, newer, last["step"]
+    today = checkpoint.snapshot(cfg, data.text, model, best["step"], best["nll"], corpus=data.fingerprint)
+    if any(today[part] != best[part] for part in ("config", "sample")):  # of a run that was resumed with other settings
+        checkpoint.save(path["best"], today)
     return old, model, best["step"]
 
 
@@ -376,7 +380,7 @@ def finish(cfg, data, device, dtype, parameters, step, minutes, seconds_a_step, 
     report, model, best_step = find_best(cfg, data, device, dtype, path)
     if cfg.final_samples:
         report |= metrics.final(model, cfg, data, device, dtype, best_step, cfg.final_samples,
-                                sampling={name: getattr(SampleConfig, name) for name in ("sampler", "temperature", "top_p")})
+                                sampling=diffusion.sample_options(checkpoint.sample_defaults()))
     rate = cfg.batch_size * cfg.block_size / seconds_a_step if seconds_a_step else None
     report = {"name": cfg.name, "dtype": runtime.dtype_name(dtype), "parameters": parameters, "steps": step, "best_step": best_step, "minutes": minutes,
               "seconds_a_step": seconds_a_step, "tokens_per_second_of_training": rate} | report

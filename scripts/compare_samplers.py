@@ -62,7 +62,7 @@ def trained(options):
     """(model, Text, Config, its step, device, dtype, what figures of it depend on) of the checkpoint that is meant."""
     device = runtime.choose_device(options.device)
     model, text, cfg, state = masked_model(options.checkpoint, device)
-    dtype = runtime.dtype_of_run(options.dtype, cfg.dtype, device)
+    dtype = runtime.dtype_of_run(options.dtype, cfg.dtype, device, options.checkpoint or "the newest checkpoint")
     return model, text, cfg, state["step"], device, dtype, {
         "num_samples": options.num_samples, "model": f"{cfg.name} {state['step']} {state['nll']:.4f}",
         "dtype": runtime.dtype_name(dtype)}

@@ -12,7 +12,6 @@ import math
 import os
 import sys
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -20,7 +19,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import torch
 
 import diffusion
-from config import LONGEST, Config, SampleConfig
+from config import LONGEST, Config
 from model import Transformer
 from utils import checkpoint, cli, corpus, metrics, plots, runtime, texts
 from utils.cli import UserError, field
@@ -38,8 +37,8 @@ class EvaluateConfig:
     against: str = field("", "a checkpoint to compare with, on the same held-out text")
     json: str = field("", "write the report to this file too")
     plot: str = field("", "write loss, entropy and accuracy over the noise level to this PNG")
-    sampler: str = field(None, "rule that picks what to write next (default, as of those below: the checkpoint's)", "how")
-    steps: int = field(None, "most steps", low=1, high=LONGEST)
+    sampler: str = field(None, "rule that picks what to write next (default of this and the next three: the checkpoint's)", "how")
+    steps: int = field(None, "most steps; uniform noise takes as many", low=1, high=LONGEST)
     temperature: float = field(None, "of the token distribution", low=0)
     top_p: float = field(None, "draw from the likeliest tokens that sum to this (1: all)", above=0, high=1)
     device: str = field("auto", "auto: cuda, else mps, else cpu", choices=("auto", "cpu", "cuda", "mps"))
@@ -60,15 +59,15 @@ class Loaded(NamedTuple):
     data: corpus.Corpus
     step: int
     dtype: torch.dtype  # in which it is judged
-    sampling: dict      # how its author wanted it sampled
+    sampling: dict      # how its author wanted it sampled, SampleConfig's group "how"
 
 
 def load(path, options, device):
     """The checkpoint at `path` as `Loaded`."""
     state = checkpoint.read(path)
     model, text, cfg = checkpoint.restore(state, device, path)
-    found = partial(Loaded, path, model, step=state["step"], sampling=checkpoint.sampling(state, path),
-                    dtype=runtime.dtype_of_run(options.dtype, cfg.dtype, device))
+    loaded = Loaded(path, model, cfg, None, state["step"], runtime.dtype_of_run(options.dtype, cfg.dtype, device, path),
+                    checkpoint.sample_defaults() | checkpoint.sampling(state, path))
     cfg = dataclasses.replace(cfg, final_rows=options.rows or cfg.final_rows)
     if options.data:
         if not os.path.isfile(options.data):
@@ -79,8 +78,12 @@ def load(path, options, device):
                 training = corpus.load(cfg, text).training
         cfg = dataclasses.replace(cfg, data=options.data)
         rows = corpus.held_out_rows(texts.read_documents(options.data), text, cfg)
-        return found(cfg, corpus.Corpus(None, rows, text, 0, "", training))
-    return found(cfg, corpus.load(cfg, text))
+        return loaded._replace(cfg=cfg, data=corpus.Corpus(None, rows, text, 0, "", training))
+    data = corpus.load(cfg, text)
+    if state.get("corpus") not in (None, data.fingerprint):
+        print(f"{cfg.data} is not the text that {path} was trained on, so its figures are others than those of its training",
+              file=sys.stderr)
+    return loaded._replace(cfg=cfg, data=data)
 
 
 def compare(first, second, device):
@@ -137,17 +140,17 @@ def main(argv):
         judge = checkpoint.restore(checkpoint.read(options.judge), device, options.judge)
         if judge[2].objective != "ar":
             raise UserError(f"{options.judge} has objective={judge[2].objective}; a judge must give exact likelihoods: ar")
-        judge = *judge, runtime.dtype_of_run(options.dtype, judge[2].dtype, device)
+        judge = *judge, runtime.dtype_of_run(options.dtype, judge[2].dtype, device, options.judge)
     if options.left_to_right and cfg.objective == "uniform":
         raise UserError("left_to_right with objective=uniform: such a model does not write from left to right")
     samples = cfg.final_samples if options.num_samples is None else options.num_samples
-    sampling = {name: sampling.get(name, getattr(SampleConfig, name)) if getattr(options, name) is None else getattr(options, name)
-                for name in ("sampler", "steps", "temperature", "top_p")}
-    named = sampling | {"sampler": diffusion.way_of_writing(cfg, sampling["sampler"])}
+    asked = {name: getattr(options, name) for name in ("sampler", "steps", "temperature", "top_p")}
+    sampling |= {name: value for name, value in asked.items() if value is not None}
+    named = {name: sampling[name] for name in asked} | {"sampler": diffusion.way_of_writing(cfg, sampling["sampler"])}
     report = {"checkpoint": path, "step": step, "dtype": runtime.dtype_name(dtype), "sampling": ", ".join(f"{k} {v}" for k, v in named.items() if v is not None)}
     with runtime.autocast(device, dtype):
         report |= metrics.held_out(model, cfg, data, device)
-    report |= metrics.final(model, cfg, data, device, dtype, step, samples, judge, sampling)
+    report |= metrics.final(model, cfg, data, device, dtype, step, samples, judge, diffusion.sample_options(sampling))
     if options.left_to_right:
         rows = data.held_out[: options.left_to_right].to(device)
         with runtime.autocast(device, dtype):

@@ -82,7 +82,7 @@ def test_an_experiment_file_is_a_preset():
     ("text.py", "must be of type int"), ("null.py", "must be of type int"), ("nan.py", "finite number"),
     ("self.py", "there is no preset self.py"), ("--name x.best", "nor end in .best"), ("--name=", "no name"), ("--tokenizer none.json", "there is no tokenizer"), ("--vocab_size 100", "too small"),
     ("--data letter.txt --rows document", "a single character"), ("--batch_size 1000000000", "tokens a step"),
-    ("--tokenizer char --batch_size 500000", "a pass of 500000 rows of 256 tokens (micro_batch=0, batch_size=500000, block_size=256) needs at least"),
+    ("--tokenizer char --device cpu --batch_size 500000", "a pass of 500000 rows of 256 tokens (micro_batch=0, batch_size=500000, block_size=256) needs at least"),
     ("--tokenizer char --n_layer 1000 --n_embd 65536 --n_head 1", "n_embd=65536"), ("--max_iters 9999999999999999", "max_iters=9999999999999999 must be"),
     ("--block_size 10000000", "must be at most 131,072"), ("--final_samples 9999999", "must be at most 100,000"),
     ("--tokenizer holes.json", "its ids are not"), ("--tokenizer words.json", "no byte-level BPE")))
@@ -119,6 +119,8 @@ def test_mistakes_in_training(words, message, monkeypatch, capsys):
     ("--gen-len 99999999999", "gen_len=99999999999 must be at most 131,072"), ("--num-samples 99999999", "must be at most 100,000"),
     ("--num-samples 100000 --gen-len 1000", "100,000 texts of up to 1,001 tokens"), ("--steps 99999999999", "steps=99999999999 must be"),
     ("--gen-len 5000 --viz-gif x.gif", "give --trace-every 2"), ("--gen-len 2000 --viz-html x.html", "give --trace-every 2"),
+    ("--gen-len 5 --sampler remask --steps 131072 --viz-html x.html --trace-every 0", "trace_every=0"),
+    ("--checkpoint expanded.pt", "no tensor of finite"), ("--checkpoint odd.pt", "there is no schedule odd"),
     ("--gif-frame-ms 99999", "must be at most 60,000"), ("--checkpoint writes.pt", "no way of sampling called viz_video"),
     ("--checkpoint deep.pt", "it holds 15,552 weights, and the network of its config has"), ("--checkpoint nan.pt", "no tensor of finite")))
 def test_mistakes_in_inference(words, message, tales_run, monkeypatch, capsys):
@@ -130,6 +132,8 @@ def test_mistakes_in_inference(words, message, tales_run, monkeypatch, capsys):
     torch.save({**state, "sample": {"sampler": "mine"}}, "mine.pt")
     torch.save({**state, "sample": {"viz_video": "x.mp4"}}, "writes.pt")
     torch.save({**state, "config": state["config"] | {"n_layer": 1000, "n_embd": 65536}}, "deep.pt")
+    torch.save({**state, "model": {"x": torch.zeros(1).expand(10**6, 10**6)}}, "expanded.pt")
+    torch.save({**state, "config": state["config"] | {"schedule": "odd"}}, "odd.pt")
     torch.save({**state, "model": {name: weights * math.nan for name, weights in state["model"].items()}}, "nan.pt")
     open("blocked", "w").write("a file, not a folder")
     words = words.split()
@@ -458,7 +462,8 @@ def test_every_family_trains_writes_and_is_judged(name, monkeypatch, capsys):
     assert results[0]["text"] != results[1]["text"] and results[0]["evaluations"] > 0
     if name == "ar":
         assert results[0]["sampler"] == "left to right"
-    code, out, err = run(evaluate.main, "--json r.json --num_samples 2" + " --left_to_right 2" * (name != "uniform"), monkeypatch, capsys)
+    code, out, err = run(evaluate.main, "--json r.json --plot levels.png --num_samples 2" + " --left_to_right 2" * (name != "uniform"),
+                         monkeypatch, capsys)
     report, final = json.load(open("r.json")), json.load(open("artifacts/logs/x.json"))
     assert code == 0 and report["bound_nats_per_token"] == pytest.approx(final["bound_nats_per_token"], rel=1e-5), err
     assert [entry["level"] for entry in report["levels"]] == sorted({entry["level"] for entry in report["levels"]})
@@ -655,10 +660,10 @@ def test_judged_and_sampled_as_it_was_trained(monkeypatch, capsys):
             path = f"artifacts/models/{dtype}.best.pt"
             code, out, err = run(evaluate.main, ["--checkpoint", path, "--json", "r.json", "--device", "cpu"], monkeypatch, capsys)
             report, slow = json.load(open("r.json")), dtype == "bfloat16" and not here
-            assert code == 0 and ("is emulated by this cpu" in err) == slow and report["dtype"] == dtype == final["dtype"], err
+            assert code == 0 and ("the cpu of this machine emulates bfloat16" in err) == slow and report["dtype"] == dtype == final["dtype"], err
             assert all(report[key] == value for key, value in final.items() if key in report and key != "samples")
             code, out, err = run(inference.main, ["--checkpoint", path, "--json", "--gen-len", "20", "--device", "cpu"], monkeypatch, capsys)
-            assert code == 0 and err.count("which this model was trained, is emulated") == slow
+            assert code == 0 and err.count(f"emulates bfloat16, in which {path} was trained") == slow
             texts_of.setdefault(dtype, set()).add(str(json.loads(out)["confidence"]))
             code, out, err = run(evaluate.main, ["--checkpoint", path, "--json", "r.json", "--dtype", "float32", "--num_samples", "0"],
                                  monkeypatch, capsys)
@@ -692,15 +697,18 @@ def test_no_memory_is_one_line(error, monkeypatch, capsys):
 
 def test_many_samples_are_written_in_batches(tales_run, monkeypatch, capsys):
     """Memory does not grow with their number, and each is what it would be alone."""
-    words = ["--checkpoint", str(tales_run / "models" / "tales.best.pt"), "--json", "--gen-len", "8", "--num-samples", "5", "--device", "cpu"]
-    results = {}
+    words = ["--checkpoint", str(tales_run / "models" / "tales.best.pt"), "--json", "--gen-len", "8", "--num-samples", "5", "--device",
+             "cpu", "--dtype", "float32", "--sampler", "first_hitting"]
+    results, sample, sizes = [], diffusion.sample, []
+    monkeypatch.setattr(diffusion, "sample", lambda model, blank, **how: sizes.append(len(blank)) or sample(model, blank, **how))
     for at_once in (2**26, 2 * 9 * 800):
-        monkeypatch.setattr(inference, "AT_ONCE", at_once)
+        monkeypatch.setitem(runtime.AT_ONCE, "cpu", at_once)
         code, out, err = run(inference.main, words, monkeypatch, capsys)
-        results[at_once] = [{k: v for k, v in json.loads(line).items() if "second" not in k} for line in out.splitlines()]
+        results.append([json.loads(line) for line in out.splitlines()])
         assert code == 0, err
-    one, parts = results.values()
-    assert one == parts and len(one) == 5 and len({result["text"] for result in one}) > 1
+    assert sizes == [5, 2, 2, 1] and len({result["text"] for result in results[0]}) == 5
+    for one, other in zip(*results, strict=True):
+        assert one["text"] == other["text"] and one["confidence"] == pytest.approx(other["confidence"], abs=1e-3)
 
 
 def test_evaluate_another_text(tales_run, monkeypatch, capsys):
@@ -782,6 +790,9 @@ def test_bench(monkeypatch, capsys):
         rows = 64 if name.startswith("the s") else 2  # the sources' recipe has its own
         assert figures["rows_a_step"] == rows
         assert figures["tokens_per_second"] == pytest.approx(rows * 67 / figures["median_step_seconds"])
+    tiny = cli.merge(Config, config.preset("tiny.py"))
+    step, _ = bench.training_step(tiny, 300, torch.device("cpu"), torch.bfloat16, torchs_muon=True)
+    assert step() > 0
     code, _, err = run(bench.main, "walk", monkeypatch, capsys)
     assert code == 2 and "bench.py train" in err
 

@@ -22,9 +22,9 @@ def parse_infill(template):
         if escaped:
             plain += escaped
             continue
-        if size and len(size) > len(str(LONGEST)):
+        if size and len(size.lstrip("0")) > len(str(LONGEST)):
             raise UserError(f"--infill: a hole of {size[:20]} tokens; a text has at most {LONGEST:,}")
-        parts += [plain, int(size) if size else GUIDE_HOLE]
+        parts += [plain, int(size[-len(str(LONGEST)):]) if size else GUIDE_HOLE]
         plain = ""
     parts.append(plain + template[position:])
     if not any(isinstance(part, int) and part for part in parts):

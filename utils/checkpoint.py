@@ -13,6 +13,7 @@ import re
 import torch
 
 import config
+import diffusion
 from config import Config, SampleConfig
 from model import Transformer, count_parameters
 from utils import cli, runtime, tokenizer
@@ -33,6 +34,7 @@ def save(path, state):
 
 ENTRIES = {"version": int, "config": dict, "sample": dict, "tokenizer": str, "step": int, "nll": float, "model": dict}
 ENTRIES_TO_RESUME = {"minutes": float, "running": torch.Tensor, "counted": int, "scaler": dict, "optimizers": list}
+PLAIN = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 ENTRIES_OR_NONE = {"ema": dict, "corpus": str, "job": str, "density": torch.Tensor}
 
 
@@ -57,8 +59,13 @@ def check_state(state, path):
     for part in ("model", "ema"):
         tensors |= {f"{part}'s {name}": weights for name, weights in (state.get(part) or {}).items()}
     for name, tensor in tensors.items():
-        if not (torch.is_tensor(tensor) and tensor.is_floating_point() and tensor.layout == torch.strided and tensor.isfinite().all()):
+        # neither sparse nor without memory of its own, which a small file can make arbitrarily large
+        plain = torch.is_tensor(tensor) and tensor.dtype in PLAIN and tensor.layout == torch.strided and not tensor.is_nested and (
+            tensor.device.type == "cpu" and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes())
+        if not plain or not tensor.isfinite().all():
             raise UserError(f"{path} is damaged: {name} is no tensor of finite numbers")
+    if "optimizers" in state and not all(isinstance(value, (int, float)) for value in state["scaler"].values()):
+        raise UserError(f"{path} is damaged: its scaler holds something else than numbers")
 
 
 @contextlib.contextmanager
@@ -67,6 +74,8 @@ def fitting(path):
     try:
         yield
     except (KeyError, IndexError, RuntimeError, TypeError, ValueError, AttributeError) as error:
+        if cli.no_memory(error):
+            raise
         raise UserError(f"{path} does not fit this program: {reason(error)}") from None
     except UserError as error:
         raise UserError(f"{path} does not fit this program: {error}") from None
@@ -138,11 +147,14 @@ def sample_defaults():
 
 
 def sampling(state, path):
-    """How the author of a checkpoint (dict) wanted it sampled (dict): nothing else, no file to write say."""
+    """How the author of a checkpoint (dict) wanted it sampled (dict). A UserError where it says anything else: a file to write,
+    say."""
     with fitting(path):
         if unknown := set(state["sample"]) - set(sample_defaults()):
             raise UserError(f"there is no way of sampling called {sorted(map(str, unknown))[0]}")
-        cli.merge(SampleConfig, state["sample"])
+        how = cli.merge(SampleConfig, state["sample"])
+        diffusion.find_sampler(how.sampler)
+        cli.check_name("schedule", how.schedule, diffusion.SCHEDULES)
     return state["sample"]
 
 
@@ -151,6 +163,7 @@ def restore(state, device, path="the checkpoint"):
     sampling(state, path)  # complains of what inference would
     with fitting(path):
         cfg = cli.merge(Config, state["config"])
+        diffusion.check_names(cfg)
         text = tokenizer.from_json(state["tokenizer"])
         weights = state.get("ema") or state["model"]
         held = sum(w.numel() for name, w in weights.items() if not (cfg.tie_embeddings and name == "head.weight"))
@@ -205,5 +218,5 @@ def reported_steps(path):
     try:
         with open(path, encoding="utf-8") as file:
             return json.load(file)["steps"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None

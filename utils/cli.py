@@ -17,6 +17,11 @@ def reason(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
+def no_memory(error):
+    """Whether an exception says that there is no memory, the GPU's or the machine's."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+
+
 @contextlib.contextmanager
 def replacing(path, *also):
     """A name to write to, which takes the place of `path` once all is written and on the disk.
@@ -145,8 +150,10 @@ def merge(kind, *layers):
                 continue
             if not isinstance(value, wanted) or isinstance(value, bool) != (types[key] is bool):
                 raise UserError(f"{key}={' '.join(repr(value).split())[:60]} must be of type {types[key].__name__}")
-            if types[key] is str and "\0" in value:  # no name of a file
-                raise UserError(f"{key}={value!r} has a NUL character")
+            if types[key] is str and ("\0" in value or value.encode(errors="replace").decode() != value):
+                raise UserError(f"{key}={value!r} is no text: it has a NUL character, or bytes that are not UTF-8")
+            if types[key] is int and value.bit_length() > 1000:  # Python does not even print it
+                raise UserError(f"{key} is a number of {value.bit_length()} bits, which is too large")
             if types[key] is float:
                 try:
                     value = float(value)
@@ -175,14 +182,15 @@ def run(main):
         main(sys.argv[1:])
     except UserError as error:
         rank = os.environ.get("RANK", "0")  # torchrun's number of this process
-        print(f"{'' if rank == '0' else f'process {rank}: '}error: {error}", file=sys.stderr)
+        line = " ".join(str(error).split())  # a name in a file may have line breaks
+        print(f"{'' if rank == '0' else f'process {rank}: '}error: {line}", file=sys.stderr)
         sys.exit(2)
     except (RuntimeError, MemoryError) as error:
-        gpu = type(error).__name__ == "OutOfMemoryError"  # torch's, which is not imported here
-        if not gpu and not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
+        if not no_memory(error):
             raise
-        print(f"error: {'the GPU' if gpu else 'this machine'} has too little memory for this; ask for less at once: fewer rows "
-              f"(--micro_batch, --batch_size, --num_samples), shorter ones, a smaller network ({reason(error)})", file=sys.stderr)
+        print("error: too little memory for this; ask for less at once. In training: a smaller --micro_batch, --batch_size or "
+              "network, or --activation_checkpointing true; in writing: fewer or shorter texts "
+              f"({reason(error)})", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

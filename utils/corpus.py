@@ -292,8 +292,11 @@ def read_index(folder):
     """index.json of a folder of shards (dict)."""
     try:
         with open(os.path.join(folder, "index.json"), encoding="utf-8") as file:
-            return json.load(file)
-    except (OSError, ValueError):
+            index = json.load(file)
+        if not {"settings", "dtype", "shards", "tokens", "documents", "state", "ended"} <= set(index):
+            raise ValueError("it lacks what write_shards writes")
+        return index
+    except (OSError, ValueError, TypeError):
         raise UserError(f"{folder} is a folder, not a text file, and holds no shards (index.json); scripts/data.py "
                         "--tokens makes some") from None
 

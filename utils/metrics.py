@@ -48,12 +48,17 @@ def held_out(model, cfg, data, device):
     report = {"bound_nats_per_token": mean, "bound_se_rows": se_rows, "bound_se_masks": 0.0 if exact else se_masks,
               "bound_bits_per_character": nats / math.log(2) / lengths[:, 0].sum().item(),
               "bound_bits_per_byte": nats / math.log(2) / lengths[:, 1].sum().item(),
-              "perplexity_of_bound": math.exp(mean), "held_out_rows": len(rows), "masks_a_row": 0 if exact else cfg.final_masks}
+              "perplexity_of_bound": perplexity(mean), "held_out_rows": len(rows), "masks_a_row": 0 if exact else cfg.final_masks}
     if cfg.data == "tales" and cfg.rows == "document":
         truth = -sum(map(tales.log_prob, corpus.tales_held_out(cfg)[: len(rows)])) / len(rows)
         report |= {"bound_nats_per_story": mean * cfg.block_size, "exact_nats_per_story": truth,
                    "excess_over_exact": mean * cfg.block_size / truth - 1, "entropy_nats_per_story": tales.entropy()}
     return report
+
+
+def perplexity(nats):
+    """exp, or infinity where that is too large a number."""
+    return math.exp(nats) if nats < 700 else math.inf
 
 
 LEVELS = 10
@@ -102,7 +107,7 @@ def levels_of(model, cfg, data, device):
             counts = corruption.masked.sum().item()
             losses.append((diffusion.masked_loss(model, part, corruption, pooled).mean().item() * counts, counts))
         mean = sum(loss for loss, _ in losses) / max(1, sum(count for _, count in losses))
-        report |= {"masked_ce_pooled": mean, "exp_of_masked_ce_schedule_dependent": math.exp(mean)}
+        report |= {"masked_ce_pooled": mean, "exp_of_masked_ce_schedule_dependent": perplexity(mean)}
     return report
 
 
@@ -164,10 +169,10 @@ def sample_rows(write, text, cfg, count, device):
     """`count` unconditional samples (count, block_size) with the seeds 0, 1, ..., and what else write returns for each
     (count,), all on the CPU.
 
-    write(blank (b, block_size), seeds (list of b)) returns the ids and the rest for 50 rows at a time.
+    write(blank (b, block_size), seeds (list of b)) returns the ids and the rest for 50 rows at a time, or as many as fit.
     """
     parts = []
-    for seeds in torch.arange(count).split(50):
+    for seeds in torch.arange(count).split(min(50, runtime.rows_at_once(cfg, text.vocab_size, cfg.block_size, device))):
         blank = torch.tensor([canvas.build(text, [None], cfg.block_size)] * len(seeds), device=device)
         parts.append([part.cpu() for part in write(blank, seeds.tolist())])
     return tuple(map(torch.cat, zip(*parts)))

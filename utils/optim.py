@@ -74,9 +74,12 @@ def make_optimizers(model, cfg, dtype=torch.float32):
 STATE = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "Muon": {"momentum_buffer"}}  # of each parameter
 
 
-def load(optimizer, saved):
+def load(optimizer, saved, begun):
     """Put what the state dict `saved` has averaged into `optimizer`, which keeps its own settings: a resumed run may have other
-    learning rates. A ValueError where it is of other parameters, which torch would notice at the next step only."""
+    learning rates. A ValueError where it is of other parameters, or lacks some though the run has `begun`, which torch would
+    notice at the next step or never."""
+    if begun and set(saved["state"]) != set(range(sum(len(group["params"]) for group in optimizer.param_groups))):
+        raise ValueError("its optimizer has not averaged the gradients of each parameter")
     optimizer.load_state_dict({"state": saved["state"], "param_groups": optimizer.state_dict()["param_groups"]})
     for parameter, state in optimizer.state.items():
         if state.keys() != STATE[type(optimizer).__name__] or not all(

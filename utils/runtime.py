@@ -49,16 +49,29 @@ def choose_dtype(name, device):
     return getattr(torch, name)
 
 
-def dtype_of_run(name, trained, device):
-    """torch.dtype in which a trained network is judged and sampled: `name`, or for "auto" that of its training, `trained`,
-    so that its figures and texts can be repeated on any machine. A line on stderr says where the device emulates it."""
-    dtype = choose_dtype(trained if name == "auto" else name, device)
-    slow = not has_bfloat16(device) if dtype == torch.bfloat16 else dtype == torch.float16 and device.type == "cpu"
-    if slow:
-        whose = ", in which this model was trained," if name == "auto" else ""
-        print(f"{dtype_name(dtype)}{whose} is emulated by this {device.type}, which is slow; --dtype float32 is faster, and its "
-              "figures differ a little", file=sys.stderr)
+def dtype_of_run(name, trained, device, path):
+    """torch.dtype in which the network of the checkpoint `path` is judged and sampled: `name`, or for "auto" that of its
+    training, `trained`, so that its figures and texts can be had again on any machine. A line on stderr says where the device
+    emulates it."""
+    name = trained if name == "auto" else name
+    dtype = torch.float32 if name == "auto" else getattr(torch, name)  # a run that did not say is judged as any machine can
+    if not has_bfloat16(device) if dtype == torch.bfloat16 else dtype == torch.float16 and device.type == "cpu":
+        whose = f", in which {path} was trained" if name == trained else ""
+        print(f"the {device.type} of this machine emulates {name}{whose}, which is slow; with --dtype float32 it is faster, and "
+              "its figures differ slightly", file=sys.stderr)
     return dtype
+
+
+AT_ONCE = {"cpu": 2**26}  # numbers, of some 40 bytes in all, that a pass of the sampler may hold
+AT_ONCE_ELSEWHERE = 2**27
+
+
+def rows_at_once(cfg, vocabulary, length, device):
+    """How many rows of `length` tokens may be written together, so that memory does not grow with their number: by their
+    logits, which a model that writes left to right has in its block alone, and by what a pass keeps of each layer."""
+    seen = min(length, cfg.block_size)
+    asked = 1 if cfg.objective == "ar" else min(seen, cfg.block_len or seen)
+    return max(1, AT_ONCE.get(device.type, AT_ONCE_ELSEWHERE) // max(asked * vocabulary, seen * cfg.n_layer * cfg.n_embd // 4))
 
 
 def dtype_name(dtype):
@@ -106,10 +119,12 @@ def peak_memory(device):
 
 
 def total_memory():
-    """Bytes of memory that this process can have at most (inf where the system does not tell)."""
+    """Bytes of this machine's memory, without swap, or of its container's (inf where the system does not tell)."""
     try:
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError):  # Windows
+    except (AttributeError, ValueError, OSError):  # Windows
+        return math.inf
+    if total <= 0:
         return math.inf
     with contextlib.suppress(OSError, ValueError):  # a container's limit; "max" where there is none
         with open("/sys/fs/cgroup/memory.max", encoding="utf-8") as file:
@@ -138,17 +153,17 @@ def compile_network(model, token_nll, device, try_out):
     """
     compiled = copy.copy(model)
     compiled._modules = dict(model._modules)
-    if device.type == "cpu":
-        # Compiled code that is found in the cache is not asked for which instructions it was made: what a CPU with AVX-512
-        # left there ended in a segmentation fault under ATEN_CPU_CAPABILITY=avx2. So each kind has a cache of its own.
-        from torch._inductor.runtime.cache_dir_utils import default_cache_dir
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{default_cache_dir()}_{torch.backends.cpu.get_cpu_capability()}")
     # on a CPU the compiler's own random numbers, for dropout, are slower than PyTorch's
     options = {"fallback_random": True} if device.type == "cpu" else None
     compiled.blocks = torch.nn.ModuleList(torch.compile(block, options=options) for block in model.blocks)
     compiled.enter, compiled.leave, compiled_nll = (
         torch.compile(function, options=options) for function in (model.enter, model.leave, token_nll))
     try:
+        if device.type == "cpu":
+            # Compiled code that is found in the cache is not asked for which instructions it was made: what a CPU with AVX-512
+            # left there ended in a segmentation fault under ATEN_CPU_CAPABILITY=avx2. So each kind has a cache of its own.
+            from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{default_cache_dir()}_{torch.backends.cpu.get_cpu_capability()}")
         result = try_out(compiled, compiled_nll)
     except torch.OutOfMemoryError:
         raise
@@ -310,11 +325,9 @@ def begin_log(path, step):
             return open(path, "x").close()
         kept = []
         for line in open(path, encoding="utf-8") if os.path.exists(path) else ():
-            try:
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that a crash cut off, or of somebody else
                 if json.loads(line)["step"] <= step:
                     kept.append(line.rstrip("\n") + "\n")
-            except ValueError:  # a line that a crash cut off
-                pass
         with cli.replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
             file.writelines(kept)
     except FileExistsError:

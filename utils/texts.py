@@ -171,7 +171,7 @@ def split(documents):
     if len(documents) == 1:
         cut = int(len(documents[0]) * (1 - HELD_OUT))
         if not cut:
-            raise UserError("the corpus is a single character, of which nothing can be held out; use more text")
+            raise UserError("the corpus is a single character, too short to hold anything out; use more text")
         return [documents[0][:cut]], [documents[0][cut:]]
     train, held_out = [], []
     for document in documents:

@@ -24,6 +24,8 @@ class Text:
 
     def __init__(self, tokenizer):
         tokenizer.encode_special_tokens = True  # a text that spells <|endoftext|> is text
+        tokenizer.no_truncation()  # some files cut every text, or fill it up
+        tokenizer.no_padding()
         self.tokenizer = tokenizer
         self.mask = tokenizer.get_vocab_size()
         self.vocab_size = self.mask + 1
@@ -32,7 +34,8 @@ class Text:
         vocab = tokenizer.get_vocab()
         if sorted(vocab.values()) != list(range(self.mask)):
             raise UserError(f"its ids are not 0 to {self.mask - 1}, each once")
-        if not self.is_char and any(t != END and not _BYTE.keys() >= set(t) for t in vocab):
+        self._added = {i: token.content for i, token in tokenizer.get_added_tokens_decoder().items()}  # as they are written
+        if not self.is_char and not all(i in self._added or _BYTE.keys() >= set(t) for t, i in vocab.items()):
             raise UserError("it is no byte-level BPE (nor one of characters), so that the bytes of its tokens are not known")
         self._characters = {t for t in vocab if t != END} if self.is_char else None
 
@@ -63,7 +66,7 @@ class Text:
         if i in (self.mask, self.end):
             return b""
         token = self.tokenizer.id_to_token(i)
-        return token.encode() if self.is_char else bytes(_BYTE[c] for c in token)
+        return token.encode() if self.is_char or i in self._added else bytes(_BYTE[c] for c in token)
 
     def pieces(self, ids):
         """One str per id, together the text: for pictures in which every token has its place.
@@ -133,7 +136,7 @@ def from_json(text):
     try:
         return Text(Tokenizer.from_str(text))
     except Exception as error:  # noqa: BLE001 - `tokenizers` raises plain Exception
-        raise UserError(f"this is no tokenizer that this program can use: {cli.reason(error)}") from None
+        raise UserError(f"no tokenizer that this program can use: {cli.reason(error)}") from None
 
 
 def load(path):
@@ -144,7 +147,7 @@ def load(path):
     try:
         return from_json(open(path, encoding="utf-8").read())
     except (OSError, UnicodeDecodeError, UserError) as error:
-        raise UserError(f"{path} is no tokenizer file: {error}") from None
+        raise UserError(f"{path}: {error}") from None
 
 
 def save(text, path):

@@ -40,13 +40,13 @@ class Frame(NamedTuple):
     top: list = None  # L lists of (token, probability), likeliest first, as last computed
 
 
-def check_states(steps, tokens, every, alternatives):
-    """Complain where a trace of so many steps and tokens, each of its states with alternatives or without, would not fit into
+def check_states(states, tokens, every, alternatives):
+    """Complain where a trace of every so many of the states, of so many tokens, with alternatives or without, would not fit into
     memory: a token takes some 90 bytes in a state, and 600 with them."""
     most = MOST_STATES // (8 if alternatives else 1)
-    if (steps // every) * tokens > most:
-        raise UserError(f"up to {steps // every:,} states of {tokens:,} tokens are too many for a trace; give --trace-every "
-                        f"{-(-steps * tokens // most)}")
+    if (states // every) * tokens > most:
+        raise UserError(f"up to {states // every:,} states of {tokens:,} tokens are too many for a trace; give --trace-every "
+                        f"{-(-states * tokens // most)}")
 
 
 def record(steps, canvas, mask, every=1):
