@@ -493,7 +493,7 @@ def test_gradients_of_the_training_loss_are_those_of_the_exact_bound(n):
     else:
         exact = sum(diffusion.loss(model, x0, diffusion.Corruption(s.expand(4, L), torch.full((4,), 1 / int(s.sum()) / math.comb(
             L, int(s.sum())), dtype=torch.float64))).mean() for s in SUBSETS)
-    exact, cfg, R = gradient(model, exact), settings(block_len=n, block_size=L), 1000 if n == 1 else 40_000
+    exact, cfg, R = gradient(model, exact), settings(block_len=n, block_size=L), 1000 if n == 1 else 12_000
     drawn = diffusion.draw_corruption(cfg, R, L, generator(6))
     drawn = drawn._replace(weight=drawn.weight.double())
     rows = x0.repeat(R // 4, 1)[torch.randperm(R, generator=generator(7))]  # strata are fixed to rows
