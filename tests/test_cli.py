@@ -686,6 +686,20 @@ def test_a_machine_told_to_be_old(monkeypatch):
         assert runtime.choose_dtype("auto", torch.device("cpu")) == (torch.bfloat16 if expected else torch.float32)
 
 
+def test_compiled_code_is_kept_by_the_kind_of_cpu(monkeypatch):
+    """What was compiled for AVX-512 is no code for AVX2; a folder that the user chose stays."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+    found = []
+    for before, capability in ((None, "AVX512"), (default_cache_dir(), "AVX2"), ("/mine", "AVX2")):
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", before or "")
+        if before is None:
+            monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+        runtime.keep_compiled_apart()
+        found.append(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    assert found == [default_cache_dir() + "_AVX512", default_cache_dir() + "_AVX2", "/mine"]
+
+
 @pytest.mark.parametrize("error", (MemoryError("x"), RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't "
                                                                   "allocate memory: you tried to allocate 4 bytes"), torch.OutOfMemoryError("x")))
 def test_no_memory_is_one_line(error, monkeypatch, capsys):

@@ -145,12 +145,24 @@ def reset_peak_memory(device):
         torch.cuda.reset_peak_memory_stats(device)
 
 
+def keep_compiled_apart():
+    """Give the code that is compiled for this kind of CPU a cache of its own, unless the user has chosen one. The compiler does
+    not ask code that it finds there for which instructions it was made: what a CPU with AVX-512 had left ended in a
+    segmentation fault under ATEN_CPU_CAPABILITY=avx2."""
+    with contextlib.suppress(ImportError):  # without a compiler there is no cache
+        from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+        name, usual = "TORCHINDUCTOR_CACHE_DIR", default_cache_dir()
+        if os.environ.get(name, usual) == usual:  # where it is not set, torch does so itself when it is imported
+            os.environ[name] = f"{usual}_{torch.backends.cpu.get_cpu_capability()}"
+
+
 def compile_network(model, token_nll, device, try_out):
     """(`model` compiled, sharing its weights; token_nll compiled; what try_out(model, token_nll) returned, which runs
     training passes, in which the compilation happens). Without a working compiler None, and a line that says so.
 
     It is compiled in parts: one compilation serves all blocks.
     """
+    keep_compiled_apart()
     compiled = copy.copy(model)
     compiled._modules = dict(model._modules)
     # on a CPU the compiler's own random numbers, for dropout, are slower than PyTorch's
@@ -159,11 +171,6 @@ def compile_network(model, token_nll, device, try_out):
     compiled.enter, compiled.leave, compiled_nll = (
         torch.compile(function, options=options) for function in (model.enter, model.leave, token_nll))
     try:
-        if device.type == "cpu":
-            # Compiled code that is found in the cache is not asked for which instructions it was made: what a CPU with AVX-512
-            # left there ended in a segmentation fault under ATEN_CPU_CAPABILITY=avx2. So each kind has a cache of its own.
-            from torch._inductor.runtime.cache_dir_utils import default_cache_dir
-            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{default_cache_dir()}_{torch.backends.cpu.get_cpu_capability()}")
         result = try_out(compiled, compiled_nll)
     except torch.OutOfMemoryError:
         raise
