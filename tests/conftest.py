@@ -28,7 +28,7 @@ def made_once():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tales, "generate", lambda seed, n, grammar=tales.TALES: list(
             stories(seed, n)) if grammar is tales.TALES else generate(seed, n, grammar))
-        patch.setattr(tokenizer, "train_bpe", lambda sample, *size: tokenizers(tuple(sample), *size))
+        patch.setattr(tokenizer, "train_bpe", functools.wraps(train_bpe)(lambda sample, *size: tokenizers(tuple(sample), *size)))
         yield
 
 

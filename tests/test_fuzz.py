@@ -47,14 +47,14 @@ def places(tree, path=()):
 
 def mutated(state, dice):
     """A copy of the checkpoint with one entry, of whatever depth, changed, renamed or gone."""
-    changed = copy.copy(state)
-    path = dice.choice(places(changed[top]) or [()]) if isinstance(changed[top := dice.choice(list(changed))], (dict, list)) and (
-        dice.random() < 0.8) else ()
-    parent, *rest = changed, *((top, *path))
-    for key in rest[:-1]:
+    changed = parent = copy.copy(state)
+    top = dice.choice(list(changed))
+    inner = places(changed[top]) if isinstance(changed[top], (dict, list)) else []
+    path = (top, *(dice.choice(inner) if inner and dice.random() < 0.8 else ()))
+    for key in path[:-1]:
         parent[key] = copy.copy(parent[key])
         parent = parent[key]
-    key, kind = rest[-1], dice.random()
+    key, kind = path[-1], dice.random()
     old = parent[key]
     if kind < 0.1:
         del parent[key]
@@ -70,7 +70,7 @@ def mutated(state, dice):
         parent[key] = dice.choice((old + 1, -old, old * 2, old / 3, float(old), 10**6))
     else:
         parent[key] = dice.choice(ODD)
-    return changed, (top, *path)
+    return changed, path
 
 
 def ends_well(result, what):
@@ -92,6 +92,16 @@ def test_mutated_checkpoints_write(seed, state, monkeypatch, capsys):
         torch.save(changed, "x.pt")
         codes.append(ends_well(run(inference.main, WRITE, monkeypatch, capsys), path))
     assert 5 < codes.count(0) < 55, "some mutations are harmless, some are not"
+
+
+def test_mutated_checkpoints_are_judged(state, monkeypatch, capsys):
+    dice, codes = random.Random(9), []
+    words = "--checkpoint x.pt --rows 2 --num_samples 1 --steps 2 --device cpu"
+    for _ in range(40):
+        changed, path = mutated({name: value for name, value in state.items() if name != "optimizers"}, dice)
+        torch.save(changed, "x.pt")
+        codes.append(ends_well(run(evaluate.main, words, monkeypatch, capsys), path))
+    assert 0 in codes and 2 in codes
 
 
 @pytest.mark.parametrize("seed", range(2))

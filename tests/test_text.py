@@ -100,6 +100,12 @@ def test_local_datasets(kind, tmp_path, monkeypatch):
         texts.read_documents(str(tmp_path / "odd.jsonl"), "n")
 
 
+def test_a_tokenizer_is_the_same_each_time():
+    """Which ids it gives is a function of the text: the tests, too, train one only once."""
+    once, again = (tokenizer.train_bpe.__wrapped__(tales.generate(1, 300), 500).to_json() for _ in range(2))
+    assert once == again
+
+
 def test_split_is_by_the_document_alone():
     documents = [f"document number {i}" for i in range(2000)]
     train, held_out = texts.split(documents)
