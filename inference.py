@@ -20,7 +20,7 @@ from tqdm import tqdm
 import config
 import diffusion
 from config import SampleConfig
-from utils import canvas, checkpoint, cli, runtime, trace
+from utils import canvas, checkpoint, cli, rules, runtime, trace
 from utils.cli import UserError
 
 ALTERNATIVES = 5       # likeliest tokens that the page of --viz-html shows
@@ -91,12 +91,14 @@ def batches(rows, cfg, vocabulary, device):
 
 
 def most_states(row, options, cfg, mask):
-    """How many states a trace of the row (list of ids) can have: a step that changes nothing has none."""
-    masks, steps = row.count(mask), options.steps or 0
+    """How many states a trace of the row (list of ids) can have at most; a step that changes nothing has none."""
+    masks, rule = row.count(mask), diffusion.find_sampler(options.sampler)[0]
     if cfg.objective == "uniform":
-        return (steps or len(row)) * (1 + options.correctors)
-    hides = options.sampler.startswith("rem")  # written tokens again, so that there may be more steps than tokens
-    return max(steps, masks) if hides else masks
+        return (options.steps or len(row)) * (1 + options.correctors)
+    if not options.steps or cfg.objective == "ar" or rule.pick is rules.first_hitting:  # these write one token a step
+        return masks
+    blocks = -(-len(row) // (cfg.block_len or options.decode_block or max(1, cfg.block_size // 4)))  # steps are rounded up in each
+    return options.steps + blocks if rule.whole else min(masks, options.steps + blocks)
 
 
 def generate(model, text, options, cfg, device, dtype):

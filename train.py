@@ -32,6 +32,7 @@ from utils.cli import UserError
 # seconds of eager CPU training: compiling takes up to a minute, a step is then 1.2 (float32) to 2 times (bfloat16) as fast
 COMPILE_PAYS = 300
 DENSITY_EVERY, DENSITY_ROWS = 100, 256  # steps between measurements of time_sampling=importance, and rows of each
+SHOWN_STEPS = 64  # of the sampler, for the text that is shown at each evaluation
 # what --init_from must agree on
 SHAPE = ("n_layer", "n_head", "n_embd", "tie_embeddings", "rope_base", "softcap", "time_conditioning")
 
@@ -128,9 +129,9 @@ def measure_density(model, cfg, data, step, ranks, device, dtype):
 
 
 def show_sample(model, text, cfg, device):
-    """An unconditional sample (str) in at most 64 network evaluations, always from the same random numbers."""
+    """An unconditional sample (str) in at most SHOWN_STEPS network evaluations, always from the same random numbers."""
     blank = torch.tensor([canvas.build(text, [None], cfg.block_size)], device=device)
-    steps = min(64, cfg.block_size)
+    steps = min(SHOWN_STEPS, cfg.block_size)
     *_, last = diffusion.sample(model, blank, steps=steps, top_p=SampleConfig.top_p, seeds=[0], **diffusion.options_of(cfg))
     return canvas.finished(text, last.ids[0].tolist())
 

@@ -13,7 +13,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 import train  # noqa: E402
-from utils import cli, tales, tokenizer  # noqa: E402
+from utils import cli, corpus, tales, tokenizer  # noqa: E402
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
@@ -32,10 +32,14 @@ def made_once():
         yield
 
 
+corpus.TALES_HELD_OUT = 256  # enough for tiny runs; encoding 2,048 takes as long as training. Children import this file too
+
+
 @pytest.fixture(autouse=True)
-def runs_without_plots(monkeypatch):
-    """Tiny runs draw nothing: two figures took them as long as all else. `tales_run` in test_cli.py, which is made before, and
-    the tests of plots do."""
+def quick_runs(monkeypatch):
+    """Tiny runs draw nothing, and show texts of a few steps: two figures and the texts took them longer than all else. `tales_run`
+    in test_cli.py, which is made before, and the tests of plots do."""
+    monkeypatch.setattr(train, "SHOWN_STEPS", 4)
     monkeypatch.setattr(train, "plots", type("NoPlots", (), {"loss_curves": staticmethod(lambda *_: None),
                                                               "levels": staticmethod(lambda *_: None)}))
 
@@ -59,7 +63,7 @@ def interrupt(monkeypatch, step, number):
 
 
 TINY = ("--n_layer 1 --n_head 2 --n_embd 16 --batch_size 4 --max_iters 6 --eval_interval 3 --eval_rows 4 "
-        "--final_rows 4 --final_masks 2 --final_samples 2 --compile off --device cpu").split()
+        "--final_rows 4 --final_masks 2 --final_samples 0 --compile off --device cpu").split()
 
 
 def run(main, words, monkeypatch, capsys):

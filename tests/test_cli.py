@@ -30,7 +30,8 @@ def empty_folder(tmp_path, monkeypatch):
 def tales_run(tmp_path_factory):
     """A finished tiny run on tales; tests only read it."""
     folder = tmp_path_factory.mktemp("tales")
-    train.train(dataclasses.replace(config.load(["tales", *TINY, "--out_dir", str(folder)])[0]), quiet=True)
+    train.train(dataclasses.replace(config.load(["tales", *TINY, "--final_samples", "2", "--out_dir", str(folder)])[0]),
+                quiet=True)
     return folder
 
 
@@ -150,6 +151,24 @@ def test_a_long_prompt_and_no_checkpoint_at_all(tales_run, monkeypatch, capsys):
     code, _, err = run(inference.main, ["--prompt", "word " * 100, "--checkpoint",
                                         str(tales_run / "models" / "tales.best.pt")], monkeypatch, capsys)
     assert code == 2 and "leaves no room" in err
+
+
+@pytest.mark.parametrize("words, family, most", (
+    ("", {}, 60), ("--steps 10", {}, 14), ("--steps 10 --decode-block 10", {}, 17), ("--steps 100", {}, 60),
+    ("--steps 100 --sampler remdm_cap", {}, 104), ("--steps 10 --sampler first_hitting", {}, 60), ("--steps 10", {"objective": "ar"}, 60),
+    ("--steps 10 --correctors 2", {"objective": "uniform"}, 30), ("", {"objective": "uniform"}, 64)))
+def test_how_many_states_a_trace_can_have(words, family, most, tales_run):
+    """No more than that come, which is what a trace is refused by."""
+    model, text, cfg = checkpoint.restore(checkpoint.read(str(tales_run / "models" / "tales.best.pt")), torch.device("cpu"))
+    cfg = dataclasses.replace(cfg, **config.FAMILIES.get(family.get("objective"), {}) | family | {"block_size": 64})
+    options = cli.merge(SampleConfig, cli.parse(words.split(), SampleConfig)[1])
+    row = [text.end] * 4 + [text.mask] * 60
+    assert inference.most_states(row, options, cfg, text.mask) == most
+    if not family:
+        how = diffusion.sample_options({name: getattr(options, name) for name in checkpoint.sample_defaults()})
+        states = sum(bool((step.fresh | step.remasked).any()) for step in diffusion.sample(
+            model, torch.tensor([row]), window=64, given=1, **how))
+        assert states <= most
 
 
 def test_help_and_list(monkeypatch, capsys):
@@ -421,8 +440,8 @@ SOURCES = {  # what makes a source's preset small; the rest is as documented
 def test_the_source_systems_from_data_to_video(preset, monkeypatch, capsys):
     """Their settings, but for the sizes, train and write a text and its video."""
     texts.write_documents("some.txt", iter(tales.generate(1, 200)))
-    code, out, err = run(train.main, [preset, "--data", "some.txt", "--block_size", "32", *TINY, *SOURCES[preset].split()],
-                         monkeypatch, capsys)
+    code, out, err = run(train.main, [preset, "--data", "some.txt", "--block_size", "32", *TINY, "--final_samples", "2",
+                                      *SOURCES[preset].split()], monkeypatch, capsys)
     assert code == 0, err
     report = json.load(open(f"artifacts/logs/{preset}.json"))
     assert report["exp_of_masked_ce_schedule_dependent"] == pytest.approx(math.exp(report["masked_ce_pooled"]))
@@ -451,7 +470,8 @@ def test_every_family_trains_writes_and_is_judged(name, monkeypatch, capsys):
     """One command each, with short rows, half precision and pieces of a batch; prompts, long texts, viewers, evaluation."""
     texts.write_documents("some.txt", iter(tales.generate(1, 200)))
     code, out, err = run(train.main, ["--data", "some.txt", "--name", "x", "--tokenizer", "char", "--block_size", "32", *TINY,
-                                      "--short_rows", "0.5", "--micro_batch", "2", "--dtype", "bfloat16", *FAMILY[name].split()],
+                                      "--short_rows", "0.5", "--micro_batch", "2", "--dtype", "bfloat16", "--final_samples", "2",
+                                      *FAMILY[name].split()],
                          monkeypatch, capsys)
     assert code == 0, err
     words = ["--prompt", "One day", "--num-samples", "2", "--json", "--viz-html", "x.html", "--viz-gif", "x.gif"]
@@ -653,7 +673,7 @@ def test_judged_and_sampled_as_it_was_trained(monkeypatch, capsys):
     monkeypatch.setattr(runtime, "has_bfloat16", lambda device: True)
     written = {}
     for dtype in ("bfloat16", "float32"):
-        cfg = settings(dtype=dtype, name=dtype)
+        cfg = settings(dtype=dtype, name=dtype, final_samples=2)
         written[dtype] = train.train(cfg, quiet=True)
     assert written["bfloat16"]["bound_nats_per_token"] != written["float32"]["bound_nats_per_token"]
     texts_of = {}
