@@ -123,8 +123,9 @@ def run_short(script, words, monkeypatch, capsys):
         only = words[words.index("--only") + 1] if "--only" in words else ""
         first = lambda options: [setting for setting in comparison.settings(options)
                                  if str(next(iter(setting.values()))).startswith(only)][:1]
-        # each figure once, for the first of the commands on its base; they take as long as the rest
-        drawn = "_".join([words[0], *words[words.index("--base") + 1:][:1]] if "--base" in words else words[:1]) + ".drawn"
+        # each kind of figure once on each base; they take as long as the rest
+        kind = getattr(comparison.plot, "__name__", words[0])
+        drawn = "_".join([kind, *words[words.index("--base") + 1:][:1]] if "--base" in words else [kind]) + ".drawn"
         plot = comparison.plot if not os.path.exists(drawn) else lambda *_: None
         open(drawn, "w").close()
         monkeypatch.setitem(ablate.COMPARISONS, words[0], comparison._replace(settings=first, plot=plot))
