@@ -35,6 +35,14 @@ def tales_run(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def short_run(tmp_path_factory):
+    """Path of the best checkpoint of a tiny run on tales in windows of 16 tokens, for comparisons of many samplers."""
+    folder = tmp_path_factory.mktemp("short")
+    train.train(config.load(["tales", *TINY, "--rows", "stream", "--block_size", "16", "--out_dir", str(folder)])[0], quiet=True)
+    return str(folder / "models" / "tales.best.pt")
+
+
 # --- config -----------------------------------------------------------------------------------------------------
 
 
@@ -952,19 +960,19 @@ def test_ablate_ar_vs_diffusion(monkeypatch, capsys):
     assert 0.3 < seen[0].tokens / whole.tokens < 0.42, "200 of some 540"
 
 
-def test_ablate_samplers(tales_run, monkeypatch, capsys):
+def test_ablate_samplers(short_run, monkeypatch, capsys):
     """Every sampler gets a row, a second call does nothing again, and the figure is drawn."""
     monkeypatch.setattr(compare_samplers, "STEPS", (2,))
     monkeypatch.setattr(compare_samplers, "MORE_STEPS", (2,))
     monkeypatch.setattr(compare_samplers, "NUMBERS", {name: (0.5,) for name in compare_samplers.NUMBERS})
-    command = ["samplers", "--checkpoint", str(tales_run / "models" / "tales.best.pt"), "--num_samples", "2",
+    command = ["samplers", "--checkpoint", short_run, "--num_samples", "2",
                "--out_dir", "x", "--device", "cpu"]
     code, out, err = run(ablate.main, [*command, "--only", "conf"], monkeypatch, capsys)
     assert code == 0 and out.count(": sampler") == 4, err
     code, out, err = run(ablate.main, command, monkeypatch, capsys)
     rows = ablate.read_table("x/samplers.csv")
     assert code == 0 and {row["sampler"].split(":")[0] for row in rows} == {*diffusion.SAMPLERS, "source"}
-    assert {row["evaluations"] for row in rows if (row["sampler"], row["decode_block"]) == ("confidence", "0")} == {"2", "66"}
+    assert {row["evaluations"] for row in rows if (row["sampler"], row["decode_block"]) == ("confidence", "0")} == {"2", "15"}
     assert open("x/samplers.md").read().count("\n") == len(rows) + 4 and os.path.getsize("x/samplers.png") > 10_000
     code, out, _ = run(ablate.main, command, monkeypatch, capsys)
     assert code == 0 and out.count(": sampler") == 0, "nothing is measured twice"
@@ -977,9 +985,8 @@ def test_ablate_samplers(tales_run, monkeypatch, capsys):
         assert code == 2 and message in err
 
 
-def test_ablate_temperature(tales_run, monkeypatch, capsys):
-    command = ["temperature", "--checkpoint", str(tales_run / "models" / "tales.best.pt"), "--num_samples", "2", "--out_dir", "x",
-               "--device", "cpu"]
+def test_ablate_temperature(short_run, monkeypatch, capsys):
+    command = ["temperature", "--checkpoint", short_run, "--num_samples", "2", "--out_dir", "x", "--device", "cpu"]
     code, out, err = run(ablate.main, command, monkeypatch, capsys)
     assert code == 0 and len(ablate.read_table("x/temperature.csv")) == 16 and os.path.getsize("x/temperature.png") > 10_000, err
 
