@@ -44,7 +44,7 @@ def commands():
 
 
 SHORT = {  # appended to the words of a command: later flags win
-    "train.py": [*TINY, "--short_rows", "0", "--final_samples", "0", "--eval_interval", "6"],
+    "train.py": [*TINY, "--short_rows", "0", "--eval_interval", "6"],
     "inference.py": ["--device", "cpu", "--frame-ms", "0", "--trace-every", "40", "--steps", "40", "--sampler", "confidence"],
     "scripts/ablate.py": ["--iters", "2", "--yardstick_iters", "2", "--num_samples", "2", "--device", "cpu", "--compile", "off"],
     "scripts/bench.py": ["--rounds", "1", "--device", "cpu", "--steps", "2", "--batches", "1"],
@@ -74,7 +74,7 @@ def folder(tmp_path_factory):
     os.chdir(folder)
     for name, words in (("ar", "tales --objective ar"), ("tales_256", "tales"), ("half_hour", "tales"), ("shakespeare", "shakespeare"),
                         ("spelling", "shakespeare --time_conditioning sinusoidal")):
-        train.train(config.load([*words.split(), *TINY, "--final_samples", "0", "--name", name])[0], quiet=True)
+        train.train(config.load([*words.split(), *TINY, "--name", name])[0], quiet=True)
     os.chdir(before)
     return folder
 

@@ -27,7 +27,7 @@ def empty_folder(tmp_path, monkeypatch):
 def state(tmp_path_factory):
     """The last checkpoint (dict) of a tiny run."""
     folder = tmp_path_factory.mktemp("fuzz")
-    train.train(config.load(["tales", *TINY, "--final_samples", "0", "--ema", "0.9", "--out_dir", str(folder)])[0], quiet=True)
+    train.train(config.load(["tales", *TINY, "--ema", "0.9", "--out_dir", str(folder)])[0], quiet=True)
     return checkpoint.read(str(folder / "models" / "tales.pt"))
 
 
@@ -112,7 +112,7 @@ def test_mutated_checkpoints_go_on(seed, state, monkeypatch, capsys):
     for _ in range(10):
         changed, path = mutated(state, dice)
         torch.save(changed, "models/x.pt")
-        codes.append(ends_well(run(train.main, "--resume models/x.pt --max_iters 8 --final_samples 0", monkeypatch, capsys), path))
+        codes.append(ends_well(run(train.main, "--resume models/x.pt --max_iters 8", monkeypatch, capsys), path))
     assert 0 in codes and 2 in codes
 
 

@@ -62,8 +62,8 @@ def dtype_of_run(name, trained, device, path):
     return dtype
 
 
-AT_ONCE = {"cpu": 2**26}  # numbers, of some 40 bytes in all, that a pass of the sampler may hold
-AT_ONCE_ELSEWHERE = 2**27
+# numbers, of some 40 bytes in all, that a pass of the sampler may hold
+AT_ONCE = {"cpu": 2**26, "cuda": 2**27, "mps": 2**26}
 
 
 def rows_at_once(cfg, vocabulary, length, device):
@@ -71,7 +71,7 @@ def rows_at_once(cfg, vocabulary, length, device):
     logits, which a model that writes left to right has in its block alone, and by what a pass keeps of each layer."""
     seen = min(length, cfg.block_size)
     asked = 1 if cfg.objective == "ar" else min(seen, cfg.block_len or seen)
-    return max(1, AT_ONCE.get(device.type, AT_ONCE_ELSEWHERE) // max(asked * vocabulary, seen * cfg.n_layer * cfg.n_embd // 4))
+    return max(1, AT_ONCE[device.type] // max(asked * vocabulary, seen * cfg.n_layer * cfg.n_embd // 4))
 
 
 def dtype_name(dtype):
