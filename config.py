@@ -6,6 +6,7 @@ A preset is a dict of differences from the defaults. An experiment file is the s
     # my_experiment.py                       python train.py my_experiment.py --max_iters 2000
     config = {"preset": "shakespeare", "n_layer": 4}
 """
+import dataclasses
 import os
 import runpy
 from dataclasses import dataclass
@@ -124,41 +125,15 @@ class Config:
                             + (" and be even, since complementary rows are pairs" if self.complementary else ""))
         if not self.max_iters and not self.max_minutes:
             raise UserError("max_iters=0 with max_minutes=0: the run would never end; set one of them")
-        self._check_family()
-
-    def _check_family(self):
-        """Settings that a model family needs, or cannot have."""
-        def refuse(names, why):
-            values = ", ".join(f"{name}={getattr(self, name)}" for name in names)
-            raise UserError(f"{values}: {why}")
-        plain = self.block_len in (0, self.block_size)
-        given = int(self.rows == "document")
-        if not plain and (self.block_size - given) % self.block_len:
-            refuse(("block_len", "block_size"), "blocks must fill the window" + (
-                " but for the <|endoftext|> that a document begins with" if given else ""))
-        if self.objective in FAMILIES:
-            untimed = self.objective == "ar" and self.time_sampling == "importance"
-            for name, value, wrong in (("block_len", 0, not plain), ("complementary", False, self.complementary),
-                                       ("time_sampling", "uniform", untimed)):
-                if wrong:
-                    refuse(("objective", name), f"needs {name}={value}")
-        if self.objective == "ar" and (self.time_conditioning != "none" or self.loss_weighting in ("full", "pooled")):
-            refuse(("objective", "time_conditioning", "loss_weighting"),
-                   "an autoregressive model has no noise level and no masks; use none and flat")
-        if self.objective == "uniform":
-            if self.time_conditioning not in ("sinusoidal", "adaln"):
-                refuse(("objective", "time_conditioning"), "random tokens do not show the noise level, so the network must be "
-                       "told it; use sinusoidal or adaln")
-            if self.corruption != "bernoulli" or self.diffusion_steps or self.loss_weighting != "elbo":
-                refuse(("objective", "corruption", "diffusion_steps", "loss_weighting"),
-                       "uniform noise needs bernoulli, 0 (continuous time) and elbo")
-        if not plain and (self.corruption != "count" or self.complementary or self.loss_weighting == "full"):
-            refuse(("block_len", "corruption", "complementary", "loss_weighting"),
-                   "blocks need counts, no pairs of rows, and the loss at masked positions")
-        if self.time_sampling == "importance" and (self.diffusion_steps or self.complementary or not plain
+        plain, bos = self.block_len in (0, self.block_size), int(self.rows == "document")
+        if not plain and (self.block_size - bos) % self.block_len:
+            raise UserError(f"block_len={self.block_len}, block_size={self.block_size}: blocks must fill the window"
+                            + " but for the <|endoftext|> that a document begins with" * bos)
+        if self.time_sampling == "importance" and (self.diffusion_steps or self.complementary
                                                    or self.loss_weighting in ("pooled", "full")):
-            refuse(("time_sampling", "diffusion_steps", "complementary", "block_len", "loss_weighting"),
-                   "importance sampling needs continuous time, one noise level a row, no pairs, and elbo, flat or clip")
+            raise UserError(f"time_sampling=importance, diffusion_steps={self.diffusion_steps}, complementary={self.complementary}, "
+                            f"loss_weighting={self.loss_weighting}: importance sampling needs continuous time, no pairs, and elbo, "
+                            "flat or clip")
 
 
 @dataclass(frozen=True)
@@ -232,13 +207,6 @@ MICRO = dict(rows="stream", tie_embeddings=False, schedule="cos", corruption="be
 NOTES = MICRO | dict(data="data/shakespeare.txt", tokenizer="char", schedule="cos2_s008", time_conditioning="sinusoidal",
                      loss_weighting="pooled", block_size=128, max_iters=105_000)
 
-# What a family needs whatever the preset has: an autoregressive model knows no noise. Random tokens do not show the noise
-# level; their bound has its weight at little noise, where the square of the time puts more rows; and it has no gradient where
-# a network is sure that what it sees is right, as large tied embeddings are at the start (tales never got off the ground).
-FAMILIES = {"ar": dict(corruption="count", diffusion_steps=0, loss_weighting="flat", time_conditioning="none"),
-            "uniform": dict(corruption="bernoulli", diffusion_steps=0, loss_weighting="elbo", time_conditioning="adaln",
-                            schedule="poly2", init="normal")}
-
 # What the largest presets share, on the cautious side: learning rates that suit 10M parameters are too large for 100M.
 LARGE = dict(tie_embeddings=False, init="zero", rope_base=10_000.0, lr=3e-3, muon_lr=0.02, beta1=0.9, warmup_iters=250)
 
@@ -289,7 +257,13 @@ PRESETS = {
 # --- from names and flags to a Config -----------------------------------------------------------------------------
 
 
-def preset(name):
+def family_defaults(objective, families):
+    """What `--objective` sets (dict), whatever the preset has: what the family (of the dict `families`) needs."""
+    needs, names = getattr(families.get(objective), "needs", {}), {f.name for f in dataclasses.fields(Config)}
+    return {name: allowed[0] for name, allowed in needs.items() if name in names}
+
+
+def preset(name, families=()):
     """Differences of a preset, or of a Python file that defines `config = {...}`, from the defaults."""
     if name in PRESETS:
         return {"name": name} | PRESETS[name]
@@ -308,13 +282,13 @@ def preset(name):
             if not isinstance(base_name, str) or base_name not in PRESETS:
                 raise UserError(f"{name}: there is no preset {base_name}{nearest(base_name, PRESETS)}")
             base = PRESETS[base_name]
-        family = FAMILIES.get(str(settings.get("objective")), {})
+        family = family_defaults(str(settings["objective"]), families) if "objective" in settings else {}
         return base | family | {"name": os.path.splitext(os.path.basename(name))[0]} | settings
     raise UserError(f"there is no preset {name}{nearest(name, PRESETS)} (--list shows all; a .py file works too)")
 
 
-def load(argv):
-    """Command line of train.py -> Config and one line that says what was chosen and why."""
+def load(argv, families):
+    """Command line of train.py -> Config and one line that says what was chosen and why; families: `families.FAMILIES`."""
     positional, overrides = parse(argv, Config)
     if len(positional) > 1:
         raise UserError(f"one preset at a time, got {' '.join(positional)}")
@@ -326,20 +300,8 @@ def load(argv):
         chosen, why = "stories", f"{PRESETS['stories']['data']} has been prepared"
     else:
         chosen, why = "tales", f"the built-in corpus; no {PRESETS['stories']['data']} has been prepared"
-    base = preset(chosen) if chosen else {"name": os.path.splitext(os.path.basename(overrides["data"]))[0]}
-    layers = [base, FAMILIES.get(overrides.get("objective"), {}), overrides]
+    base = preset(chosen, families) if chosen else {"name": os.path.splitext(os.path.basename(overrides["data"]))[0]}
+    layers = [base, family_defaults(overrides["objective"], families) if "objective" in overrides else {}, overrides]
     if overrides.get("max_minutes") and "max_iters" not in overrides:
         layers.append({"max_iters": 0})  # a time that the user names replaces the preset's number of steps
     return merge(Config, *layers), f"preset {chosen}: {why}" if chosen else why
-
-
-def show_list(samplers, schedules, objectives):
-    """Print the presets, each with its differences from the defaults, the samplers, schedules and objectives (dicts)."""
-    for name, settings in PRESETS.items():
-        print(f"preset {name}: {', '.join(f'{k}={v}' for k, v in settings.items())}")
-    for name, sampler in samplers.items():
-        number = "" if sampler.value is None else f":{sampler.value:g}"
-        key = f" Key: {sampler.key.__doc__[0].lower()}{sampler.key.__doc__[1:]}" if sampler.key else ""
-        print(f"sampler {name}{number}: {' '.join(sampler.pick.__doc__.split())}{key}")
-    print(f"schedules: {', '.join(schedules)}")
-    print(f"objectives: {', '.join(objectives)}")

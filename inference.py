@@ -20,7 +20,7 @@ from tqdm import tqdm
 import config
 import diffusion
 from config import SampleConfig
-from utils import canvas, checkpoint, cli, rules, runtime, trace
+from utils import canvas, checkpoint, cli, families, policies, runtime, trace
 from utils.cli import UserError
 
 ALTERNATIVES = 5       # likeliest tokens that the page of --viz-html shows
@@ -45,14 +45,15 @@ def load(argv):
             trace.check(target, ending)
     device = runtime.choose_device(options.device)
     model, text, cfg = checkpoint.restore(state, device, path)
-    if cfg.objective == "uniform" and "sampler" in overrides:
-        raise UserError(f"sampler={options.sampler} with a model of uniform noise, which has one of its own: --steps and "
-                        "--correctors say how long it works")
+    family = families.family_of(cfg)
+    if "sampler" in overrides and options.sampler.partition(":")[0] not in family.samplers:
+        raise UserError(f"sampler={options.sampler} with {family.name}, which has one of its own: --steps says how long "
+                        "it works")
     return options, model, text, cfg, device, path
 
 
 def check(options):
-    diffusion.find_sampler(options.sampler)
+    policies.find_sampler(options.sampler, policies.SAMPLERS | policies.UNIFORM_SAMPLERS)
     cli.check_name("schedule", options.schedule, diffusion.SCHEDULES)
 
 
@@ -72,8 +73,8 @@ def canvases(options, text, cfg):
                 raise UserError(f"{options.prompt_file} is empty; write a prompt on each line")
         templates = [[p for p in (prompt, options.gen_len, options.suffix) if p != ""] for prompt in prompts]
     rows = [canvas.build(text, template, cfg.block_size) for template in templates]
-    if (cfg.objective == "ar" or diffusion.block_len(cfg)) and any(text.mask in row[:i] for row in rows for i, token in
-                                                                   enumerate(row) if token != text.mask):
+    if families.family_of(cfg).block_len and any(text.mask in row[:i] for row in rows for i, token in enumerate(row)
+                                                 if token != text.mask):
         raise UserError("this model writes from left to right and sees nothing of what comes after; give a --prompt, without "
                         "--suffix and --infill, or train a masked model (--objective masked, without --block_len)")
     if sum(map(len, rows)) * options.num_samples > MOST_WRITTEN:
@@ -86,19 +87,21 @@ def batches(rows, cfg, vocabulary, device):
     """Indices (lists) of the rows, a list of (canvas, seed), that are written together: those of a length, as many as fit."""
     for length in dict.fromkeys(len(row) for row, _ in rows):
         members = [i for i, (row, _) in enumerate(rows) if len(row) == length]
-        size = runtime.rows_at_once(cfg, vocabulary, length, device)
+        size = runtime.rows_at_once(families.family_of(cfg), vocabulary, length, device)
         yield from (members[start:start + size] for start in range(0, len(members), size))
 
 
 def most_states(row, options, cfg, mask):
     """How many states a trace of the row (list of ids) can have at most; a step that changes nothing has none."""
-    masks, rule = row.count(mask), diffusion.find_sampler(options.sampler)[0]
-    if cfg.objective == "uniform":
+    masks, family = row.count(mask), families.family_of(cfg)
+    sampler = family.sampler(options)
+    if sampler.policy is policies.reverse:
         return (options.steps or len(row)) * (1 + options.correctors)
-    if not options.steps or cfg.objective == "ar" or rule.pick is rules.first_hitting:  # these write one token a step
+    if not options.steps or family.block_len == 1 or sampler.policy is policies.first_hitting:  # one token a step
         return masks
-    blocks = -(-len(row) // (cfg.block_len or options.decode_block or max(1, cfg.block_size // 4)))  # steps are rounded up in each
-    return options.steps + blocks if rule.whole else min(masks, options.steps + blocks)
+    # steps are rounded up in each block
+    blocks = -(-len(row) // (family.block_len or options.decode_block or max(1, cfg.block_size // 4)))
+    return options.steps + blocks if sampler.may_remask else min(masks, options.steps + blocks)
 
 
 def generate(model, text, options, cfg, device, dtype):
@@ -108,8 +111,8 @@ def generate(model, text, options, cfg, device, dtype):
     of its own row; seconds and tokens_per_second of the rows that are written together with it (`batches`), counting the
     tokens of the finished texts and not the time of viewers.
     """
-    rows, results, frames, evaluations, total = canvases(options, text, cfg), {}, [], 0, 0.0
-    how = diffusion.sample_options({name: getattr(options, name) for name in checkpoint.sample_defaults()})
+    rows, results, frames, nfe, total = canvases(options, text, cfg), {}, [], 0, 0.0
+    family = families.family_of(cfg)
 
     def timed(steps, spent):
         start = time.perf_counter()
@@ -123,7 +126,7 @@ def generate(model, text, options, cfg, device, dtype):
         blank = torch.tensor([rows[i][0] for i in members], device=device)
         spent = []
         steps = timed(diffusion.sample(
-            model, blank, **how, **diffusion.options_of(cfg), window=cfg.block_size,
+            family, model, blank, options, window=cfg.block_size,
             stop=None if options.no_stop else text.end,
             top=ALTERNATIVES if options.viz_html and 0 in members else 0, seeds=[rows[i][1] for i in members]), spent)
         if 0 in members:
@@ -142,28 +145,28 @@ def generate(model, text, options, cfg, device, dtype):
                 settled = torch.where(step.fresh, number, settled)
                 bar.update(round(masks * (1 - step.t.mean().item())) - bar.n)
         seconds, final = sum(spent), step.ids.tolist()
-        evaluations, total = evaluations + step.evaluations, total + seconds
+        nfe, total = nfe + step.nfe, total + seconds
         ends = [len(ids) if options.no_stop else canvas.end(text, ids, rows[i][0]) for ids, i in zip(final, members)]
         written = sum(rows[i][0][:end].count(text.mask) for end, i in zip(ends, members))
         for row, (i, ids) in enumerate(zip(members, final)):
             results[i] = {
                 "text": canvas.finished(text, ids, rows[i][0], not options.no_stop), "seed": rows[i][1],
-                "sampler": diffusion.way_of_writing(cfg, options.sampler),
-                "evaluations": int(step.row_evaluations[row]), "seconds": seconds,
+                "sampler": family.procedure or options.sampler,
+                "evaluations": int(step.row_nfe[row]), "seconds": seconds,
                 "tokens_per_second": written / seconds, "tokens": text.pieces(ids),
                 "confidence": [round(c, 4) for c in step.confidence[row].tolist()], "step": settled[row].tolist()}
-    return [results[i] for i in range(len(rows))], frames, evaluations, total
+    return [results[i] for i in range(len(rows))], frames, nfe, total
 
 
 def main(argv):
     if "--help" in argv or "-h" in argv:
         return cli.show_help(SampleConfig, __doc__)
     if "--list" in argv:
-        return config.show_list(diffusion.SAMPLERS, diffusion.SCHEDULES, diffusion.OBJECTIVES)
+        return cli.show_list(config.PRESETS, policies.SAMPLERS, diffusion.SCHEDULES, families.FAMILIES)
     options, model, text, cfg, device, path = load(argv)
     dtype = runtime.dtype_of_run(options.dtype, cfg.dtype, device, path)
     name = os.path.basename(path).removesuffix(".pt")
-    results, frames, evaluations, seconds = generate(model, text, options, cfg, device, dtype)
+    results, frames, nfe, seconds = generate(model, text, options, cfg, device, dtype)
     for result in results:
         if options.json:
             print(json.dumps(result, ensure_ascii=False))
@@ -171,11 +174,11 @@ def main(argv):
         if len(results) > 1:
             print(f"--- seed {result['seed']}")
         print(result["text"])
-    print(f"{name} on {device.type} | {diffusion.way_of_writing(cfg, options.sampler)}, temperature {options.temperature:g} | "
-          f"{evaluations} network evaluations, {seconds:.1f} s", file=sys.stderr)
+    procedure = families.family_of(cfg).procedure or options.sampler
+    print(f"{name} on {device.type} | {procedure}, temperature {options.temperature:g} | {nfe} network evaluations, {seconds:.1f} s",
+          file=sys.stderr)
     if frames:
-        title = (f"{name} · {diffusion.way_of_writing(cfg, options.sampler)} · temperature {options.temperature:g} · "
-                 f"{frames[-1].evaluations} evaluations")
+        title = f"{name} · {procedure} · temperature {options.temperature:g} · {frames[-1].nfe} evaluations"
         for target, write in ((options.viz_video, trace.write_mp4), (options.viz_gif, trace.write_gif)):
             if target:
                 write(target, trace.pictures(frames, text, title), options.gif_frame_ms)

@@ -34,6 +34,7 @@ from config import Config
 from scripts import compare_samplers
 from utils import cli, plots, runtime
 from utils.cli import UserError, field
+from utils.families import FAMILIES
 
 
 @dataclass(frozen=True)
@@ -123,12 +124,12 @@ def batch_size(options):
 def families(options):
     """Autoregressive, blocks, masked and uniform at equal size, on the same rows. In windows of blocks of 64."""
     base = cli.merge(Config, base_config(options))
-    given, tokens = diffusion.given_tokens(base), base.block_size * base.batch_size
-    window = max(128, -(-base.block_size // 64) * 64) + given
+    bos, tokens = diffusion.bos_tokens(base), base.block_size * base.batch_size
+    window = max(128, -(-base.block_size // 64) * 64) + bos
     common = {"block_size": window}
-    if not given:  # as many tokens a step; documents stay as many
+    if not bos:  # as many tokens a step; documents stay as many
         common["batch_size"] = max(1, tokens // window)
-    uniform = config.FAMILIES["uniform"] | {"objective": "uniform", "time_conditioning": "sinusoidal"}  # adaln is larger
+    uniform = config.family_defaults("uniform", FAMILIES) | {"objective": "uniform", "time_conditioning": "sinusoidal"}  # adaln is larger
     return {"autoregressive": common | {"objective": "ar"}} | {
         f"blocks of {size}": common | {"block_len": size} for size in (1, 4, 16, 64)} | {
         "masked": common, "uniform noise": common | uniform}
@@ -141,18 +142,14 @@ def ar_vs_diffusion(options):
             for name, changes in (("autoregressive", {"objective": "ar"}), ("masked", {})) for dropout in (0.0, 0.1, 0.2)}
 
 
-def causal(model):
-    """`model` with causal attention: it still hides and guesses, but sees only what is to the left."""
-    def network(ids, noise_level=None, **more):
-        return model(ids, noise_level, attention="causal", **more)
-    network.vocab_size = model.vocab_size
-    return network
+class CausalMasked(diffusion.Masked):
+    """Masked diffusion whose network sees only what is to the left."""
+
+    def logits(self, model, ids, index=None):
+        return model(ids, (ids == model.vocab_size - 1).float().mean(1), attention="causal", select=index)
 
 
-diffusion.OBJECTIVES["masked, causal"] = diffusion.Objective(
-    lambda model, x0, corruption, cfg, token_nll=diffusion.token_nll: diffusion.masked_loss(
-        causal(model), x0, corruption, cfg, token_nll),
-    lambda model, *rest: diffusion.OBJECTIVES["masked"].bound(causal(model), *rest))
+OWN_FAMILIES = {"masked, causal": CausalMasked}  # of `attention` alone
 
 
 def window(options):
@@ -349,6 +346,7 @@ def main(argv):
         raise UserError(f"say which comparison: python scripts/ablate.py NAME; known: {', '.join(COMPARISONS)}")
     cli.check_name("comparison", positional[0], COMPARISONS)
     options = cli.merge(AblateConfig, overrides)
+    FAMILIES.update(OWN_FAMILIES)
     if (options.base or options.data) and positional[0] not in TRAINED:
         raise UserError(f"{positional[0]} trains nothing; leave out --base and --data, and give a --checkpoint")
     comparison, stem_of = COMPARISONS[positional[0]], lambda path: os.path.splitext(os.path.basename(path))[0]

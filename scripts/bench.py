@@ -25,9 +25,9 @@ import torch
 import config
 import diffusion
 import train
-from config import LONGEST, Config
+from config import LONGEST, Config, SampleConfig
 from model import Transformer
-from utils import checkpoint, cli, corpus, optim, runtime, tales, tokenizer, trace
+from utils import checkpoint, cli, corpus, families, optim, policies, runtime, tales, tokenizer, trace
 from utils.cli import UserError, field
 
 
@@ -48,12 +48,12 @@ class BenchConfig:
     def __post_init__(self):
         cli.check(self)
         for name in self.sampler_names():
-            diffusion.find_sampler(name)
+            policies.find_sampler(name)
         if not all(word.strip().isdecimal() and 1 <= int(word) <= 10_000 for word in self.batches.split(",")):
             raise UserError(f"batches={self.batches}: expected whole numbers up to 10,000 with commas between, as in 1,16")
 
     def sampler_names(self):
-        return [name.strip() for name in self.samplers.split(",") if name.strip()] or list(diffusion.SAMPLERS)
+        return [name.strip() for name in self.samplers.split(",") if name.strip()] or list(policies.SAMPLERS)
 
 
 def training_step(cfg, vocab_size, device, dtype=torch.float32, compiled=False, torchs_muon=False):
@@ -61,21 +61,22 @@ def training_step(cfg, vocab_size, device, dtype=torch.float32, compiled=False, 
     returns how many positions are scored; parameters)."""
     torch.manual_seed(0)
     model = Transformer(cfg, vocab_size).to(device).train()
-    optimizers, numbers, ranks = optim.make_optimizers(model, cfg, dtype), iter(range(10**9)), runtime.Ranks()
+    family = families.family_of(cfg)
+    optimizers, numbers, hardware = optim.make_optimizers(model, cfg, dtype), iter(range(10**9)), runtime.Hardware(device, dtype)
     if torchs_muon:
         optimizers[1] = torch.optim.Muon(optimizers[1].param_groups[0]["params"], cfg.muon_lr)
     x0 = torch.randint(vocab_size - 1, (cfg.batch_size, cfg.block_size))
     data = corpus.Corpus(batch=lambda step, rows: x0[rows], held_out=None, text=None, tokens=0, fingerprint="", training=None)
 
     def step(network, token_nll=diffusion.token_nll):
-        pieces, seed = train.prepare(cfg, data, next(numbers), ranks, device)
-        train.gradients(network, cfg, pieces, seed, ranks, device, dtype, token_nll)
+        batch = train.draw_batch(family, data, next(numbers), hardware)
+        train.gradients(network, family, batch, hardware, token_nll)
         torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         runtime.synchronise(device)
-        return x0.numel() if cfg.loss_weighting == "full" else sum(len(c.index) for _, c in pieces)
+        return x0.numel() if cfg.loss_weighting == "full" else sum(len(c.index) for _, c in batch[0])
 
     if compiled:
         compiled = runtime.compile_network(model, diffusion.token_nll, device, step)
@@ -282,13 +283,14 @@ def bench_sample(name, options):
         source = lambda: (source_procedure(model, blank), 101)
 
         def ours(sampler, **more):
-            rule, number = diffusion.find_sampler(sampler)
-            steps = None if rule.key and number is not None else options.steps
+            found = policies.find_sampler(sampler)
+            steps = None if found.key and found.value is not None else options.steps
+            how = SampleConfig(sampler=sampler, steps=steps, top_p=1.0, **more)
 
             def run():
                 with runtime.autocast(device, dtype):
-                    *_, last = diffusion.sample(model, blank, sampler=sampler, steps=steps, **diffusion.options_of(cfg), **more)
-                return last.ids, last.evaluations
+                    *_, last = diffusion.sample(families.family_of(cfg), model, blank, how)
+                return last.ids, last.nfe
             return run
 
         block = cfg.block_size // 8
@@ -334,7 +336,8 @@ def bench_video(name, options):
     torch.manual_seed(0)
     model = Transformer(cfg, text.vocab_size).eval()
     blank = torch.full((1, 256), text.mask)
-    frames, steps = trace.record(diffusion.sample(model, blank, steps=100, sampler="confidence"), blank, text.mask)
+    how = SampleConfig(steps=100, sampler="confidence", top_p=1.0)
+    frames, steps = trace.record(diffusion.sample(families.family_of(cfg), model, blank, how), blank, text.mask)
     list(steps)
     with tempfile.TemporaryDirectory() as folder:
         seconds = []

@@ -12,7 +12,7 @@ import torch
 import diffusion
 from config import SampleConfig
 from scripts.bench import source_procedure
-from utils import canvas, checkpoint, corpus, metrics, runtime, tales
+from utils import canvas, checkpoint, corpus, families, metrics, policies, runtime, tales
 from utils.cli import UserError
 
 # --- on tales, where truth is known ------------------------------------------------------------------------------
@@ -27,7 +27,7 @@ NUMBERS = {"threshold": (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99), "factor": (0.3, 0
 def sampler_settings(options):
     """Every sampler over its own range of cost: steps, or the rule's number; and what cutting off unlikely tokens does."""
     rows = []
-    for name, rule in diffusion.SAMPLERS.items():
+    for name, rule in policies.SAMPLERS.items():
         if name in NUMBERS:
             rows += [{"sampler": f"{name}:{number:g}", "steps": "", "decode_block": 0} for number in NUMBERS[name]]
         elif name == "first_hitting":
@@ -52,48 +52,50 @@ def masked_model(path, device):
     path = path or checkpoint.newest()
     state = checkpoint.read(path)
     model, text, cfg = checkpoint.restore(state, device, path)
-    if cfg.objective != "masked" or diffusion.block_len(cfg):
-        raise UserError(f"{path} writes {diffusion.way_of_writing(cfg, 'block by block')}; samplers are compared with a masked "
-                        "model of the whole window")
+    family = families.family_of(cfg)
+    if family.block_len or family.procedure:
+        raise UserError(f"{path} writes {family.procedure or 'block by block'}; samplers are compared with a masked model of the "
+                        "whole window")
     return model, text, cfg, state
 
 
 def trained(options):
-    """(model, Text, Config, its step, device, dtype, what figures of it depend on) of the checkpoint that is meant."""
+    """(model, family, Text, its step, Hardware, what figures of it depend on) of the checkpoint that is meant."""
     device = runtime.choose_device(options.device)
     model, text, cfg, state = masked_model(options.checkpoint, device)
     dtype = runtime.dtype_of_run(options.dtype, cfg.dtype, device, options.checkpoint or "the newest checkpoint")
-    return model, text, cfg, state["step"], device, dtype, {
+    return model, families.family_of(cfg), text, state["step"], runtime.Hardware(device, dtype), {
         "num_samples": options.num_samples, "model": f"{cfg.name} {state['step']} {state['nll']:.4f}",
         "dtype": runtime.dtype_name(dtype)}
 
 
-def write(model, cfg, setting, blank, seeds):
-    """Ids and evaluations of each row of blank (B, L) written with the options of `diffusion.sample` in setting (dict), or
+def generate(model, family, setting, blank, seeds):
+    """Ids and NFE of each row of blank (B, L) generated with the options of `diffusion.sample` in setting (dict), or
     by the micro-dLLMs' procedure ("source"), or with a wrong clock ("notes, misled")."""
     how = setting | {"steps": setting["steps"] or None}
     if how["sampler"] == "source":
         return source_procedure(model, blank, how["steps"], seeds[0]), torch.full((len(blank),), how["steps"])
     if how["sampler"] == "notes, misled":
         model, how["sampler"] = misled(model, how["steps"]), "notes"
-    *_, last = diffusion.sample(model, blank, seeds=seeds, **how, **diffusion.options_of(cfg))
-    return last.ids, last.row_evaluations
+    *_, last = diffusion.sample(family, model, blank, SampleConfig(**how), seeds=seeds)
+    return last.ids, last.row_nfe
 
 
 def judge_samplers(options):
     """(function from a setting to its figures, with one tales model for all; what the figures depend on besides)."""
-    model, text, cfg, _, device, dtype, common = trained(options)
+    model, family, text, _, hardware, common = trained(options)
+    cfg = family.cfg
     if cfg.data != "tales":
         raise UserError(f"{cfg.name} was trained on {cfg.data}; samplers are judged on tales: python train.py tales")
 
     def measure(setting):
         start = time.perf_counter()
-        with runtime.autocast(device, dtype):
-            rows, evaluations = metrics.sample_rows(partial(write, model, cfg, setting), text, cfg, options.num_samples, device)
+        with hardware.autocast():
+            rows, nfe = metrics.sample_rows(partial(generate, model, family, setting), family, text, options.num_samples, hardware.device)
         seconds = time.perf_counter() - start
         stories = [story for row in rows.tolist() for story in canvas.documents(text, row, cfg.rows)]
         figures = metrics.judge_tales(stories) | metrics.diversity(stories)
-        return {"evaluations": evaluations.float().mean().item()} | figures | {
+        return {"evaluations": nfe.float().mean().item()} | figures | {
             "entropy": tales.entropy(), "seconds_a_sample": seconds / options.num_samples}
     return measure, common
 
@@ -120,7 +122,8 @@ def measure_order(options):
     early, all    share of frequent ones among the first tenth that is written, and among all
     correlation   of a token's place with its frequency in the training text: negative where frequent ones come first
     """
-    model, text, cfg, steps, device, dtype, common = trained(options)
+    model, family, text, steps, hardware, common = trained(options)
+    cfg, device = family.cfg, hardware.device
     training = metrics.without_filling(corpus.load(cfg, text).training(steps, metrics.SEARCHED), text, cfg)
     counts = torch.bincount(training[training >= 0].long(), minlength=text.mask).double()
     share = counts / counts.sum()
@@ -131,13 +134,13 @@ def measure_order(options):
     def measure(setting):
         def places(blank, seeds):
             place = torch.zeros(blank.shape, device=device)
-            with runtime.autocast(device, dtype):
-                for k, step in enumerate(diffusion.sample(model, blank, sampler=setting["sampler"], seeds=seeds,
-                                                          temperature=setting["temperature"], **diffusion.options_of(cfg)), 1):
+            with hardware.autocast():
+                how = SampleConfig(sampler=setting["sampler"], temperature=setting["temperature"], top_p=1.0)
+                for k, step in enumerate(diffusion.sample(family, model, blank, how, seeds=seeds), 1):
                     place[step.fresh] = k
             last = place.amax(1, keepdim=True)  # a row that is finished early has had its last step
             return step.ids, torch.where(place > 0, (place - 1) / (last - 1).clamp(min=1), -1)
-        ids, place = metrics.sample_rows(places, text, cfg, options.num_samples, device)
+        ids, place = metrics.sample_rows(places, family, text, options.num_samples, device)
         written = (place >= 0) & (metrics.without_filling(ids, text, cfg) >= 0)
         rank, place, frequency = cumulative[ids[written]], place[written].double(), share[ids[written]]
         share_of_frequent = lambda some: (rank[some] < 0.25).double().mean().item()
@@ -158,7 +161,7 @@ def misled(model, steps):
 
     def network(ids, noise_level, **more):
         t = torch.tensor(next(times) / steps, device=ids.device)
-        return model(ids, diffusion.mask_rate("cos2_s008", t).expand(len(ids)), **more)
+        return model(ids, diffusion.mask_ratio("cos2_s008", t).expand(len(ids)), **more)
     network.vocab_size = model.vocab_size
     return network
 
@@ -180,7 +183,8 @@ def measure_spelling(options):
     words     share of the samples' words that the training text has
     speakers  share of their lines that end in a colon, and so name a speaker, that the training text has; None without such
     """
-    model, text, cfg, steps, device, dtype, common = trained(options)
+    model, family, text, steps, hardware, common = trained(options)
+    cfg = family.cfg
     if cfg.time_conditioning == "none":
         raise UserError(f"{cfg.name} is not told the time, so that a wrong clock would do nothing; train one that is: "
                         "--time_conditioning sinusoidal")
@@ -192,14 +196,15 @@ def measure_spelling(options):
     known_words, known_speakers = set(words_of(training)), set(speakers_of(training))
 
     def measure(setting):
-        rows, evaluations = metrics.reference_rows(data.held_out, text, options.num_samples), torch.zeros(1)
+        rows, nfe = metrics.reference_rows(data.held_out, text, options.num_samples), torch.zeros(1)
         if setting["sampler"] != "held-out text":
-            with runtime.autocast(device, dtype):
-                rows, evaluations = metrics.sample_rows(partial(write, model, cfg, setting), text, cfg, options.num_samples, device)
+            with hardware.autocast():
+                rows, nfe = metrics.sample_rows(partial(generate, model, family, setting), family, text, options.num_samples,
+                                                hardware.device)
         texts = [canvas.finished(text, row, stop=cfg.rows == "document") for row in rows.tolist()]
         words = [word for one in texts for word in words_of(one)[1:-1]]  # windows cut the first and the last
         speakers = [speaker for one in texts for speaker in speakers_of(one)]
-        return {"evaluations": evaluations.float().mean().item(), "words": share(words, known_words),
+        return {"evaluations": nfe.float().mean().item(), "words": share(words, known_words),
                 "speakers": share(speakers, known_speakers), "speaker_lines": len(speakers),
                 "texts": len(texts)} | metrics.diversity(texts)
     return measure, common

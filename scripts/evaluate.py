@@ -18,10 +18,9 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import torch
 
-import diffusion
-from config import LONGEST, Config
+from config import LONGEST, Config, SampleConfig
 from model import Transformer
-from utils import checkpoint, cli, corpus, metrics, plots, runtime, texts
+from utils import checkpoint, cli, corpus, families, metrics, plots, policies, runtime, texts
 from utils.cli import UserError, field
 
 
@@ -48,7 +47,7 @@ class EvaluateConfig:
     def __post_init__(self):
         cli.check(self)
         if self.sampler is not None:
-            diffusion.find_sampler(self.sampler)
+            policies.find_sampler(self.sampler, policies.SAMPLERS | policies.UNIFORM_SAMPLERS)
 
 
 class Loaded(NamedTuple):
@@ -96,9 +95,10 @@ def compare(first, second, device):
     for path, model, cfg, data, _, dtype, _ in (first, second):
         rows = data.held_out[: cfg.final_rows]
         with runtime.autocast(device, dtype):
-            nll = diffusion.bound(model, rows.to(device), cfg.final_masks, cfg, cfg.micro_batch or 64).mean(1)
+            family = families.family_of(cfg)
+            nll = family.nelbo(model, rows.to(device), cfg.final_masks, cfg.micro_batch or 64).mean(1)
         text = data.text.decode(rows.flatten().tolist())
-        lines.append(f"{path}: {'exactly' if cfg.objective == 'ar' else 'at most'} {nll.mean().item():.4f} nats a token, "
+        lines.append(f"{path}: {'exactly' if family.exact else 'at most'} {nll.mean().item():.4f} nats a token, "
                      f"{nll.sum().item() * cfg.block_size / math.log(2) / len(text):.4f} bits per character ({len(nll)} rows of "
                      f"{cfg.block_size} tokens, {len(text):,} characters, of {cfg.data})")
         bounds.append(nll)
@@ -137,25 +137,27 @@ def main(argv):
     _, model, cfg, data, step, dtype, sampling = loaded
     judge = None
     if options.judge:
-        judge = checkpoint.restore(checkpoint.read(options.judge), device, options.judge)
-        if judge[2].objective != "ar":
-            raise UserError(f"{options.judge} has objective={judge[2].objective}; a judge must give exact likelihoods: ar")
-        judge = *judge, runtime.dtype_of_run(options.dtype, judge[2].dtype, device, options.judge)
-    if options.left_to_right and cfg.objective == "uniform":
-        raise UserError("left_to_right with objective=uniform: such a model does not write from left to right")
+        other, its_text, its_cfg = checkpoint.restore(checkpoint.read(options.judge), device, options.judge)
+        judge = metrics.Judge(other, families.family_of(its_cfg), its_text,
+                              runtime.dtype_of_run(options.dtype, its_cfg.dtype, device, options.judge))
+        if not judge.family.exact:
+            raise UserError(f"{options.judge} has objective={its_cfg.objective}; a judge must give exact likelihoods: ar")
+    family = families.family_of(cfg)
+    cli.check_needs(family, options)
     samples = cfg.final_samples if options.num_samples is None else options.num_samples
     asked = {name: getattr(options, name) for name in ("sampler", "steps", "temperature", "top_p")}
-    sampling |= {name: value for name, value in asked.items() if value is not None}
-    named = {name: sampling[name] for name in asked} | {"sampler": diffusion.way_of_writing(cfg, sampling["sampler"])}
+    how = cli.merge(SampleConfig, sampling, {name: value for name, value in asked.items() if value is not None})
+    named = {name: getattr(how, name) for name in asked} | {"sampler": family.procedure or how.sampler}
     report = {"checkpoint": path, "step": step, "dtype": runtime.dtype_name(dtype), "sampling": ", ".join(f"{k} {v}" for k, v in named.items() if v is not None)}
-    with runtime.autocast(device, dtype):
-        report |= metrics.held_out(model, cfg, data, device)
-    report |= metrics.final(model, cfg, data, device, dtype, step, samples, judge, diffusion.sample_options(sampling))
+    hardware = runtime.Hardware(device, dtype)
+    with hardware.autocast():
+        report |= metrics.held_out(model, family, data, device)
+    report |= metrics.final(model, family, data, hardware, step, samples, how, judge)
     if options.left_to_right:
         rows = data.held_out[: options.left_to_right].to(device)
-        with runtime.autocast(device, dtype):
-            exact = metrics.left_to_right(model, cfg, rows)
-            bound = diffusion.bound(model, rows, 64, cfg, cfg.micro_batch or 64).mean(1)
+        with hardware.autocast():
+            exact = metrics.left_to_right(model, family, rows)
+            bound = family.nelbo(model, rows, 64, cfg.micro_batch or 64).mean(1)
         report |= {"left_to_right_nats_per_token": exact.mean().item(), "left_to_right_rows": len(rows),
                    "left_to_right_se_rows": exact.std().item() / math.sqrt(len(rows)) if len(rows) > 1 else math.nan,
                    "bound_of_the_same_rows": bound.mean().item()}

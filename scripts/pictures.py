@@ -16,7 +16,7 @@ import diffusion
 from config import SampleConfig
 from model import waves
 from scripts import compare_samplers
-from utils import blocks, canvas, cli, plots, runtime, tales
+from utils import blocks, canvas, cli, families, plots, policies, runtime, tales
 from utils.cli import field
 
 
@@ -35,7 +35,7 @@ def schedules(options, path):
     figure, axis = plots.pyplot().subplots(figsize=(6, 4), layout="constrained")
     t = torch.linspace(0, 1, 201, dtype=torch.float64)
     for number, name in enumerate(diffusion.SCHEDULES):
-        axis.plot(t, diffusion.mask_rate(name, t), color=plots.OKABE_ITO[number % 7], label=name)
+        axis.plot(t, diffusion.mask_ratio(name, t), color=plots.OKABE_ITO[number % 7], label=name)
     axis.set(xlabel="time t", ylabel="masked share m(t)", xlim=(0, 1), ylim=(0, 1))
     axis.grid(alpha=0.3)
     axis.legend()
@@ -48,7 +48,7 @@ def weights(options, path):
     m = torch.linspace(0, 1, 1001, dtype=torch.float64)[1:-1]
     axis.axhline(1, color=plots.OKABE_ITO[-1], lw=2, label="the bound, whatever the schedule")
     for number, name in enumerate(("linear", "cos", "cos2", "cos2_s008")):
-        weight = m / diffusion.mask_rate_slope(name, diffusion.time_of(name, m))  # m times the density of shares
+        weight = m / diffusion.mask_ratio_slope(name, diffusion.time_of(name, m))  # m times the density of shares
         axis.plot(m, weight / (weight.sum() / len(m)), color=plots.OKABE_ITO[number], ls=("-", "--", "-", ":")[number],
                   lw=4 if name == "cos2" else 1.5, label=f"mean over masked tokens, {name}")  # cos2 and cos2_s008 nearly coincide
     axis.set(xlabel="masked share m", ylabel="weight of a masked token's cross entropy", xlim=(0, 1), ylim=(0, 4))
@@ -64,7 +64,7 @@ def hiding(options, path):
     figure, axes = plots.pyplot().subplots(2, 1, figsize=(9.5, 4.2), layout="constrained")
     times = torch.linspace(0, 1, 6, dtype=torch.float64)
     for axis, name in zip(axes, ("linear", "cos")):
-        for line, (t, m) in enumerate(zip(times.tolist(), diffusion.mask_rate(name, times).tolist())):
+        for line, (t, m) in enumerate(zip(times.tolist(), diffusion.mask_ratio(name, times).tolist())):
             text = " ".join("▢" * len(word) if hidden else word for word, hidden in zip(words, (u < m).tolist()))
             axis.text(0, -line, f"t = {t:.1f}  m = {m:.2f}   {text}", family="DejaVu Sans Mono", fontsize=8, va="center")
         axis.set(xlim=(0, 1), ylim=(-len(times) + 0.5, 0.8))
@@ -96,7 +96,7 @@ def attention(options, path):
     """Who sees whom: the masks of the four families, for eight tokens."""
     size, cpu = 8, torch.device("cpu")
     everyone = torch.ones(size, size, dtype=torch.bool)
-    own = blocks.number(size, 4, 0, cpu)
+    own = blocks.block_ids(size, 4, 0, cpu)
     panels = (("masked, uniform\nall see all", everyone), ("autoregressive\nwhat is to the left", everyone.tril()),
               ("blocks of 4, writing\nits block and those before", own[None] <= own[:, None]),
               ("blocks of 4, training\n[corrupted | clean] twice", blocks.doubled_mask(size, 4, 0, cpu)))
@@ -125,20 +125,20 @@ def samplers_at_work(options, path):
     device = runtime.choose_device(options.device)
     model, text, cfg, _ = compare_samplers.masked_model(options.checkpoint, device)
     blank = torch.tensor([canvas.build(text, [None], cfg.block_size)], device=device)
-    height = -(-len(diffusion.SAMPLERS) // 4)
+    height = -(-len(policies.SAMPLERS) // 4)
     figure, axes = plots.pyplot().subplots(height, 4, figsize=(12, 2.5 * height), layout="constrained")
     colours = {"hidden": (0.2, 0.25, 0.33), "written": (0.84, 0.9, 0.96), "fresh": (1.0, 0.75, 0.2),
                "hidden again": (0.8, 0.2, 0.2)}
-    for axis, name in zip(axes.flat, diffusion.SAMPLERS):
+    for axis, name in zip(axes.flat, policies.SAMPLERS):
         states = []
-        for step in diffusion.sample(model, blank, sampler=name, steps=32, top_p=SampleConfig.top_p, seeds=[1],
-                                     **diffusion.options_of(cfg)):
+        how = SampleConfig(sampler=name, steps=32)
+        for step in diffusion.sample(families.family_of(cfg), model, blank, how, seeds=[1]):
             state = torch.tensor(colours["written"]).repeat(cfg.block_size, 1)
             for kind, where in (("hidden", step.masked), ("fresh", step.fresh), ("hidden again", step.remasked)):
                 state[where[0].cpu()] = torch.tensor(colours[kind])
             states.append(state)
         axis.imshow(torch.stack(states).numpy(), aspect="auto", interpolation="nearest")
-        axis.set_title(f"{name}: {int(step.row_evaluations[0])} evaluations", fontsize=9)
+        axis.set_title(f"{name}: {int(step.row_nfe[0])} evaluations", fontsize=9)
         axis.set(xticks=[], yticks=[])
     axes[0, 0].set(ylabel="steps, downwards", xlabel="tokens")
     handles = [plots.pyplot().Rectangle((0, 0), 1, 1, color=colour, label=kind) for kind, colour in colours.items()]

@@ -12,8 +12,9 @@ import functools  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+import config  # noqa: E402
 import train  # noqa: E402
-from utils import cli, corpus, tales, tokenizer  # noqa: E402
+from utils import cli, corpus, families, runs, tales, tokenizer  # noqa: E402
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
@@ -40,7 +41,7 @@ def quick_runs(monkeypatch):
     """Tiny runs draw nothing, and show texts of a few steps: two figures and the texts took them longer than all else. `tales_run`
     in test_cli.py, which is made before, and the tests of plots do."""
     monkeypatch.setattr(train, "SHOWN_STEPS", 4)
-    monkeypatch.setattr(train, "plots", type("NoPlots", (), {"loss_curves": staticmethod(lambda *_: None),
+    monkeypatch.setattr(runs, "plots", type("NoPlots", (), {"loss_curves": staticmethod(lambda *_: None),
                                                               "levels": staticmethod(lambda *_: None)}))
 
 
@@ -64,6 +65,11 @@ def interrupt(monkeypatch, step, number):
 
 TINY = ("--n_layer 1 --n_head 2 --n_embd 16 --batch_size 4 --max_iters 6 --eval_interval 3 --eval_rows 4 "
         "--final_rows 4 --final_masks 2 --final_samples 0 --compile off --device cpu").split()
+
+
+def load(words):
+    """(Config, what was chosen and why) of train.py's command line."""
+    return config.load(words, families.FAMILIES)
 
 
 def run(main, words, monkeypatch, capsys):

@@ -14,11 +14,14 @@ import diffusion
 import inference
 import train
 from config import Config, SampleConfig
-from conftest import TINY, interrupt, run
+from conftest import TINY, interrupt, load, run
+from model import Transformer
 from scripts import data as data_script
 from scripts import ablate, bench, compare_samplers, evaluate, export, train_tokenizer
-from utils import checkpoint, cli, metrics, plots, runtime, tales, texts, tokenizer, trace
+from toy import MASKED
+from utils import checkpoint, cli, corpus, metrics, optim, plots, policies, runtime, tales, texts, tokenizer, trace
 from utils.cli import UserError
+from utils.families import FAMILIES, family_of
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +33,7 @@ def empty_folder(tmp_path, monkeypatch):
 def tales_run(tmp_path_factory):
     """A finished tiny run on tales; tests only read it."""
     folder = tmp_path_factory.mktemp("tales")
-    train.train(dataclasses.replace(config.load(["tales", *TINY, "--final_samples", "2", "--out_dir", str(folder)])[0]),
+    train.train(dataclasses.replace(load(["tales", *TINY, "--final_samples", "2", "--out_dir", str(folder)])[0]),
                 quiet=True)
     return folder
 
@@ -39,7 +42,7 @@ def tales_run(tmp_path_factory):
 def short_run(tmp_path_factory):
     """Path of the best checkpoint of a tiny run on tales in windows of 16 tokens, for comparisons of many samplers."""
     folder = tmp_path_factory.mktemp("short")
-    train.train(config.load(["tales", *TINY, "--rows", "stream", "--block_size", "16", "--out_dir", str(folder)])[0], quiet=True)
+    train.train(load(["tales", *TINY, "--rows", "stream", "--block_size", "16", "--out_dir", str(folder)])[0], quiet=True)
     return str(folder / "models" / "tales.best.pt")
 
 
@@ -47,33 +50,33 @@ def short_run(tmp_path_factory):
 
 
 def test_flags_and_presets():
-    cfg, _ = config.load("shakespeare --n-layer 3 --lr=1e-3 --tie_embeddings --max_minutes 2".split())
+    cfg, _ = load("shakespeare --n-layer 3 --lr=1e-3 --tie_embeddings --max_minutes 2".split())
     assert (cfg.n_layer, cfg.lr, cfg.tie_embeddings, cfg.tokenizer, cfg.name) == (3, 1e-3, True, "char", "shakespeare")
     assert cfg.max_iters == 0 and cfg.max_minutes == 2, "a time replaces the preset's number of steps"
-    assert config.load("tales --max_minutes 2 --max_iters 7".split())[0].max_iters == 7
-    assert config.load(["tales", "--tie_embeddings", "false"])[0].tie_embeddings is False
+    assert load("tales --max_minutes 2 --max_iters 7".split())[0].max_iters == 7
+    assert load(["tales", "--tie_embeddings", "false"])[0].tie_embeddings is False
     for name in config.PRESETS:
-        assert config.load([name])[0].name == name
+        assert load([name])[0].name == name
     with pytest.raises(dataclasses.FrozenInstanceError):
         cfg.n_layer = 4
 
 
 def test_the_default_preset_is_stories_once_they_are_prepared():
-    cfg, why = config.load([])
+    cfg, why = load([])
     assert cfg.name == "tales" and "no data/stories.txt" in why
     os.makedirs("data")
     open("data/stories.txt", "w").write("x")
-    cfg, why = config.load([])
+    cfg, why = load([])
     assert cfg.name == "stories" and "has been prepared" in why
 
 
 def test_an_experiment_file_is_a_preset():
     open("mine.py", "w").write('config = {"preset": "shakespeare", "n_layer": 2, "dropout": 0.2}')
-    cfg, _ = config.load(["mine.py", "--n_head", "4"])
+    cfg, _ = load(["mine.py", "--n_head", "4"])
     assert (cfg.name, cfg.n_layer, cfg.dropout, cfg.n_head, cfg.tokenizer) == ("mine", 2, 0.2, 4, "char")
     open("typo.py", "w").write('config = {"n_layers": 2}')
     with pytest.raises(UserError, match="did you mean n_layer"):
-        config.load(["typo.py"])
+        load(["typo.py"])
 
 
 @pytest.mark.parametrize("words, message", (
@@ -168,14 +171,13 @@ def test_a_long_prompt_and_no_checkpoint_at_all(tales_run, monkeypatch, capsys):
 def test_how_many_states_a_trace_can_have(words, family, most, tales_run):
     """No more than that come, which is what a trace is refused by."""
     model, text, cfg = checkpoint.restore(checkpoint.read(str(tales_run / "models" / "tales.best.pt")), torch.device("cpu"))
-    cfg = dataclasses.replace(cfg, **config.FAMILIES.get(family.get("objective"), {}) | family | {"block_size": 64})
+    cfg = dataclasses.replace(cfg, **config.family_defaults(family.get("objective"), FAMILIES) | family | {"block_size": 64})
     options = cli.merge(SampleConfig, cli.parse(words.split(), SampleConfig)[1])
     row = [text.end] * 4 + [text.mask] * 60
     assert inference.most_states(row, options, cfg, text.mask) == most
     if not family:
-        how = diffusion.sample_options({name: getattr(options, name) for name in checkpoint.sample_defaults()})
         states = sum(bool((step.fresh | step.remasked).any()) for step in diffusion.sample(
-            model, torch.tensor([row]), window=64, given=1, **how))
+            family_of(cfg), model, torch.tensor([row]), options, window=64))
         assert states <= most
 
 
@@ -184,7 +186,7 @@ def test_help_and_list(monkeypatch, capsys):
         code, out, _ = run(main, "--help", monkeypatch, capsys)
         assert code == 0 and all(f"--{f.name}" in out for f in dataclasses.fields(kind))
         code, out, _ = run(main, "--list", monkeypatch, capsys)
-        assert all(name in out for name in [*config.PRESETS, *diffusion.SAMPLERS])
+        assert all(name in out for name in [*config.PRESETS, *policies.SAMPLERS])
     for main in (data_script.main, train_tokenizer.main, evaluate.main):
         code, out, _ = run(main, "--help", monkeypatch, capsys)
         assert code == 0 and "--" in out
@@ -202,7 +204,7 @@ def same(a, b):
 
 
 def settings(**changes):
-    cfg, _ = config.load(["tales", *TINY])
+    cfg, _ = load(["tales", *TINY])
     return dataclasses.replace(cfg, **changes)
 
 
@@ -246,17 +248,17 @@ def test_ctrl_c_saves_and_says_how_to_go_on(monkeypatch, capsys):
 
 def test_a_checkpoint_is_saved_only_while_all_is_finite(monkeypatch):
     """Also where it is saved more often than evaluated; and not when only the last update broke the weights."""
-    prepare = train.prepare
+    draw = train.draw_batch
 
-    def broken(cfg, data, n, *more):
-        pieces, seed = prepare(cfg, data, n, *more)
+    def broken(family, data, n, *more):
+        pieces, seed = draw(family, data, n, *more)
         return [(x0, c._replace(weight=c.weight * (math.inf if n == 3 else 1))) for x0, c in pieces], seed
-    monkeypatch.setattr(train, "prepare", broken)
+    monkeypatch.setattr(train, "draw_batch", broken)
     with pytest.raises(UserError, match="not finite at step 4"):
         train.train(settings(grad_clip=0.0, save_interval=2, eval_interval=6), quiet=True)
     assert os.listdir("artifacts/models") == ["tales.pt"] and checkpoint.read("artifacts/models/tales.pt")["step"] == 2
-    monkeypatch.setattr(train, "prepare", prepare)
-    monkeypatch.setattr(train.optim, "lr_scale", lambda cfg, n, progress: math.inf if n == 1 else 1.0)
+    monkeypatch.setattr(train, "draw_batch", draw)
+    monkeypatch.setattr(optim, "lr_scale", lambda cfg, n, progress: math.inf if n == 1 else 1.0)
     with pytest.raises(UserError, match="weight is not finite at step 2"):
         train.train(settings(name="broken", grad_clip=0.0, save_interval=2, eval_interval=6), quiet=True)
     assert os.listdir("artifacts/models") == ["tales.pt"]
@@ -458,12 +460,12 @@ def test_the_source_systems_from_data_to_video(preset, monkeypatch, capsys):
 
 
 def test_the_source_systems_are_what_their_documents_say():
-    cfg = lambda name: config.load([name])[0]
+    cfg = lambda name: load([name])[0]
     assert [(cfg(name).diffusion_steps, cfg(name).max_iters) for name in ("notes", "notes_300")] == [(100, 105_000), (300, 300_000)]
     for name, window in (("micro_char", 256), ("micro_bpe", 256), ("notes", 128), ("guide", 128)):
         c = cfg(name)
         assert (c.block_size, c.batch_size, c.lr, c.optimizer, c.corruption) == (window, 64, 3e-4, "adamw", "bernoulli"), name
-    count = lambda name, vocab: train.Transformer(cfg(name), vocab).num_parameters()
+    count = lambda name, vocab: Transformer(cfg(name), vocab).num_parameters()
     assert (count("micro_char", 66), count("micro_bpe", 2048)) == (10_706_304, 12_228_480)
     assert 6.4e6 < count("guide", 66) < 6.6e6, "not the 12.45M of the document"
     assert 10.8e6 < count("notes", 66) < 11.2e6
@@ -500,7 +502,7 @@ def test_every_family_trains_writes_and_is_judged(name, monkeypatch, capsys):
         assert report["bound_se_masks"] == 0 and "exp_of_masked_ce_schedule_dependent" not in report
         state = checkpoint.read("artifacts/models/x.best.pt")
         model, text, cfg = checkpoint.restore(state, torch.device("cpu"))
-        rows = train.corpus.load(cfg, text).held_out[:4]
+        rows = corpus.load(cfg, text).held_out[:4]
         logits = model(torch.cat((torch.full((4, 1), text.mask), rows[:, :-1]), 1), attention="causal")
         nll = -logits.log_softmax(-1).gather(2, rows[..., None])[:, 1:].mean().item()
         assert report["nats_per_token_but_the_first"] == pytest.approx(nll, rel=0.01), "but for bfloat16"
@@ -508,9 +510,10 @@ def test_every_family_trains_writes_and_is_judged(name, monkeypatch, capsys):
 
 def test_a_new_objective_is_one_entry(monkeypatch, capsys):
     """As README says: masks of another loss, which then trains, is judged by the bound, writes and is evaluated."""
-    def focal(model, x0, corruption, cfg, token_nll):
-        return diffusion.masked_loss(model, x0, corruption, cfg, lambda logits, targets: diffusion.token_nll(logits, targets) ** 2)
-    monkeypatch.setitem(diffusion.OBJECTIVES, "focal", diffusion.OBJECTIVES["masked"]._replace(loss=focal))
+    class Focal(diffusion.Masked):
+        def loss(self, model, x0, corruption, token_nll=diffusion.token_nll):
+            return super().loss(model, x0, corruption, lambda logits, targets: token_nll(logits, targets) ** 2)
+    monkeypatch.setitem(FAMILIES, "focal", Focal)
     texts.write_documents("some.txt", iter(tales.generate(1, 200)))
     code, out, err = run(train.main, ["--data", "some.txt", "--tokenizer", "char", "--block_size", "32", *TINY, "--objective", "focal",
                                       "--name", "x"], monkeypatch, capsys)
@@ -523,12 +526,12 @@ def test_a_new_objective_is_one_entry(monkeypatch, capsys):
 
 @pytest.mark.parametrize("words, message", (
     ("--objective gan", "there is no objective gan"), ("--block_len 5", "block_len=5, block_size=32: blocks must fill"),
-    ("--block_len 8 --rows document", "but for the <|endoftext|>"), ("--block_len 8 --corruption bernoulli", "blocks need counts"),
-    ("--objective ar --block_len 8", "objective=ar, block_len=8"), ("--objective ar --time_conditioning adaln", "no noise level"),
-    ("--objective uniform --time_conditioning none", "must be told"), ("--objective uniform --corruption count", "needs bernoulli"),
+    ("--block_len 8 --rows document", "but for the <|endoftext|>"), ("--block_len 8 --corruption bernoulli", "needs corruption=count"),
+    ("--objective ar --block_len 8", "block_len=8 with an autoregressive model"), ("--objective ar --time_conditioning adaln", "no noise level"),
+    ("--objective uniform --time_conditioning none", "it must be told"), ("--objective uniform --corruption count", "needs corruption=bernoulli"),
     ("--objective ar --complementary", "needs complementary=False"), ("--objective ar --time_sampling importance", "needs time_sampling"),
     ("--time_sampling importance --loss_weighting pooled", "elbo, flat or clip"), ("--objective ar --loss_weighting full", "no masks"),
-    ("--time_sampling importance --block_len 8", "one noise level a row"), ("--data tales --max_documents 3", "max_documents=3 with tales"),
+    ("--time_sampling importance --block_len 8", "needs time_sampling=uniform"), ("--data tales --max_documents 3", "max_documents=3 with tales"),
     ("--data one.txt --max_documents 3", "it is one document")))
 def test_settings_that_a_family_cannot_have(words, message, monkeypatch, capsys):
     open("some.txt", "w").write("to be or not to be\n<|endoftext|>\n" * 200)
@@ -540,7 +543,7 @@ def test_settings_that_a_family_cannot_have(words, message, monkeypatch, capsys)
 def test_what_a_family_cannot_write(monkeypatch, capsys):
     texts.write_documents("some.txt", iter(tales.generate(1, 200)))
     for name in ("ar", "blocks", "uniform"):
-        train.train(dataclasses.replace(config.load(["--data", "some.txt", "--tokenizer", "char", "--block_size", "32", *TINY, "--name",
+        train.train(dataclasses.replace(load(["--data", "some.txt", "--tokenizer", "char", "--block_size", "32", *TINY, "--name",
                                                      name, *FAMILY[name].split()])[0]), quiet=True)
     for name, words, message in (("ar", "--suffix end --gen-len 5", "from left to right"), ("blocks", "--infill a[4]b", "from left to right"),
                                  ("ar", "--guidance 1", "guidance=1.0 with an autoregressive model"),
@@ -745,7 +748,8 @@ def test_many_samples_are_written_in_batches(tales_run, monkeypatch, capsys):
     words = ["--checkpoint", str(tales_run / "models" / "tales.best.pt"), "--json", "--gen-len", "8", "--num-samples", "5", "--device",
              "cpu", "--dtype", "float32", "--sampler", "first_hitting"]
     results, sample, sizes = [], diffusion.sample, []
-    monkeypatch.setattr(diffusion, "sample", lambda model, blank, **how: sizes.append(len(blank)) or sample(model, blank, **how))
+    monkeypatch.setattr(diffusion, "sample", lambda family, model, blank, *how, **more: sizes.append(len(blank)) or sample(
+        family, model, blank, *how, **more))
     for at_once in (2**26, 2 * 9 * 800):
         monkeypatch.setitem(runtime.AT_ONCE, "cpu", at_once)
         code, out, err = run(inference.main, words, monkeypatch, capsys)
@@ -776,15 +780,15 @@ def test_evaluate_compares_what_compares(tales_run, monkeypatch, capsys):
     assert code == 0 and "on the 8 rows that both have: the first has +0.0000 ± 0.0000 nats a token" in out
     bounds = [torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([[2.0], [2.5], [4.5]])]
     with monkeypatch.context() as patch:
-        patch.setattr(diffusion, "bound", lambda *_: bounds.pop(0))
+        patch.setattr(diffusion.Masked, "nelbo", lambda *_: bounds.pop(0))
         code, out, _ = against(path)
     assert "the first has -1.0000 ± 0.2887 nats a token" in out, "standard deviation 0.5 over the root of 3"
     code, _, err = against(path, "--json", "x.json")
     assert code == 2 and "leave out --json" in err
-    train.train(dataclasses.replace(config.load(["tales", *TINY, "--tokenizer", "char", "--block_size", "330"])[0]), quiet=True)
+    train.train(dataclasses.replace(load(["tales", *TINY, "--tokenizer", "char", "--block_size", "330"])[0]), quiet=True)
     code, out, _ = against("artifacts/models/tales.best.pt")
     assert code == 0 and "the same text in other tokens" in out and "bits per character" in out
-    train.train(dataclasses.replace(config.load(["tales", *TINY, "--seed", "2"])[0]), quiet=True)
+    train.train(dataclasses.replace(load(["tales", *TINY, "--seed", "2"])[0]), quiet=True)
     code, out, _ = against("artifacts/models/tales-2.best.pt")
     assert code == 0 and "not comparable" in out and out.count("bits per character") == 2
 
@@ -793,7 +797,7 @@ def test_a_judge_is_autoregressive(tales_run, monkeypatch, capsys):
     path = str(tales_run / "models" / "tales.best.pt")
     code, _, err = run(evaluate.main, ["--checkpoint", path, "--judge", path], monkeypatch, capsys)
     assert code == 2 and "objective=masked; a judge must give exact likelihoods" in err
-    train.train(dataclasses.replace(config.load(["tales", *TINY, "--objective", "ar"])[0]), quiet=True)
+    train.train(dataclasses.replace(load(["tales", *TINY, "--objective", "ar"])[0]), quiet=True)
     code, out, err = run(evaluate.main, ["--checkpoint", path, "--judge", "artifacts/models/tales.best.pt", "--json", "r.json"],
                          monkeypatch, capsys)
     report = json.load(open("r.json"))
@@ -884,7 +888,7 @@ def test_bench_samples(monkeypatch, capsys):
     assert code == 0, err
     rows = {(row["batch"], row["sampler"]): row for row in json.load(open("b.json"))[0]["rows"]}
     assert rows[1, "source procedure, float32"]["evaluations"] == 101 and rows[2, "confidence"]["evaluations"] == 4
-    assert {sampler for batch, sampler in rows if batch == 2} >= set(diffusion.SAMPLERS)
+    assert {sampler for batch, sampler in rows if batch == 2} >= set(policies.SAMPLERS)
     code, out, _ = run(bench.main, "sample tiny.py --rounds 1 --batches 1 --device cpu --samplers local_entropy:8,random",
                        monkeypatch, capsys)
     assert code == 0 and "local_entropy:8 " in out and "first_hitting" not in out
@@ -945,9 +949,9 @@ def test_ablate_ar_vs_diffusion(monkeypatch, capsys):
     texts.write_documents("my.txt", tales.generate("tests", 600))
     open("tiny.py", "w").write("config = {'data': 'my.txt', 'tokenizer': 'char', 'rows': 'stream', 'n_layer': 1, 'n_head': 1, 'n_embd': 8, "
                                "'batch_size': 4, 'block_size': 32}")
-    base, seen, load = ablate.base_config, [], train.corpus.load
+    base, seen, load = ablate.base_config, [], corpus.load
     monkeypatch.setattr(ablate, "base_config", lambda options: base(options) | {"eval_rows": 4, "final_rows": 8})
-    monkeypatch.setattr(train.corpus, "load", lambda *args: seen.append(load(*args)) or seen[-1])
+    monkeypatch.setattr(corpus, "load", lambda *args: seen.append(load(*args)) or seen[-1])
     code, out, err = run(ablate.main, "ar_vs_diffusion --base tiny.py --iters 3 --out_dir out --device cpu --dtype float32 --compile off",
                          monkeypatch, capsys)
     assert code == 0 and "6 of 6" in out, err
@@ -971,7 +975,7 @@ def test_ablate_samplers(short_run, monkeypatch, capsys):
     assert code == 0 and out.count(": sampler") == 4, err
     code, out, err = run(ablate.main, command, monkeypatch, capsys)
     rows = ablate.read_table("x/samplers.csv")
-    assert code == 0 and {row["sampler"].split(":")[0] for row in rows} == {*diffusion.SAMPLERS, "source"}
+    assert code == 0 and {row["sampler"].split(":")[0] for row in rows} == {*policies.SAMPLERS, "source"}
     assert {row["evaluations"] for row in rows if (row["sampler"], row["decode_block"]) == ("confidence", "0")} == {"2", "15"}
     assert open("x/samplers.md").read().count("\n") == len(rows) + 4 and os.path.getsize("x/samplers.png") > 10_000
     code, out, _ = run(ablate.main, command, monkeypatch, capsys)
@@ -998,7 +1002,7 @@ def test_ablate_order(tales_run, monkeypatch, capsys):
     path = str(tales_run / "models" / "tales.best.pt")
     state = checkpoint.read(path)
     _, text, cfg = checkpoint.restore(state, torch.device("cpu"))
-    training = metrics.without_filling(train.corpus.load(cfg, text).training(state["step"], 5000), text, cfg)
+    training = metrics.without_filling(corpus.load(cfg, text).training(state["step"], 5000), text, cfg)
     share = torch.bincount(training[training >= 0], minlength=text.mask).double()
     share /= share.sum()
     ranked = share.sort(descending=True).values
@@ -1027,7 +1031,7 @@ def test_ablate_spelling(tales_run, monkeypatch, capsys):
     code, _, err = run(ablate.main, [*command, str(tales_run / "models" / "tales.best.pt")], monkeypatch, capsys)
     assert code == 2 and "--time_conditioning sinusoidal" in err
     open("my.txt", "w").write("".join(f"\n{who}:\n{what}, sir\n" for who in ("ROMEO", "JULIET", "NURSE") for what in ("ay", "no")) * 60)
-    train.train(config.load("--data my.txt --tokenizer char --time_conditioning sinusoidal --block_size 32".split() + TINY)[0], quiet=True)
+    train.train(load("--data my.txt --tokenizer char --time_conditioning sinusoidal --block_size 32".split() + TINY)[0], quiet=True)
     code, _, err = run(ablate.main, [*command, "artifacts/models/my.best.pt"], monkeypatch, capsys)
     rows = {(row["sampler"], row["steps"]): row for row in ablate.read_table("x/spelling.csv")}
     assert code == 0 and len(ablate.read_table("x/spelling.csv")) == 18 and os.path.getsize("x/spelling.png") > 10_000, err
@@ -1048,8 +1052,8 @@ def test_a_wrong_clock():
             told.append((noise_level[0].item(), (ids == 5).double().mean().item()))
             return torch.zeros(ids.numel(), 5)[select]
     setting = {"sampler": "notes, misled", "steps": 10, "temperature": 1.0, "top_p": 1.0}
-    ids, evaluations = compare_samplers.write(Network(), Config(), setting, torch.full((2, 20), 5), [1, 2])
-    schedule = diffusion.mask_rate("cos2_s008", torch.arange(10).flip(0) / 10)
+    ids, evaluations = compare_samplers.generate(Network(), MASKED, setting, torch.full((2, 20), 5), [1, 2])
+    schedule = diffusion.mask_ratio("cos2_s008", torch.arange(10).flip(0) / 10)
     assert [level for level, _ in told] == pytest.approx(schedule.tolist()) and evaluations.tolist() == [10, 10]
     assert [share for _, share in told] == pytest.approx([1 - k / 10 for k in range(10)]) and not (ids == 5).any()
 

@@ -16,10 +16,11 @@ import inference
 import test_maths
 import toy
 import train
-from conftest import ROOT, TINY, run
+from conftest import ROOT, TINY, load, run
 from model import Transformer
 from scripts import ablate, bench, data, evaluate, export, pictures, train_tokenizer
-from utils import corpus, metrics, runtime, tales, texts
+from utils import corpus, metrics, policies, runtime, tales, texts
+from utils.families import FAMILIES
 
 TEXT = {name: open(os.path.join(ROOT, name), encoding="utf-8").read() for name in ("README.md", "learning.md")}
 MAIN = {"train.py": train.main, "inference.py": inference.main} | {
@@ -74,7 +75,7 @@ def folder(tmp_path_factory):
     os.chdir(folder)
     for name, words in (("ar", "tales --objective ar"), ("tales_256", "tales"), ("half_hour", "tales"), ("shakespeare", "shakespeare"),
                         ("spelling", "shakespeare --time_conditioning sinusoidal")):
-        train.train(config.load([*words.split(), *TINY, "--name", name])[0], quiet=True)
+        train.train(load([*words.split(), *TINY, "--name", name])[0], quiet=True)
     os.chdir(before)
     return folder
 
@@ -92,7 +93,7 @@ def test_every_command_runs(folder, monkeypatch, capsys):
             names = re.findall(r"def (test_\w+)", open(os.path.join(ROOT, words[1]), encoding="utf-8").read())
             assert all(any(word in name for name in names) for word in words[words.index("-k") + 1].split(" or ")), command
         elif words[0] == "torchrun":
-            config.load(words[words.index("train.py") + 1:])
+            load(words[words.index("train.py") + 1:])
         else:
             with monkeypatch.context() as patch:
                 patch.chdir(folder)
@@ -101,8 +102,8 @@ def test_every_command_runs(folder, monkeypatch, capsys):
 
 
 def example(name):
-    """The function of that name in the course's examples."""
-    source = re.search(rf"^>>> (def {name}\(.*?\n)>>>", TEXT["learning.md"], re.S | re.M)[1].replace("\n... ", "\n")
+    """The class of that name in the course's examples."""
+    source = re.search(rf"^>>> (class {name}\(.*?\n)>>>", TEXT["learning.md"], re.S | re.M)[1].replace("\n... ", "\n")
     space = {"diffusion": diffusion}
     exec(source, space)
     return space[name]
@@ -135,10 +136,10 @@ def run_short(script, words, monkeypatch, capsys):
             short = [*short, "--checkpoint", f"artifacts/models/{'spelling' if words[0] == 'spelling' else 'half_hour'}.best.pt"]
     if script == "scripts/pictures.py":
         short = ["--checkpoint", "artifacts/models/half_hour.best.pt"]
-        monkeypatch.setattr(diffusion, "SAMPLERS", {name: diffusion.SAMPLERS[name] for name in (
+        monkeypatch.setattr(policies, "SAMPLERS", {name: policies.SAMPLERS[name] for name in (
             "ancestral", "confidence", "entropy_bounded", "remask", "remdm_cap")})
     monkeypatch.setattr(metrics, "SEARCHED", 5000)
-    monkeypatch.setitem(diffusion.OBJECTIVES, "squared", diffusion.OBJECTIVES["masked"]._replace(loss=example("squared")))
+    monkeypatch.setitem(FAMILIES, "squared", example("Squared"))
     code, _, err = run(MAIN[script], [*words, *short], monkeypatch, capsys)
     return code, err
 
@@ -173,7 +174,7 @@ def test_links_lead_somewhere(name):
 def test_the_course_runs_as_it_stands(monkeypatch):
     """All examples of learning.md, in one go, and the entries that they add to the dictionaries are gone afterwards."""
     monkeypatch.chdir(ROOT)
-    before = [(table, dict(table)) for table in (diffusion.SCHEDULES, diffusion.SAMPLERS, diffusion.OBJECTIVES)]
+    before = [(table, dict(table)) for table in (diffusion.SCHEDULES, policies.SAMPLERS, FAMILIES)]
     try:
         course = doctest.DocTestParser().get_doctest(TEXT["learning.md"], {"__name__": "__main__"}, "learning.md", "learning.md", 0)
         found = doctest.DocTestRunner().run(course, clear_globs=False)  # the functions of its examples are called below
@@ -184,8 +185,7 @@ def test_the_course_runs_as_it_stands(monkeypatch):
         for steps in (1, 2, 3, 4, 9):
             test_maths.test_sampler_invariants("leftmost", steps)
         one = diffusion.Corruption(torch.eye(4, dtype=torch.bool), torch.ones(4))  # with one mask there is nothing to add up
-        plain, squared = (diffusion.OBJECTIVES[name].loss(toy.Lookup(), toy.SEQUENCES[:4], one, toy.settings())
-                          for name in ("masked", "squared"))
+        plain, squared = (toy.family(objective=name).loss(toy.Lookup(), toy.SEQUENCES[:4], one) for name in ("masked", "squared"))
         assert torch.allclose(squared * 4, (plain * 4) ** 2)
     finally:
         for table, old in before:

@@ -11,14 +11,16 @@ import torch
 
 import config
 import diffusion
-from config import FAMILIES
+from conftest import load
 from model import Transformer
 from test_maths import ENTROPY, SUBSETS, empirical, total_variation
-from toy import CANVASES, MASK, P, SEQUENCES, L, Lookup, V, code, settings
-from utils import blocks, draws, uniform
+from toy import CANVASES, MASK, MASKED, P, SEQUENCES, L, Lookup, V, code, family, sample, settings
+from utils import blocks, draws, importance, uniform
+from utils.families import FAMILIES, family_of
 from utils.cli import UserError
 from utils.runtime import generator
 
+ROWS = ("stream", "document")  # without and with a BOS token
 ROW = code(torch.tensor([0, 1, 2, 0])).item()
 
 
@@ -54,30 +56,30 @@ class Causal:
 
 
 def test_ar_is_the_exact_likelihood():
-    nll = diffusion.bound(Causal(), SEQUENCES, 1, settings(objective="ar")) * L
+    nll = family_of(settings(objective="ar")).nelbo(Causal(), SEQUENCES, 1) * L
     assert nll.shape == (81, 1)
     torch.testing.assert_close(nll[:, 0].double(), -P.log(), atol=1e-6, rtol=0)
-    blurred = diffusion.bound(Causal(0.2), SEQUENCES, 1, settings(objective="ar"))[:, 0].double() * L
+    blurred = family_of(settings(objective="ar")).nelbo(Causal(0.2), SEQUENCES, 1)[:, 0].double() * L
     assert (P * blurred).sum().item() == pytest.approx(3.7295673421, abs=1e-6)
 
 
-@pytest.mark.parametrize("rows, given", (("stream", 0), ("document", 1)))
-def test_ar_scores_equal_a_plain_loop(rows, given):
+@pytest.mark.parametrize("rows, bos", (("stream", 0), ("document", 1)))
+def test_ar_scores_equal_a_plain_loop(rows, bos):
     """Token by token, each from the MASK and the tokens before it; a given first token costs nothing."""
     model, cfg = network(), settings(objective="ar", rows=rows)
     x0 = torch.randint(5, (3, 9), generator=torch.Generator().manual_seed(1))
     total = torch.zeros(3, dtype=torch.float64)
-    for i in range(given, 9):
+    for i in range(bos, 9):
         seen = torch.cat((torch.full((3, 1), 5), x0[:, :i]), 1)
         total -= model(seen, attention="causal")[:, -1].log_softmax(-1)[torch.arange(3), x0[:, i]]
-    torch.testing.assert_close(diffusion.bound(model, x0, 1, cfg)[:, 0].double() * 9, total, atol=1e-5, rtol=1e-6)
+    torch.testing.assert_close(family_of(cfg).nelbo(model, x0, 1)[:, 0].double() * 9, total, atol=1e-5, rtol=1e-6)
 
 
 def test_ar_does_not_see_what_it_predicts():
     model, cfg = network(), settings(objective="ar")
     x0 = torch.zeros(5, 9, dtype=torch.long)
     x0[1:, 4] = torch.arange(1, 5)
-    logits = diffusion.predict(model, x0, **diffusion.options_of(cfg))
+    logits = family_of(cfg).logits(model, x0)
     assert (logits[:, :5] == logits[:1, :5]).all() and not torch.equal(logits[0, 5], logits[1, 5])
 
 
@@ -114,7 +116,7 @@ def exact_block_nelbo(model, x0, n):
                 masked[:, block * n:(block + 1) * n] = torch.tensor(subset)
                 weight = torch.zeros(len(x0), L // n, dtype=torch.float64)
                 weight[:, block] = 1 / sum(subset) / math.comb(n, sum(subset))
-                total += diffusion.loss(model, x0, diffusion.Corruption(masked, weight), block_len=n) * L
+                total += family(block_len=n).weighted_ce(model, x0, diffusion.Corruption(masked, weight)) * L
     return total
 
 
@@ -129,8 +131,8 @@ def test_bound_of_blocks(n, expected):
 def test_block_training_loss_is_an_unbiased_bound(n, name):
     cfg, model = settings(block_len=n, block_size=L, schedule=name), Blocks(n, 0.2)
     x0 = SEQUENCES[[ROW]].expand(2000, L)
-    draw = lambda i: diffusion.draw_corruption(cfg, 2000, L, generator(name, i))
-    means = torch.stack([diffusion.OBJECTIVES["masked"].loss(model, x0, draw(i), cfg).mean() * L for i in range(8)])
+    draw = lambda i: family_of(cfg).corrupt((2000, L), generator(name, i))
+    means = torch.stack([family_of(cfg).loss(model, x0, draw(i)).mean() * L for i in range(8)])
     exact = exact_block_nelbo(Blocks(n, 0.2), SEQUENCES[[ROW]], n).item()
     assert abs(means.mean().item() - exact) < 5 * means.std().item() / math.sqrt(8) + 1e-3
     if n == 1:
@@ -143,65 +145,65 @@ def test_block_training_loss_is_an_unbiased_bound(n, name):
 
 def test_block_bound_estimator():
     cfg = settings(block_len=2, block_size=L)
-    nll = diffusion.bound(Blocks(2, 0.2), SEQUENCES.repeat(30, 1), 4, cfg).double().mean(1).view(30, 81).mean(0) * L
+    nll = family_of(cfg).nelbo(Blocks(2, 0.2), SEQUENCES.repeat(30, 1), 4).double().mean(1).view(30, 81).mean(0) * L
     assert (P * nll).sum().item() == pytest.approx(3.7333134174, abs=0.01)
 
 
 def test_a_block_as_large_as_the_window_is_plain_diffusion():
     cfg = settings(block_len=12, block_size=12)
-    assert diffusion.options_of(cfg)["block_len"] == 0
+    assert family_of(cfg).block_len == 0
     model, x0 = network(), torch.randint(5, (4, 12), generator=torch.Generator().manual_seed(1))
-    corruption = diffusion.draw_corruption(settings(), 4, 12, generator(1))
+    corruption = family_of(settings()).corrupt((4, 12), generator(1))
     one = corruption._replace(weight=corruption.weight[:, None])
-    torch.testing.assert_close(diffusion.loss(model, x0, one, block_len=12), diffusion.loss(model, x0, corruption))
-    assert torch.equal(diffusion.nll_bound(model, x0, 2, block_len=12), diffusion.nll_bound(model, x0, 2))
+    torch.testing.assert_close(family(block_len=12).weighted_ce(model, x0, one), MASKED.weighted_ce(model, x0, corruption))
+    assert torch.equal(family(block_len=12).nelbo(model, x0, 2), MASKED.nelbo(model, x0, 2))
 
 
-def doubled(model, xt, x0, n, given=0):
+def doubled(model, xt, x0, n, bos=0):
     """Logits of the corrupted half in training."""
     size = xt.size(1)
-    level = blocks.level(xt == 5, n, given)
+    level = blocks.mask_ratios(xt == 5, n, bos)
     return model(torch.cat((xt, x0), 1), torch.cat((level, torch.zeros_like(level)), 1),
-                 attention=blocks.doubled_mask(size, n, given, xt.device), positions=torch.arange(size).repeat(2))[:, :size]
+                 attention=blocks.doubled_mask(size, n, bos, xt.device), positions=torch.arange(size).repeat(2))[:, :size]
 
 
-@pytest.mark.parametrize("given", (0, 1))
-def test_who_sees_whom_in_block_training(given):
+@pytest.mark.parametrize("bos", (0, 1))
+def test_who_sees_whom_in_block_training(bos):
     """A change of the corrupted tokens of a block reaches that block alone, one of the clean tokens later blocks alone;
     exactly, and by gradients too."""
     model, n = network(), 3
-    size = given + 12
+    size = bos + 12
     x0 = torch.randint(5, (1, size), generator=torch.Generator().manual_seed(1))
     xt = x0.masked_fill(torch.rand(1, size, generator=torch.Generator().manual_seed(2)) < 0.5, 5)
-    xt[:, :given] = x0[:, :given]
-    before, own = doubled(model, xt, x0, n, given), blocks.number(size, n, given, xt.device)
-    for i in range(given, size):
+    xt[:, :bos] = x0[:, :bos]
+    before, own = doubled(model, xt, x0, n, bos), blocks.block_ids(size, n, bos, xt.device)
+    for i in range(bos, size):
         noisy, clean = xt.clone(), x0.clone()
         noisy[0, i], clean[0, i] = (noisy[0, i] + 1) % 6, (clean[0, i] + 1) % 5
-        by_noisy = (doubled(model, noisy, x0, n, given) != before).any(-1)[0]
-        by_clean = (doubled(model, xt, clean, n, given) != before).any(-1)[0]
+        by_noisy = (doubled(model, noisy, x0, n, bos) != before).any(-1)[0]
+        by_clean = (doubled(model, xt, clean, n, bos) != before).any(-1)[0]
         assert by_noisy.equal(own == own[i]) and by_clean.equal(own > own[i])
     inputs = []
     hook = model.embedding.register_forward_hook(lambda module, args, out: inputs.append(out) or out.retain_grad())
-    doubled(model, xt, x0, n, given)[0, given + 4].sum().backward()  # of block 1
+    doubled(model, xt, x0, n, bos)[0, bos + 4].sum().backward()  # of block 1
     hook.remove()
     felt = inputs[0].grad[0].abs().sum(-1) > 0
     assert felt[:size].equal(own == 1) and felt[size:].equal(own < 1)
 
 
 @pytest.mark.parametrize("time_conditioning", ("none", "sinusoidal"))
-@pytest.mark.parametrize("given, cache", list(itertools.product((0, 1), ("auto", "none"))))
-def test_sampling_of_blocks_gives_the_logits_of_training(given, cache, time_conditioning):
+@pytest.mark.parametrize("bos, cache", list(itertools.product((0, 1), ("auto", "none"))))
+def test_sampling_of_blocks_gives_the_logits_of_training(bos, cache, time_conditioning):
     """Whatever was written, cached sampling saw the distribution that training has for [corrupted ; clean]."""
-    model, n, size = network(time_conditioning=time_conditioning).float(), 4, 12 + given  # noise levels are float32
+    model, n, size = network(time_conditioning=time_conditioning).float(), 4, 12 + bos  # noise levels are float32
     canvas = torch.full((3, size), 5)
-    canvas[:, :given] = 1
-    canvas[1, given:given + 6] = torch.tensor([0, 1, 2, 3, 4, 0])  # a prompt that ends within a block
-    steps = [(step.ids.clone(), step.fresh.clone(), step.top[1].clone(), step.evaluations) for step in diffusion.sample(
-        model, canvas, sampler="first_hitting", block_len=n, given=given, cache=cache, top=5)]
+    canvas[:, :bos] = 1
+    canvas[1, bos:bos + 6] = torch.tensor([0, 1, 2, 3, 4, 0])  # a prompt that ends within a block
+    steps = [(step.ids.clone(), step.fresh.clone(), step.top[1].clone(), step.nfe) for step in sample(
+        model, canvas, sampler="first_hitting", block_len=n, rows=ROWS[bos], cache=cache, top=5)]
     final, before = steps[-1][0], canvas
     for ids, fresh, top, _ in steps:
-        p = doubled(model, before, final, n, given).softmax(-1)
+        p = doubled(model, before, final, n, bos).softmax(-1)
         torch.testing.assert_close(top[fresh], p[fresh].sort(-1, descending=True).values, atol=1e-5, rtol=1e-4)
         before = ids
     assert steps[-1][3] == 12 and not (final == 5).any()
@@ -214,14 +216,14 @@ def test_any_rule_writes_inside_blocks(sampler):
     depends on the batch and on the machine, decides whose turn it is.)"""
     model, canvas = network(), torch.full((3, 12), 5)
     canvas[0, :5], canvas[1, 3], canvas[2, 2] = 1, 2, 3
-    own = blocks.number(12, 4, 0, canvas.device)
-    for step in diffusion.sample(model, canvas, sampler=sampler, block_len=4, steps=9, seeds=[3, 4, 5]):
+    own = blocks.block_ids(12, 4, 0, canvas.device)
+    for step in sample(model, canvas, sampler=sampler, block_len=4, steps=9, seeds=[3, 4, 5]):
         for row in range(3):
             open_, begun = own[step.masked[row]], own[(canvas[row] == 5) & ~step.masked[row]]
             assert not len(open_) or not len(begun) or begun.max() <= open_.min()
     assert not step.masked.any() and (step.ids[canvas != 5] == canvas[canvas != 5]).all()
     for row in range(3):
-        *_, alone = diffusion.sample(model, canvas[row:row + 1], sampler=sampler, block_len=4, steps=9, seeds=[3 + row])
+        *_, alone = sample(model, canvas[row:row + 1], sampler=sampler, block_len=4, steps=9, seeds=[3 + row])
         assert torch.equal(alone.ids[0], step.ids[row])
 
 
@@ -229,22 +231,22 @@ def test_any_rule_writes_inside_blocks(sampler):
 def test_blocks_write_the_data(n):
     """Item 6: the exact conditionals, one token at a time in blocks."""
     canvas = torch.full((40_000, L), MASK)
-    *_, last = diffusion.sample(Blocks(n), canvas, sampler="first_hitting", block_len=n, cache="none")
+    *_, last = sample(Blocks(n), canvas, sampler="first_hitting", block_len=n, cache="none")
     assert total_variation(empirical(last.ids), P) < 0.0225
 
 
 @pytest.mark.parametrize("options", ({"objective": "ar"}, {"block_len": 4}))
-@pytest.mark.parametrize("given", (0, 1))
-def test_texts_of_any_length(options, given):
+@pytest.mark.parametrize("bos", (0, 1))
+def test_texts_of_any_length(options, bos):
     """Beyond the window, keeping what is finished changes nothing, and the network sees windows as in training."""
     model, seen = network(), []
     canvas = torch.full((2, 45), 5)
     canvas[:, :3], canvas[1, 20:23] = torch.tensor([1, 2, 3]), 4
-    window = 16 + given
+    window = 16 + bos
     rows = {}
     for cache in ("auto", "none"):
         handle = model.embedding.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
-        *_, last = diffusion.sample(model, canvas, window=window, cache=cache, given=given, sampler="confidence", **options)
+        *_, last = sample(model, canvas, window=window, cache=cache, rows=ROWS[bos], sampler="confidence", **options)
         handle.remove()
         rows[cache] = last.ids.clone()
     assert torch.equal(rows["auto"], rows["none"]) and not (rows["auto"] == 5).any()
@@ -256,11 +258,11 @@ def test_texts_of_any_length(options, given):
 def test_ar_samples_follow_the_model():
     """Item 6 for the exact conditionals; with a cache and without, the same tokens."""
     canvas = torch.full((40_000, L), MASK)
-    *_, last = diffusion.sample(Causal(), canvas, objective="ar", cache="none")
-    assert total_variation(empirical(last.ids), P) < 0.0225 and last.evaluations == L
+    *_, last = sample(Causal(), canvas, objective="ar", cache="none")
+    assert total_variation(empirical(last.ids), P) < 0.0225 and last.nfe == L
     model, canvas = network(), torch.full((4, 20), 5)
     canvas[1, :4], canvas[2, 7] = 2, 3
-    results = [list(diffusion.sample(model, canvas, objective="ar", cache=cache, top=5))[-1] for cache in ("auto", "none")]
+    results = [list(sample(model, canvas, objective="ar", cache=cache, top=5))[-1] for cache in ("auto", "none")]
     assert torch.equal(results[0].ids, results[1].ids)
     torch.testing.assert_close(results[0].top[1], results[1].top[1], atol=1e-5, rtol=1e-4)
 
@@ -269,10 +271,10 @@ def test_ar_samples_follow_the_model():
     ({"objective": "ar", "guidance": 1.0}, "guidance=1.0 with an autoregressive model"),
     ({"block_len": 2, "cache": "dual", "decode_block": 2}, "cache=dual with a model of blocks of 2"),
     ({"block_len": 2, "decode_block": 3}, "decode_block=3 with a model of blocks of 2"),
-    ({"objective": "uniform", "window": 3}, "no more than its window"), ({"correctors": 1}, "correctors=1: only")))
+    ({"objective": "uniform", "window": 3}, "no more than its window"), ({"correctors": 1}, "correctors=1 with a masked model.*only")))
 def test_what_a_family_cannot_do(options, message):
     with pytest.raises(UserError, match=message):
-        list(diffusion.sample(Blocks(2), CANVASES[-1:].clone(), **options))
+        list(sample(Blocks(2), CANVASES[-1:].clone(), **options))
 
 
 # --- item 7: uniform noise --------------------------------------------------------------------------------------
@@ -400,8 +402,8 @@ def test_law_of_uniform_sampling(T, expected):
 @pytest.mark.parametrize("T", (1, 2, 4))
 def test_uniform_sampler_follows_its_law(T):
     canvas = torch.full((40_000, L), MASK)
-    *_, last = diffusion.sample(LeaveOneOut(), canvas, objective="uniform", steps=T)
-    assert total_variation(empirical(last.ids), uniform_law(LeaveOneOut(), T)) < 0.0255 and last.evaluations == T
+    *_, last = sample(LeaveOneOut(), canvas, objective="uniform", steps=T)
+    assert total_variation(empirical(last.ids), uniform_law(LeaveOneOut(), T)) < 0.0255 and last.nfe == T
 
 
 def test_correctors_keep_the_noisy_distribution():
@@ -416,20 +418,20 @@ def test_correctors_keep_the_noisy_distribution():
         torch.testing.assert_close(noisy @ move, noisy, atol=1e-7, rtol=0)
     canvas, errors = torch.full((40_000, L), MASK), []
     for sweeps in (0, 8):
-        *_, last = diffusion.sample(LeaveOneOut(), canvas, objective="uniform", steps=4, correctors=sweeps)
+        *_, last = sample(LeaveOneOut(), canvas, objective="uniform", steps=4, correctors=sweeps)
         errors.append(total_variation(empirical(last.ids), P))
-    assert last.evaluations == 4 + 3 * 8 and errors[1] < errors[0] - 0.02, "no sweep after the last step: there is no noise left"
+    assert last.nfe == 4 + 3 * 8 and errors[1] < errors[0] - 0.02, "no sweep after the last step: there is no noise left"
 
 
 @pytest.mark.parametrize("preset", ("tales", "shakespeare", "stories"))
 def test_uniform_noise_starts_unsure(preset):
     """A new network knows little, and the bound says so; large tied embeddings would be sure of what they see (26 nats), where
     this bound has no gradient."""
-    cfg = config.load([preset, "--objective", "uniform", "--n_layer", "2"])[0]
+    cfg = load([preset, "--objective", "uniform", "--n_layer", "2"])[0]
     torch.manual_seed(1)
     model, rows = Transformer(cfg, 101), torch.randint(100, (256, 16), generator=generator(1))
-    drawn = diffusion.draw_corruption(cfg, 256, 16, generator(2))
-    loss = diffusion.uniform_loss(model, rows, drawn, cfg).mean()
+    drawn = family_of(cfg).corrupt((256, 16), generator(2))
+    loss = family_of(cfg).loss(model, rows, drawn).mean()
     assert 0.9 * math.log(100) < loss.item() < 3.3 * math.log(100)
     loss.backward()
     assert model.embedding.weight.grad.norm() > 1e-3
@@ -438,7 +440,7 @@ def test_uniform_noise_starts_unsure(preset):
 def test_uniform_training_loss_is_an_unbiased_bound():
     """Whatever the schedule, on rows of one noise level each (the lookup wants that): m by quadrature, noise drawn."""
     cfg = settings(objective="uniform", corruption="bernoulli", schedule="poly2")
-    drawn = diffusion.draw_corruption(cfg, 4000, L, generator(3))
+    drawn = family_of(cfg).corrupt((4000, L), generator(3))
     kept = (~drawn.masked).float().mean(1)
     assert ((1 - drawn.level) - kept).mean().abs() < 0.02 and drawn.noise.shape == (4000, L)
     t = drawn.level.double().sqrt()
@@ -448,11 +450,11 @@ def test_uniform_training_loss_is_an_unbiased_bound():
         def __call__(self, ids, noise_level, select=None):
             return torch.stack([LeaveOneOut.__call__(self, row[None], level[None])[0] for row, level in zip(ids, noise_level)])
     x0 = SEQUENCES[[ROW]].expand(1500, L)
-    drawn = diffusion.draw_corruption(cfg, 1500, L, generator(4))
-    losses = diffusion.uniform_loss(Perfect(), x0, drawn, cfg).double() * L
+    drawn = family_of(cfg).corrupt((1500, L), generator(4))
+    losses = family_of(cfg).loss(Perfect(), x0, drawn).double() * L
     exact = -P[ROW].log().item()
     assert abs(losses.mean().item() - exact) < 4 * losses.std().item() / math.sqrt(1500)
-    bound = diffusion.bound(Perfect(), x0[:300], 2, cfg) * L
+    bound = family_of(cfg).nelbo(Perfect(), x0[:300], 2) * L
     assert abs(bound.mean().item() - exact) < 4 * bound.std().item() / math.sqrt(600)
 
 
@@ -460,15 +462,15 @@ def test_uniform_steps_for_viewers():
     """Given tokens stay; every state is text; the first step shows all, later ones what changed."""
     canvas = torch.tensor([[0, MASK, MASK, MASK], [MASK, 1, MASK, 2], [0, 1, 2, 0]])
     before = canvas
-    for number, step in enumerate(diffusion.sample(LeaveOneOut(), canvas, objective="uniform", steps=5, top=2)):
+    for number, step in enumerate(sample(LeaveOneOut(), canvas, objective="uniform", steps=5, top=2)):
         assert (step.ids[canvas != MASK] == canvas[canvas != MASK]).all() and step.ids.max() < MASK
         assert step.fresh.equal((canvas == MASK) if number == 0 else step.ids != before)
         assert step.t[0].item() == pytest.approx(1 - (number + 1) / 5) and not step.masked.any()
         before = step.ids.clone()
-    assert step.row_evaluations.tolist() == [5, 5, 0] and step.evaluations == 5
+    assert step.row_nfe.tolist() == [5, 5, 0] and step.nfe == 5
     for steps in (5, None):
-        *_, together = diffusion.sample(LeaveOneOut(), canvas, objective="uniform", steps=steps)
-        *_, alone = diffusion.sample(LeaveOneOut(), canvas[1:2], objective="uniform", steps=steps, seeds=[1])
+        *_, together = sample(LeaveOneOut(), canvas, objective="uniform", steps=steps)
+        *_, alone = sample(LeaveOneOut(), canvas[1:2], objective="uniform", steps=steps, seeds=[1])
         assert torch.equal(alone.ids[0], together.ids[1])
 
 
@@ -491,16 +493,16 @@ def test_gradients_of_the_training_loss_are_those_of_the_exact_bound(n):
     if n:
         exact = exact_block_nelbo(model, x0, n).mean() / L
     else:
-        exact = sum(diffusion.loss(model, x0, diffusion.Corruption(s.expand(4, L), torch.full((4,), 1 / int(s.sum()) / math.comb(
+        exact = sum(MASKED.weighted_ce(model, x0, diffusion.Corruption(s.expand(4, L), torch.full((4,), 1 / int(s.sum()) / math.comb(
             L, int(s.sum())), dtype=torch.float64))).mean() for s in SUBSETS)
     exact, cfg, R = gradient(model, exact), settings(block_len=n, block_size=L), 1000 if n == 1 else 12_000
-    drawn = diffusion.draw_corruption(cfg, R, L, generator(6))
+    drawn = family_of(cfg).corrupt((R, L), generator(6))
     drawn = drawn._replace(weight=drawn.weight.double())
     rows = x0.repeat(R // 4, 1)[torch.randperm(R, generator=generator(7))]  # strata are fixed to rows
-    many = gradient(model, diffusion.OBJECTIVES["masked"].loss(model, rows, drawn, cfg).mean())
+    many = gradient(model, family_of(cfg).loss(model, rows, drawn).mean())
     assert (many - exact).norm() < 0.06 * exact.norm()
-    flat = gradient(model, diffusion.OBJECTIVES["masked"].loss(model, rows, drawn._replace(
-        weight=torch.ones_like(drawn.weight)), cfg).mean())
+    flat = gradient(model, family_of(cfg).loss(model, rows, drawn._replace(
+        weight=torch.ones_like(drawn.weight))).mean())
     assert n == 1 or (flat - exact).norm() > 0.1 * exact.norm(), "another weighting has other gradients"
 
 
@@ -509,15 +511,15 @@ def test_gradients_under_uniform_noise_and_of_ar():
     model = network(vocab_size=4, n_layer=1, time_conditioning="sinusoidal").float()
     for p in model.parameters():
         p.data.div_(6)
-    chosen, cfg = [0, ROW, 50, 77], settings(objective="uniform", **FAMILIES["uniform"])
+    chosen, cfg = [0, ROW, 50, 77], settings(objective="uniform", **config.family_defaults("uniform", FAMILIES))
     exact = gradient(model, exact_uniform_nelbo(model, 8, chosen).mean().float() / L)
     rows = SEQUENCES[chosen].repeat(15_000, 1)[torch.randperm(60_000, generator=generator(7))]
-    drawn = diffusion.draw_corruption(cfg, 60_000, L, generator(6))
-    many = gradient(model, diffusion.uniform_loss(model, rows, drawn, cfg).mean())
+    drawn = family_of(cfg).corrupt((60_000, L), generator(6))
+    many = gradient(model, family_of(cfg).loss(model, rows, drawn).mean())
     assert (many - exact).norm() < 0.15 * exact.norm()
     cfg, plain = settings(objective="ar"), network(vocab_size=4, n_layer=1)
     x0 = SEQUENCES[chosen]
-    loss = diffusion.OBJECTIVES["ar"].loss(plain, x0, diffusion.draw_corruption(cfg, 4, L, None), cfg).mean()
+    loss = family_of(cfg).loss(plain, x0, family_of(cfg).corrupt((4, L), None)).mean()
     loop = sum(-plain(torch.cat((torch.full((4, 1), MASK), x0[:, :i]), 1), attention="causal")[:, -1].log_softmax(-1)[
         torch.arange(4), x0[:, i]] for i in range(L)).mean() / L
     torch.testing.assert_close(gradient(plain, loss), gradient(plain, loop), atol=1e-9, rtol=1e-6)
@@ -526,10 +528,10 @@ def test_gradients_under_uniform_noise_and_of_ar():
 def test_draws_of_a_density():
     density = torch.tensor([0.5, 2.0, 0.5, 1.0], dtype=torch.float64)
     u = (torch.arange(100_000).double() + 0.5) / 100_000
-    t = draws.warped(u, density)
+    t = importance.inverse_cdf(u, density)
     torch.testing.assert_close(torch.histc(t, 4, 0, 1) / 25_000, density, atol=1e-3, rtol=0)
-    torch.testing.assert_close(draws.cdf(t, density), u, atol=1e-12, rtol=0)
-    torch.testing.assert_close(draws.density_at(torch.tensor([0.1, 0.3, 0.99]), density), density[[0, 1, 3]])
+    torch.testing.assert_close(importance.cdf(t, density), u, atol=1e-12, rtol=0)
+    torch.testing.assert_close(importance.density_at(torch.tensor([0.1, 0.3, 0.99]), density), density[[0, 1, 3]])
 
 
 @pytest.mark.parametrize("corruption, schedule", (("count", "linear"), ("count", "cos"), ("bernoulli", "poly2")))
@@ -539,11 +541,10 @@ def test_importance_sampling_keeps_the_bound(corruption, schedule):
     x0, model = SEQUENCES[[ROW]].expand(4000, L), Lookup(0.2)
     for weighting in ("elbo", "flat"):
         cfg = settings(corruption=corruption, schedule=schedule, loss_weighting=weighting)
-        loss = lambda d, i: diffusion.OBJECTIVES["masked"].loss(model, x0, diffusion.draw_corruption(
-            cfg, 4000, L, generator(i), d), cfg).mean()
+        loss = lambda d, i: family_of(cfg).loss(model, x0, family_of(cfg).corrupt((4000, L), generator(i), d)).mean()
         plain, warped = (torch.stack([loss(d, i) for i in range(8)]) * L for d in (None, density))
         assert abs((plain.mean() - warped.mean()).item()) < 5 * (plain.var() / 8 + warped.var() / 8).sqrt().item() + 2e-3
-    drawn = [diffusion.draw_corruption(cfg, 4000, L, generator(1), d).masked.float().mean().item() for d in (None, density)]
+    drawn = [family_of(cfg).corrupt((4000, L), generator(1), d).masked.float().mean().item() for d in (None, density)]
     assert drawn[1] > drawn[0] + 0.05, "more rows with many masks"
 
 
@@ -557,6 +558,46 @@ def test_the_density_of_times_follows_the_spread_of_the_losses():
             level = (ids == 10).float().mean(1)[select // ids.size(1)]
             logits[:, 0] = torch.where(level > 0.75, 0.0, 9.0)
             return logits
-    density = diffusion.time_density(Blind(), torch.zeros(256, 32, dtype=torch.long), settings())
+    density = importance.time_density(MASKED, Blind(), torch.zeros(256, 32, dtype=torch.long))
     assert density.mean().item() == pytest.approx(1) and density.min() >= 0.5
     assert density[12:].min() > 1.5 and density[:12].max() < 0.6
+
+
+# --- given tokens, a row each ------------------------------------------------------------------------------------
+
+
+def prefixes(rows):
+    """(which tokens of the rows of L are given, (rows, L) bool: the first 0, 1 or 2, or all; how many, (rows,))"""
+    cut = torch.tensor([0, 1, 2, L])[torch.arange(rows) % 4][torch.randperm(rows, generator=generator("cut"))]
+    return torch.arange(L) < cut[:, None], cut
+
+
+@pytest.mark.parametrize("changes, model", (
+    ({}, Lookup()), ({"schedule": "cos"}, Lookup()), ({"corruption": "bernoulli"}, Lookup()),
+    ({"block_len": 2, "block_size": L}, Blocks(2)), ({"block_len": 1, "block_size": L}, Blocks(1)), ({"objective": "ar"}, Causal())))
+def test_given_tokens_are_never_noised_and_cost_nothing(changes, model):
+    """Loss and bound are -log p of the rest given them, in the mean over masks, with the perfect network; whatever other rows are
+    given."""
+    kind, R = family(**changes), 8000
+    given, cut = prefixes(R)
+    x0 = SEQUENCES[[ROW]].expand(R, L)
+    drawn = kind.corrupt((R, L), generator(3), given=given)
+    assert not (drawn.masked & given).any()
+    loss, bound = kind.loss(model, x0, drawn).double() * L, kind.nelbo(model, x0, 1, R, given)[:, 0].double() * L
+    for count in (0, 1, 2, L):
+        begins = (SEQUENCES[:, :count] == SEQUENCES[ROW, :count]).all(1)
+        exact = (P[begins].sum() / P[ROW]).log().item()
+        for found in (loss[cut == count], bound[cut == count]):
+            assert abs(found.mean().item() - exact) < 5 * found.std().item() / math.sqrt(len(found)) + 1e-5
+
+
+def test_given_tokens_under_uniform_noise():
+    kind = family(objective="uniform", corruption="bernoulli", schedule="poly2")
+    given, _ = prefixes(400)
+    drawn = kind.corrupt((400, L), generator(3), given=given)
+    free = kind.corrupt((400, L), generator(3))
+    assert torch.equal(drawn.masked, free.masked & ~given)
+    model, x0 = network(time_conditioning="sinusoidal").float(), torch.randint(5, (400, L), generator=generator(4))
+    loss = kind.loss(model, x0, drawn)
+    assert (loss[given.all(1)] == 0).all() and (loss[~given.all(1)] > 0).all()
+    assert (kind.nelbo(model, x0, 2, 100, given)[given.all(1)] == 0).all()

@@ -12,9 +12,9 @@ import config
 import inference
 import train
 from config import Config, SampleConfig
-from conftest import TINY, run
+from conftest import TINY, load, run
 from scripts import data, evaluate, export, train_tokenizer
-from utils import checkpoint, tales, texts
+from utils import checkpoint, runs, tales, texts
 from utils.cli import UserError
 
 
@@ -27,7 +27,7 @@ def empty_folder(tmp_path, monkeypatch):
 def state(tmp_path_factory):
     """The last checkpoint (dict) of a tiny run."""
     folder = tmp_path_factory.mktemp("fuzz")
-    train.train(config.load(["tales", *TINY, "--ema", "0.9", "--out_dir", str(folder)])[0], quiet=True)
+    train.train(load(["tales", *TINY, "--ema", "0.9", "--out_dir", str(folder)])[0], quiet=True)
     return checkpoint.read(str(folder / "models" / "tales.pt"))
 
 
@@ -155,7 +155,7 @@ def reached(*_):
 def test_command_lines_of_training(monkeypatch, capsys):
     """Up to the first step: everything is read, checked and made by then."""
     dice, codes = random.Random(0), []
-    monkeypatch.setattr(train, "choose_network", reached)
+    monkeypatch.setattr(runs, "choose_network", reached)
     texts.write_documents("some.txt", iter(tales.generate(1, 50)))
     for _ in range(120):
         corpus = ["--data", "some.txt"] if dice.random() < 0.5 else ["tales"]

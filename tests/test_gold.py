@@ -24,13 +24,14 @@ sys.path[:0] = [os.path.dirname(os.path.dirname(os.path.abspath(__file__))), os.
 
 import config
 import conftest
-import diffusion
 import inference
 import test_families
 import test_maths
+import toy
 import train
 from toy import MASK, Lookup, settings
-from utils import cli
+from utils import cli, importance, policies
+from utils.families import FAMILIES, family_of
 from utils.runtime import generator
 
 PATH = os.path.join(os.path.dirname(os.path.abspath(__file__)), "gold.json")
@@ -38,38 +39,35 @@ PATH = os.path.join(os.path.dirname(os.path.abspath(__file__)), "gold.json")
 
 # --- how the code is called: all that changes while it moves -----------------------------------------------------
 
-SAMPLERS = diffusion.SAMPLERS
+SAMPLERS = policies.SAMPLERS
 
 
-def sample(model, canvas, *, objective="masked", block_len=0, given=0, window=None, stop=None, seeds=None, top=0, **how):
-    if "cache_refresh" in how:
-        how["refresh"] = how.pop("cache_refresh")
-    return diffusion.sample(model, canvas, objective=objective, block_len=block_len, given=given, window=window, stop=stop,
-                            seeds=seeds, top=top, **how)
+def sample(model, canvas, *, given=0, **changes):
+    return toy.sample(model, canvas, rows="document" if given else "stream", **changes)
 
 
 def evaluations_of(step):
-    return int(step.evaluations), step.row_evaluations
+    return int(step.nfe), step.row_nfe
 
 
 def drawn(cfg, B, L, seed, density=None):
-    return diffusion.draw_corruption(cfg, B, L, generator(seed), density)
+    return family_of(cfg).corrupt((B, L), generator(seed), density)
 
 
 def pieces_of(cfg, whole, rows, size, density=None):
-    return diffusion.split_corruption(cfg, whole, rows, size, density)
+    return whole.split(rows, size)
 
 
 def loss_of(cfg, model, x0, corruption):
-    return diffusion.OBJECTIVES[cfg.objective].loss(model, x0, corruption, cfg)
+    return family_of(cfg).loss(model, x0, corruption)
 
 
 def bound_of(cfg, model, x0, passes):
-    return diffusion.bound(model, x0, passes, cfg, 5)
+    return family_of(cfg).nelbo(model, x0, passes, 5)
 
 
 def density_of(cfg, model, x0):
-    return diffusion.time_density(model, x0, cfg)
+    return importance.time_density(family_of(cfg), model, x0)
 
 
 # --- sampling: hashes of every field of every step ---------------------------------------------------------------
@@ -185,7 +183,7 @@ def training(name, folder):
     """Entries of the log, the held-out metrics and the metrics of levels of 20 steps; with "resumed" of 10, and 10 more."""
     words = [*RUNS[name].split(), *conftest.TINY, "--max_iters", "20", "--eval_interval", "5", "--dtype", "float32", "--out_dir",
              str(folder), "--short_rows", "0.2", "--batch_size", "8", "--micro_batch", "4"]
-    report = train.train(config.load([*words, "--name", "run", "--final_samples", "2"])[0], quiet=True)
+    report = train.train(config.load([*words, "--name", "run", "--final_samples", "2"], FAMILIES)[0], quiet=True)
     keep = lambda entry: {k: v for k, v in entry.items() if "minutes" not in k and "second" not in k}
     log = [keep(json.loads(line)) for line in open(os.path.join(folder, "logs/run.jsonl"))]
     return {"log": log, "report": {k: v for k, v in keep(report).items() if k not in ("samples", "reference")},

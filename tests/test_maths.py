@@ -9,10 +9,13 @@ import pytest
 import torch
 
 import diffusion
-from diffusion import SAMPLERS, SCHEDULES, Corruption, mask_rate, mask_rate_slope, sample, time_of
+from diffusion import SCHEDULES, Corruption, mask_ratio, mask_ratio_slope, time_of
 from model import Transformer
-from toy import CANVASES, MASK, P, SEQUENCES, L, Lookup, V, code, conditionals, empirical, settings, total_variation
-from utils import draws, rules
+from toy import (CANVASES, MASK, MASKED, P, SEQUENCES, L, Lookup, V, code, conditionals, empirical, family, sample, settings,
+                 total_variation)
+from utils import draws, metrics, policies
+from utils.families import family_of
+from utils.policies import SAMPLERS
 from utils.cli import UserError
 from utils.runtime import generator
 
@@ -26,7 +29,7 @@ def exact_nelbo(model, x0):
     for subset in SUBSETS:
         size = int(subset.sum())
         weight = torch.full((len(x0),), L / size / math.comb(L, size) / L, dtype=torch.float64)
-        total += diffusion.loss(model, x0, Corruption(subset.expand(len(x0), L), weight)) * L
+        total += MASKED.weighted_ce(model, x0, Corruption(subset.expand(len(x0), L), weight)) * L
     return total
 
 
@@ -59,30 +62,30 @@ EXACT = {  # name -> (m(t), m'(t)) written from the definition of alpha, not as 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_schedule(name):
     t = torch.linspace(0, 1, 1001, dtype=torch.float64)
-    m = mask_rate(name, t)
+    m = mask_ratio(name, t)
     assert m[0] == 0 and m[-1] == 1, "the ends are set, not computed"
     assert (m.diff() > 0).all()
     torch.testing.assert_close(time_of(name, m), t, atol=1e-7, rtol=0)
     if name in EXACT:  # a schedule that somebody adds is checked above
         inner = t[1:-1]
         torch.testing.assert_close(m[1:-1], EXACT[name][0](inner), atol=1e-12, rtol=0)
-        torch.testing.assert_close(mask_rate_slope(name, inner), EXACT[name][1](inner), atol=1e-10, rtol=0)
-    assert mask_rate(name, t.float())[-1] == 1
+        torch.testing.assert_close(mask_ratio_slope(name, inner), EXACT[name][1](inner), atol=1e-10, rtol=0)
+    assert mask_ratio(name, t.float())[-1] == 1
 
 
 def test_mean_mask_share_of_the_sources():
     """Discrete t in 1..T, as the sources draw it: their documents say .368 for the cosine, which holds for cos only."""
     t = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
-    assert mask_rate("cos", t).mean().item() == pytest.approx(1 - 2 / math.pi, abs=1e-6)  # .363
-    assert mask_rate("cos2", t).mean().item() == pytest.approx(0.5, abs=1e-6)
+    assert mask_ratio("cos", t).mean().item() == pytest.approx(1 - 2 / math.pi, abs=1e-6)  # .363
+    assert mask_ratio("cos2", t).mean().item() == pytest.approx(0.5, abs=1e-6)
     steps = torch.arange(1, 101, dtype=torch.float64) / 100
-    assert mask_rate("cos", steps).mean().item() == pytest.approx(0.368, abs=5e-4)
-    assert mask_rate("cos2", steps).mean().item() == pytest.approx(0.505, abs=5e-4)
+    assert mask_ratio("cos", steps).mean().item() == pytest.approx(0.368, abs=5e-4)
+    assert mask_ratio("cos2", steps).mean().item() == pytest.approx(0.505, abs=5e-4)
 
 
 def test_count_corruption_masks_exactly_and_uniformly():
     B, length = 512, 24
-    corruption = diffusion.draw_corruption(settings(), B, length, generator(1))
+    corruption = family_of(settings()).corrupt((B, length), generator(1))
     counts = corruption.masked.sum(1)
     assert counts.min() >= 1 and counts.max() <= length
     assert torch.bincount(counts, minlength=length + 1)[1:].float().std() < 0.6, "512 / 24 rows of each count, stratified"
@@ -95,12 +98,12 @@ def test_count_corruption_masks_exactly_and_uniformly():
 def test_bernoulli_corruption_follows_the_schedule():
     B, length = 256, 400
     for name in SCHEDULES:
-        corruption = diffusion.draw_corruption(settings(schedule=name, corruption="bernoulli"), B, length, generator(2))
+        corruption = family_of(settings(schedule=name, corruption="bernoulli")).corrupt((B, length), generator(2))
         u = draws.stratified(B, generator(2))
-        m = mask_rate(name, u)
+        m = mask_ratio(name, u)
         off = (corruption.masked.float().mean(1) - m).abs()
         assert (off < 4.5 * (m * (1 - m) / length).sqrt() + 3 / length).all()
-        torch.testing.assert_close(corruption.weight.double(), mask_rate_slope(name, u) / m, rtol=1e-4, atol=0)
+        torch.testing.assert_close(corruption.weight.double(), mask_ratio_slope(name, u) / m, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("slices", (1, 2, 8))
@@ -115,16 +118,16 @@ def test_strata_cover_every_slice_of_the_batch(slices):
 
 def test_document_rows_keep_their_first_token():
     for corruption in ("count", "bernoulli"):
-        drawn = diffusion.draw_corruption(settings(rows="document", corruption=corruption), 64, 10, generator(7))
+        drawn = family_of(settings(rows="document", corruption=corruption)).corrupt((64, 10), generator(7))
         assert not drawn.masked[:, 0].any() and drawn.masked[:, 1:].any(0).all()
 
 
 # --- item 2: the posterior of the forward process ---------------------------------------------------------------
 
 
-def moment(**values):
-    """A rules.Moment with the given values."""
-    return rules.Moment(**{name: None for name in rules.Moment._fields} | values)
+def view(**values):
+    """A policies.View with the given values."""
+    return policies.View(**{name: None for name in policies.View._fields} | values)
 
 
 def test_posterior_of_masking_is_bayes():
@@ -135,9 +138,9 @@ def test_posterior_of_masking_is_bayes():
         assert joint.sum().item() == pytest.approx(1, abs=1e-12)
         assert joint[:, 1].sum().item() == pytest.approx(m_t, abs=1e-12)
         u = (torch.arange(100_000, dtype=torch.float64) + 0.5)[None] / 100_000
-        now = moment(open=torch.ones(1, 100_000, dtype=torch.bool), here=torch.tensor([[m_t]]).double(),
-                     there=torch.tensor([[m_s]]).double(), u=u)
-        assert rules.ancestral(now).double().mean().item() == pytest.approx((m_t - m_s) / m_t, abs=1e-5)
+        seen = view(open=torch.ones(1, 100_000, dtype=torch.bool), m_t=torch.tensor([[m_t]]).double(),
+                    m_s=torch.tensor([[m_s]]).double(), u=u)
+        assert policies.ancestral(seen)[0].double().mean().item() == pytest.approx((m_t - m_s) / m_t, abs=1e-5)
 
 
 # --- items 3 and 4: the bound -----------------------------------------------------------------------------------
@@ -170,13 +173,13 @@ def test_the_bound_does_not_depend_on_the_schedule(name):
     """Integral over t of m'(t) / m(t) E[sum of CE] is the set form, for every schedule (40-node Gauss-Legendre)."""
     import numpy as np
     model, x0 = Lookup(blur=0.2), SEQUENCES[[15]]
-    ce = torch.stack([diffusion.loss(model, x0, Corruption(s[None], torch.tensor([1.0]).double()))[0] * L
+    ce = torch.stack([MASKED.weighted_ce(model, x0, Corruption(s[None], torch.tensor([1.0]).double()))[0] * L
                       for s in SUBSETS])
     nodes, weights = np.polynomial.legendre.leggauss(40)
     t, w = torch.tensor(nodes / 2 + 0.5), torch.tensor(weights / 2)
-    m, sizes = mask_rate(name, t)[:, None], SUBSETS.sum(1)
+    m, sizes = mask_ratio(name, t)[:, None], SUBSETS.sum(1)
     chance = m**sizes * (1 - m) ** (L - sizes)
-    value = (w * mask_rate_slope(name, t) / m[:, 0] * (chance * ce).sum(1)).sum().item()
+    value = (w * mask_ratio_slope(name, t) / m[:, 0] * (chance * ce).sum(1)).sum().item()
     assert value == pytest.approx(exact_nelbo(model, x0).item(), abs=1e-9)
 
 
@@ -186,7 +189,7 @@ def test_training_loss_is_an_unbiased_bound(name, corruption, complementary):
     """With elbo weights the loss averages to the bound, for every schedule, both kinds of corruption and masks in pairs."""
     cfg, model = settings(schedule=name, corruption=corruption, complementary=complementary), Lookup(blur=0.2)
     x0 = torch.tensor([[0, 1, 2, 0]]).expand(4000, L)
-    means = torch.stack([diffusion.loss(model, x0, diffusion.draw_corruption(cfg, 4000, L, generator(name, i))).mean() * L
+    means = torch.stack([MASKED.weighted_ce(model, x0, family_of(cfg).corrupt((4000, L), generator(name, i))).mean() * L
                          for i in range(8)])
     assert abs(means.mean().item() - 4.7418612289) < 5 * means.std().item() / math.sqrt(8) + 1e-3
 
@@ -201,10 +204,10 @@ def test_discrete_time_loss_has_the_documented_gap(T):
     """Item 5's E[L_T] - H, with the weights that `draw_corruption` gives T discrete times on the linear schedule."""
     expected = GAPS[T][0]
     cfg = settings(corruption="bernoulli", diffusion_steps=T)
-    drawn = diffusion.draw_corruption(cfg, T, L, generator(8))  # stratified: each time once
+    drawn = family_of(cfg).corrupt((T, L), generator(8))  # stratified: each time once
     times = ((draws.stratified(T, generator(8)) * T).floor() + 1) / T
     model, total = Lookup(), 0.0
-    ce = torch.stack([diffusion.loss(model, SEQUENCES, Corruption(s.expand(81, L), torch.ones(81).double())) * L
+    ce = torch.stack([MASKED.weighted_ce(model, SEQUENCES, Corruption(s.expand(81, L), torch.ones(81).double())) * L
                       for s in SUBSETS])  # (15, 81)
     for m, weight in zip(times.tolist(), drawn.weight.tolist()):
         chance = torch.tensor([m**k * (1 - m) ** (L - k) for k in SUBSETS.sum(1).tolist()], dtype=torch.float64)
@@ -214,32 +217,32 @@ def test_discrete_time_loss_has_the_documented_gap(T):
 
 def test_bound_estimator_is_unbiased_and_its_masks_are_fixed():
     model, x0 = Lookup(blur=0.2), SEQUENCES.repeat(50, 1)
-    nll = diffusion.nll_bound(model, x0, passes=4)
-    assert torch.equal(nll, diffusion.nll_bound(model, x0, passes=4)), "the same masks every time"
+    nll = MASKED.nelbo(model, x0, 4)
+    assert torch.equal(nll, MASKED.nelbo(model, x0, 4)), "the same masks every time"
     per_sequence = nll.double().mean(1).view(50, 81).mean(0) * L
     estimate = (P * per_sequence).sum().item()
     spread = (P * (nll.double().mean(1).view(50, 81).var(0) / 50 * L**2).sqrt()).sum().item()
     assert abs(estimate - 3.7346923253) < 4 * spread
     # a row's own mean is unbiased too: its counts differ from pass to pass, so one row in many passes is enough
-    one = diffusion.nll_bound(model, SEQUENCES[[15]].expand(64, L), passes=64) * L
+    one = MASKED.nelbo(model, SEQUENCES[[15]].expand(64, L), 64) * L
     assert one.mean(1).std() < 0.3 * one.std(), "every row sees all counts"
     assert one.mean(1)[7].item() == pytest.approx(4.7418612289, abs=5 * one.std().item() / 8)
-    mean, rows, masks = diffusion.mean_and_errors(nll)
+    mean, rows, masks = metrics.mean_and_errors(nll)
     assert mean == pytest.approx(nll.mean().item(), abs=1e-6) and 0 < masks < rows
-    assert math.isnan(diffusion.mean_and_errors(nll[:, :1])[2]), "one pass does not tell the error over masks"
+    assert math.isnan(metrics.mean_and_errors(nll[:, :1])[2]), "one pass does not tell the error over masks"
 
 
 def test_other_weightings():
     """flat is 1 a masked token, clip is elbo up to 5, pooled is the mean over all masked tokens of the batch."""
     for corruption in ("count", "bernoulli"):
-        draw = lambda w: diffusion.draw_corruption(settings(loss_weighting=w, corruption=corruption), 64, 32, generator(9))
+        draw = lambda w: family_of(settings(loss_weighting=w, corruption=corruption)).corrupt((64, 32), generator(9))
         assert (draw("flat").weight == 1).all()
         torch.testing.assert_close(draw("clip").weight, draw("elbo").weight.clamp(max=5))
         assert draw("elbo").weight.max() > 5
         pooled = draw("pooled")
         assert (pooled.weight * pooled.masked.sum(1) / 32).mean().item() == pytest.approx(1, abs=1e-6)
     x0 = SEQUENCES[:8]
-    full = diffusion.loss(Lookup(), x0, Corruption(torch.zeros(8, L, dtype=torch.bool), torch.ones(8)), full=True)
+    full = family(loss_weighting="full").loss(Lookup(), x0, Corruption(torch.zeros(8, L, dtype=torch.bool), torch.ones(8)))
     assert full.abs().max() < 1e-12, "all visible: the loss over all positions is that of copying"
 
 
@@ -274,7 +277,7 @@ def ancestral_law(model, grid):
     ("linear", 16, .028581), ("linear", 32, .014324), ("linear", 64, .007171), ("md4_cosine", 4, .129062),
     ("md4_cosine", 8, .065986), ("md4_cosine", 16, .033300), ("md4_cosine", 32, .016715), ("md4_cosine", 64, .008372)])
 def test_law_of_ancestral_sampling(name, T, expected):
-    grid = mask_rate(name, torch.linspace(1, 0, T + 1, dtype=torch.float64)).tolist()
+    grid = mask_ratio(name, torch.linspace(1, 0, T + 1, dtype=torch.float64)).tolist()
     law = ancestral_law(Lookup(), grid)
     assert law.sum().item() == pytest.approx(1, abs=1e-12)
     assert total_variation(law, P) == pytest.approx(expected, abs=1e-6)
@@ -299,7 +302,7 @@ def many(sampler, n, model=None, **options):
         canvas = torch.full((size, L), MASK)
         *_, last = sample(model or Lookup(), canvas, sampler=sampler, seeds=range(start, start + size), **options)
         rows.append(last.ids.clone())
-        evaluations = last.evaluations
+        evaluations = last.nfe
     return torch.cat(rows), evaluations
 
 
@@ -308,21 +311,21 @@ def many(sampler, n, model=None, **options):
 def test_ancestral_sampler_follows_its_law(T, schedule):
     """The sampler itself, at so few steps that its law is far from the data's: total variation to the law is noise."""
     rows, _ = many("ancestral", 40_000, steps=T, schedule=schedule)
-    law = ancestral_law(Lookup(), mask_rate(schedule, torch.linspace(1, 0, T + 1, dtype=torch.float64)).tolist())
+    law = ancestral_law(Lookup(), mask_ratio(schedule, torch.linspace(1, 0, T + 1, dtype=torch.float64)).tolist())
     assert total_variation(empirical(rows), law) < 0.0255  # 1.7 times the expected noise of 40,000 draws
 
 
 def test_a_step_that_writes_nothing_costs_nothing():
     """Of T steps, ancestral takes T (1 - (1 - 1/T)^N) for N masks, in the mean."""
     *_, last = sample(Lookup(), torch.full((20_000, L), MASK), sampler="ancestral", steps=50)
-    assert last.row_evaluations.double().mean().item() == pytest.approx(50 * (1 - (1 - 1 / 50) ** L), abs=0.01)
+    assert last.row_nfe.double().mean().item() == pytest.approx(50 * (1 - (1 - 1 / 50) ** L), abs=0.01)
 
 
-def test_positions_are_chosen_before_the_distribution_is_warped():
+def test_positions_are_chosen_before_the_distribution_is_truncated():
     """With top_k=1 every position would be sure of its token."""
     canvases = CANVASES[(CANVASES == MASK).sum(1) > 1]
     first = [next(iter(sample(Lookup(), canvases, sampler="confidence", top_k=k))).fresh for k in (0, 1)]
-    assert torch.equal(*first) and not torch.equal(first[0], rules.first(-torch.where(
+    assert torch.equal(*first) and not torch.equal(first[0], policies.first(-torch.where(
         canvases == MASK, torch.arange(L), 99), torch.tensor(1))), "and not the leftmost"
 
 
@@ -507,7 +510,7 @@ def test_sampler_invariants(sampler, steps):
         assert not (step.fresh & (previous != MASK)).any(), "what is visible is carried over"
         assert not (step.remasked & ((previous == MASK) | (CANVAS != MASK))).any(), "only written tokens are hidden"
         assert ((step.ids == previous) | step.fresh | step.remasked).all()
-        assert step.evaluations == model.evaluations, "the evaluations reported are those made"
+        assert step.nfe == model.evaluations, "the evaluations reported are those made"
         seen += step.fresh.long() - step.remasked.long()
         previous = step.ids.clone()
     assert not step.masked.any() and step.ids.max() < MASK, "no MASK is left and none was drawn"
@@ -564,14 +567,14 @@ def test_balanced_counts():
         assert max(counts) - min(counts) <= 1
 
 
-def test_warp():
+def test_truncate():
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
-    assert draws.warp(logits, top_k=2)[0].tolist() == pytest.approx([0.625, 0.375, 0, 0])
-    kept = draws.warp(logits, top_p=0.6)[0]
+    assert draws.truncate(logits, top_k=2)[0].tolist() == pytest.approx([0.625, 0.375, 0, 0])
+    kept = draws.truncate(logits, top_p=0.6)[0]
     assert (kept > 0).tolist() == [True, True, False, False], "the token that crosses top_p is kept"
-    assert (draws.warp(logits, top_p=0.5)[0] > 0).tolist() == [True, False, False, False]
-    assert draws.warp(logits, temperature=0)[0].tolist() == [1, 0, 0, 0]
-    assert draws.warp(logits, temperature=0.5)[0].tolist() == pytest.approx(
+    assert (draws.truncate(logits, top_p=0.5)[0] > 0).tolist() == [True, False, False, False]
+    assert draws.truncate(logits, temperature=0)[0].tolist() == [1, 0, 0, 0]
+    assert draws.truncate(logits, temperature=0.5)[0].tolist() == pytest.approx(
         [p / 0.365 for p in (0.25, 0.09, 0.0225, 0.0025)])
 
 
@@ -633,19 +636,19 @@ def test_row_uniforms_are_uniform_and_independent():
 @pytest.mark.parametrize("sampler", ("remdm_cap:0.1", "remdm_cap:0.9", "remdm_rescale:0.7"))
 def test_remasking_keeps_the_marginals(sampler):
     """(1 - sigma) alpha_t + (1 - alpha_t) u = alpha_s for every step of the grid, whatever sigma is (ReMDM)."""
-    rule, value = diffusion.find_sampler(sampler)
+    found = policies.find_sampler(sampler)
     u = (torch.arange(100_000, dtype=torch.float64) + 0.5)[None] / 100_000
     yes, no = torch.ones_like(u, dtype=torch.bool), torch.zeros_like(u, dtype=torch.bool)
     for t, s in ((1.0, 0.8), (0.8, 0.5), (0.5, 0.45), (0.1, 0.0)):  # masked shares
-        shares = dict(here=torch.tensor([[t]]).double(), there=torch.tensor([[s]]).double(), u=u, value=value)
-        written = rule.pick(moment(open=yes, written=no, **shares)).double().mean().item()
-        hidden = rule.pick(moment(open=no, written=yes, **shares)).double().mean().item()
-        assert (1 - hidden) * (1 - t) + t * written == pytest.approx(1 - s, abs=2e-5)
-    assert hidden == 0 and written == 1, "the last step leaves nothing hidden"
+        ratios = dict(m_t=torch.tensor([[t]]).double(), m_s=torch.tensor([[s]]).double(), u=u, value=found.value)
+        unmasked = found.policy(view(open=yes, unmasked=no, **ratios))[0].double().mean().item()
+        remasked = found.policy(view(open=no, unmasked=yes, **ratios))[1].double().mean().item()
+        assert (1 - remasked) * (1 - t) + t * unmasked == pytest.approx(1 - s, abs=2e-5)
+    assert remasked == 0 and unmasked == 1, "the last step leaves nothing masked"
 
 
 def test_loop_grid():
-    assert rules.loop_grid(torch.tensor([1.0, 0.775, 0.55, 0.3, 0.05, 0.025, 0.0])).tolist() == pytest.approx(
+    assert policies.loop_grid(torch.tensor([1.0, 0.775, 0.55, 0.3, 0.05, 0.025, 0.0])).tolist() == pytest.approx(
         [1, 0.55, 0.1, 0.1, 0.1, 0.05, 0])
 
 
@@ -662,7 +665,7 @@ def test_counts_of_the_notes():
 def documents_of(model, canvas, **options):
     """The ids that the sampler ends with, (B, L), and the evaluations."""
     *_, last = sample(model, canvas, **options)
-    return last.ids.clone(), last.evaluations
+    return last.ids.clone(), last.nfe
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -730,8 +733,8 @@ def test_guidance():
         expected = ((1 + w) * both[0] - w * both[1]).softmax(-1)
         share = torch.bincount(ids[rows, position], minlength=3).double() / rows.sum()
         assert (share - expected).abs().max() < 0.012
-    assert seen[0].evaluations == 2
-    step = next(iter(sample(Lookup(), prompted, guidance=w, given=1, top=3, seeds=[1])))
+    assert seen[0].nfe == 2
+    step = next(iter(sample(Lookup(), prompted, guidance=w, rows="document", top=3, seeds=[1])))
     both = [table[code(torch.tensor(c), 4)][3].log() for c in ([0, 2, MASK, MASK], [0, MASK, MASK, MASK])]
     expected = ((1 + w) * both[0] - w * both[1]).softmax(-1).sort(descending=True).values
     assert torch.allclose(step.top[1][0, 3].double(), expected), "what is no prompt stays in sight"
@@ -775,7 +778,7 @@ REAL = torch.tensor([[3, 4] + [10] * 20 + [5, 6], [3] + [10] * 23, [10] * 12 + [
 def test_a_cache_that_is_always_refreshed_changes_nothing(cache, sampler):
     model = network()
     options = dict(sampler=sampler, decode_block=6, steps=16, seeds=[1, 2, 3])
-    assert torch.equal(documents_of(model, REAL, cache=cache, refresh=1, **options)[0], documents_of(model, REAL, **options)[0])
+    assert torch.equal(documents_of(model, REAL, cache=cache, cache_refresh=1, **options)[0], documents_of(model, REAL, **options)[0])
 
 
 @pytest.mark.parametrize("cache", ("prefix", "dual"))
@@ -784,7 +787,7 @@ def test_a_cache_that_is_always_refreshed_changes_nothing(cache, sampler):
 def test_a_row_with_a_cache_does_not_depend_on_its_batch(cache, sampler, refresh):
     """Also for rules whose first step in a block writes nothing, and rows whose blocks begin in different places."""
     model = network()
-    options = dict(sampler=sampler, decode_block=6, steps=40, cache=cache, refresh=refresh)
+    options = dict(sampler=sampler, decode_block=6, steps=40, cache=cache, cache_refresh=refresh)
     together, _ = documents_of(model, REAL, seeds=[1, 2, 3], **options)
     for row, seed in enumerate((1, 2, 3)):
         assert torch.equal(documents_of(model, REAL[row:row + 1], seeds=[seed], **options)[0][0], together[row])
@@ -812,7 +815,7 @@ def test_texts_longer_than_the_window():
 
     canvas = torch.full((1, 60), 10)
     canvas[0, :3] = torch.tensor([1, 2, 3])
-    ids, _ = documents_of(Watched(seen), canvas, decode_block=8, window=24, given=1)
+    ids, _ = documents_of(Watched(seen), canvas, decode_block=8, window=24, rows="document")
     assert ids.max() < 10 and ids.size(1) == 60 and ids[0, :3].tolist() == [1, 2, 3]
     assert all(x.size(1) == 24 for x in seen)
     last = seen[-1][0]
@@ -825,14 +828,14 @@ def test_texts_longer_than_the_window():
 
 
 @pytest.mark.parametrize("block", (4, 12, 20, 22, 23))
-@pytest.mark.parametrize("given", (0, 1))
+@pytest.mark.parametrize("rows", ("stream", "document"))
 @pytest.mark.parametrize("options", ({}, {"cache": "dual"}, {"cache": "prefix"}, {"guidance": 0.5}, {"sampler": "ancestral"}))
-def test_the_block_is_always_in_the_window(block, given, options):
+def test_the_block_is_always_in_the_window(block, rows, options):
     """Whatever its size, with given text behind it, with caches and guidance."""
     canvas = torch.full((2, 60), 10)
     canvas[:, :3], canvas[0, -4:] = torch.tensor([1, 2, 3]), torch.tensor([7, 7, 8, 8])
-    rows, _ = documents_of(network(), canvas, decode_block=block, window=24, given=given, steps=20, **options)
-    assert rows.max() < 10 and torch.equal(rows[canvas != 10], canvas[canvas != 10])
+    ids, _ = documents_of(network(), canvas, decode_block=block, window=24, rows=rows, steps=20, **options)
+    assert ids.max() < 10 and torch.equal(ids[canvas != 10], canvas[canvas != 10])
 
 
 def test_a_row_that_has_ended_is_filled_up():
@@ -878,8 +881,8 @@ def test_long_texts_look_ahead_to_given_text():
 
 
 def test_sampler_names():
-    assert diffusion.find_sampler("threshold:0.7")[1] == 0.7 and diffusion.find_sampler("threshold")[1] == 0.9
+    assert policies.find_sampler("threshold:0.7").value == 0.7 and policies.find_sampler("threshold").value == 0.9
     for wrong, message in (("tresh", "did you mean threshold"), ("threshold:x", "expected a number"),
                            ("confidence:1", "takes no number"), ("factor:-1", "expected a number"), ("remdm_cap:2", "at most 1")):
         with pytest.raises(UserError, match=message):
-            diffusion.find_sampler(wrong)
+            policies.find_sampler(wrong)

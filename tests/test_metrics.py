@@ -12,10 +12,11 @@ import pytest
 import torch
 
 import diffusion
-from config import FAMILIES, Config
+from config import Config, SampleConfig, family_defaults
 from model import Transformer
 from toy import settings
 from utils import corpus, metrics, plots, runtime, tales, trace
+from utils.families import FAMILIES, family_of
 from utils.tokenizer import train_bpe, train_char
 
 
@@ -44,7 +45,7 @@ def test_bits_of_a_network_that_knows_nothing():
                    block_size=16)
     rows = torch.randint(8, (6, 16))
     data = corpus.Corpus(None, rows, text, 0, "", None)
-    report = metrics.held_out(Transformer(cfg, text.vocab_size), cfg, data, torch.device("cpu"))
+    report = metrics.held_out(Transformer(cfg, text.vocab_size), family_of(cfg), data, torch.device("cpu"))
     assert report["bound_nats_per_token"] == pytest.approx(math.log(8), abs=1e-5)
     assert report["bound_bits_per_character"] == report["bound_bits_per_byte"] == pytest.approx(3, abs=1e-5)
     assert report["held_out_rows"] == 4 and "exact_nats_per_story" not in report
@@ -71,8 +72,8 @@ def bpe():
     return train_bpe(tales.generate(1, 300), 600)
 
 
-def frame(ids, fresh=(), remasked=(), evaluations=1, confidence=1.0, top=None):
-    return trace.Frame(evaluations, ids, [i in fresh for i in range(len(ids))], [i in remasked for i in range(len(ids))], evaluations,
+def frame(ids, fresh=(), remasked=(), nfe=1, confidence=1.0, top=None):
+    return trace.Frame(nfe, ids, [i in fresh for i in range(len(ids))], [i in remasked for i in range(len(ids))], nfe,
                        [confidence] * len(ids), top)
 
 
@@ -86,7 +87,7 @@ def rgb(name):
 
 def test_states_look_different(bpe):
     ids = bpe.encode(["a red kite"])[0]
-    blank = frame([bpe.mask] * len(ids), evaluations=0)
+    blank = frame([bpe.mask] * len(ids), nfe=0)
     settled = frame(ids)
     first = list(trace.pictures([blank, settled], bpe, "t"))[1][0]
     fresh = list(trace.pictures([blank, frame(ids, fresh={1})], bpe, "t"))[1][0]
@@ -114,7 +115,7 @@ def test_tokens_stay_in_place_and_lines_are_not_overfull():
 
 def test_long_text_pages_instead_of_being_cut(bpe):
     ids = bpe.encode([" ".join(tales.generate(1, 20))])[0]
-    frames = [frame([bpe.mask] * len(ids), evaluations=0), frame(ids, fresh=set(range(len(ids))))]
+    frames = [frame([bpe.mask] * len(ids), nfe=0), frame(ids, fresh=set(range(len(ids))))]
     images = list(trace.pictures(frames, bpe, "t"))
     plan = trace.layout([[piece or "" for piece in bpe.pieces(f.ids)] for f in frames])
     assert plan.pages > 1 and plan.size >= 20
@@ -129,7 +130,7 @@ def test_characters_that_the_font_lacks_are_escaped():
 
 def step_of(n, fresh=True, remasked=False, ids=None):
     return SimpleNamespace(ids=torch.tensor([[n] if ids is None else ids]), fresh=torch.tensor([[fresh]]),
-                           remasked=torch.tensor([[remasked]]), row_evaluations=torch.tensor([n]), confidence=torch.tensor([[0.5]]),
+                           remasked=torch.tensor([[remasked]]), row_nfe=torch.tensor([n]), confidence=torch.tensor([[0.5]]),
                            masked=torch.tensor([[remasked]]), top=None)
 
 
@@ -138,7 +139,7 @@ def test_recording_keeps_the_first_and_the_last_state():
     for every, kept in ((1, [0, 1, 2, 3, 4, 5]), (2, [0, 2, 4, 5]), (5, [0, 5]), (9, [0, 5])):
         frames, stream = trace.record(iter(steps), torch.tensor([[99]]), 99, every)
         assert len(list(stream)) == 5
-        assert [f.evaluations for f in frames] == kept and frames[0].ids == [99]
+        assert [f.nfe for f in frames] == kept and frames[0].ids == [99]
 
 
 def test_skipped_steps_leave_their_marks():
@@ -150,7 +151,7 @@ def test_skipped_steps_leave_their_marks():
 
 def test_tint_tells_how_sure_the_model_was(bpe):
     ids = bpe.encode(["a red kite"])[0]
-    blank = frame([bpe.mask] * len(ids), evaluations=0)
+    blank = frame([bpe.mask] * len(ids), nfe=0)
     sure, unsure = (list(trace.pictures([blank, frame(ids, confidence=c)], bpe, "t"))[1][0] for c in (1.0, 0.2))
     text = lambda image: colours(image.crop((0, trace.TEXT_TOP, trace.WIDTH, trace.TEXT_BOTTOM)))
     assert trace.tint(0.2) in text(unsure) and trace.tint(0.2) not in text(sure)
@@ -182,7 +183,7 @@ def canvas_steps(bpe):
     make = lambda ids, n: SimpleNamespace(
         ids=torch.tensor([ids]), masked=torch.tensor([ids]) == bpe.mask, fresh=torch.tensor([[i == 0 for i in range(len(ids))]]),
         remasked=torch.zeros(1, len(ids), dtype=torch.bool), confidence=torch.full((1, len(ids)), n / 4),
-        row_evaluations=torch.tensor([n]), t=torch.tensor([0.0]))
+        row_nfe=torch.tensor([n]), t=torch.tensor([0.0]))
     return [make(half, 1), make(ids, 2)]
 
 
@@ -225,7 +226,7 @@ def test_live_cleans_up_after_ctrl_c(bpe, monkeypatch):
 def test_html_holds_all_states(bpe, tmp_path):
     ids = bpe.encode(["a red kite </script> <b>"])[0]
     top = [[(ids[0], 0.75), (ids[1], 0.25)]] + [[(ids[1], 1.0)]] * (len(ids) - 1)
-    blank = frame([bpe.mask] * len(ids), evaluations=0, confidence=0.0)
+    blank = frame([bpe.mask] * len(ids), nfe=0, confidence=0.0)
     half = frame([ids[0]] + [bpe.mask] * (len(ids) - 1), fresh={0}, confidence=0.5, top=top)
     again = frame([bpe.mask] * len(ids), remasked={0}, confidence=0.5, top=top)
     trace.write_html(str(tmp_path / "x.html"), [blank, half, again, frame(ids, fresh=set(range(len(ids))))], bpe, "t & <i>")
@@ -266,9 +267,9 @@ def test_the_page_in_a_browser(bpe, tmp_path):
         pytest.skip("no Chromium or Chrome is installed")
     ids, page = bpe.encode(["a red kite"])[0], tmp_path / "x.html"
     top = [[(ids[0], 0.75), (ids[1], 0.25)]] + [[(ids[1], 1.0)]] * (len(ids) - 1)
-    trace.write_html(str(page), [frame([bpe.mask] * len(ids), evaluations=0, confidence=0.0),
+    trace.write_html(str(page), [frame([bpe.mask] * len(ids), nfe=0, confidence=0.0),
                                  frame([ids[0]] + [bpe.mask] * (len(ids) - 1), fresh={0}, confidence=0.5, top=top),
-                                 frame(ids, fresh=set(range(1, len(ids))), evaluations=2, top=top)], bpe, "title")
+                                 frame(ids, fresh=set(range(1, len(ids))), nfe=2, top=top)], bpe, "title")
     page.write_text(page.read_text(encoding="utf-8") + PRESS_KEYS, encoding="utf-8")
     done = subprocess.run([browser, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=8000",
                            "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=60)
@@ -307,7 +308,7 @@ def test_runs_that_the_training_text_has():
 
 def tiny_model(objective, **changes):
     cfg = settings(n_layer=1, n_head=2, n_embd=8, tie_embeddings=False, final_rows=6, final_masks=2, data="x", block_size=16,
-                   objective=objective, final_samples=4, **(FAMILIES.get(objective, {}) | changes))
+                   objective=objective, final_samples=4, **(family_defaults(objective, FAMILIES) | changes))
     torch.manual_seed(1)
     return Config(**vars(cfg)), Transformer(cfg, 9).eval()
 
@@ -321,7 +322,7 @@ def test_a_network_that_knows_nothing_by_level(objective, changes):
     rows = torch.randint(8, (64, 16), generator=runtime.generator(1))
     cfg = dataclasses.replace(cfg, final_rows=64)
     data = corpus.Corpus(None, rows, text, 0, "", None)
-    report = metrics.levels_of(model, cfg, data, torch.device("cpu")) | metrics.held_out(model, cfg, data, torch.device("cpu"))
+    report = metrics.levels_of(model, family_of(cfg), data, torch.device("cpu")) | metrics.held_out(model, family_of(cfg), data, torch.device("cpu"))
     for entry in report["levels"]:
         if objective == "uniform":  # what stands there says that it was not changed, at little noise
             assert entry["loss"] > math.log(8) - 1e-4 and entry["entropy"] < math.log(8) + 1e-4
@@ -344,7 +345,7 @@ def test_pooled_cross_entropy_is_the_training_loss():
         for p in model.parameters():
             p.data.mul_(20)
         cfg = dataclasses.replace(cfg, final_rows=256)
-        found[schedule] = metrics.levels_of(model, cfg, corpus.Corpus(None, rows, text, 0, "", None), torch.device("cpu"))
+        found[schedule] = metrics.levels_of(model, family_of(cfg), corpus.Corpus(None, rows, text, 0, "", None), torch.device("cpu"))
     levels = found["linear"]["levels"]
     by_hand = sum(e["level"] * e["loss"] for e in levels) / sum(e["level"] for e in levels)
     assert found["linear"]["masked_ce_pooled"] == pytest.approx(by_hand, rel=0.05)
@@ -360,18 +361,17 @@ def test_left_to_right_is_a_plain_loop():
         for i in range(16):
             end = 16 if not changes else (i // 4 + 1) * 4  # what is after the block is not seen
             canvas = torch.cat((rows[:, :i], torch.full((2, end - i), 8)), 1)
-            total -= diffusion.predict(model, canvas, block_len=changes.get("block_len", 0))[:, i].log_softmax(-1)[
-                torch.arange(2), rows[:, i]]
-        torch.testing.assert_close(metrics.left_to_right(model, cfg, rows) * 16, total, atol=1e-4, rtol=1e-5)
+            total -= family_of(cfg).logits(model, canvas)[:, i].log_softmax(-1)[torch.arange(2), rows[:, i]]
+        torch.testing.assert_close(metrics.left_to_right(model, family_of(cfg), rows) * 16, total, atol=1e-4, rtol=1e-5)
 
 
 def test_change_rate_of_known_samplers():
     """One token a step of 16: a sixteenth; uniform noise shows all at first."""
     text = train_char(["abcdefgh"], documents=False)
     cfg, model = tiny_model("masked")
-    rows, figures = metrics.write_rows(model, text, cfg, 3, torch.device("cpu"), {"sampler": "first_hitting"})
+    rows, figures = metrics.generate_rows(model, family_of(cfg), text, 3, torch.device("cpu"), SampleConfig(sampler="first_hitting"))
     assert figures["change_rate"] == pytest.approx(1 / 16) and figures["evaluations_a_sample"] == 16 and rows.shape == (3, 16)
-    _, figures = metrics.write_rows(model, text, cfg, 3, torch.device("cpu"), {"sampler": "random", "steps": 4})
+    _, figures = metrics.generate_rows(model, family_of(cfg), text, 3, torch.device("cpu"), SampleConfig(sampler="random", steps=4))
     assert figures["change_rate"] == pytest.approx(1 / 4)
 
 
@@ -402,5 +402,5 @@ def test_a_judge_counts_nats_per_character():
     text = train_char(["abcdefgh"], documents=False)
     cfg, model = tiny_model("ar")
     torch.nn.init.zeros_(model.head.weight)
-    nats = metrics.judge_texts(["abcdefgh" * 5, "", "aa"], model, text, cfg, torch.float32, torch.device("cpu"))
+    nats = metrics.judge_texts(["abcdefgh" * 5, "", "aa"], metrics.Judge(model, family_of(cfg), text, torch.float32), torch.device("cpu"))
     assert nats == pytest.approx(math.log(8), abs=1e-5)

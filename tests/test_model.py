@@ -5,7 +5,7 @@ import torch
 
 import diffusion
 from model import ShortAttention, Transformer, rotary_table
-from toy import settings
+from toy import MASKED, family, sample, settings
 from utils import runtime
 from utils.optim import Muon, lr_scale, make_optimizers
 
@@ -59,7 +59,7 @@ def test_first_loss_is_ln_v():
         torch.manual_seed(0)
         model = Transformer(shape(**changes), 66)
         x0 = torch.randint(65, (16, 32))
-        assert diffusion.nll_bound(model, x0).mean().item() == pytest.approx(math.log(65), rel=tolerance)
+        assert MASKED.nelbo(model, x0).mean().item() == pytest.approx(math.log(65), rel=tolerance)
 
 
 def test_time_conditioning_is_needed_and_used():
@@ -112,7 +112,7 @@ def test_hidden_tokens_do_not_leak():
     """Changing x0 where it is masked changes neither the logits nor which positions are scored."""
     model, masked = build(), torch.tensor([[False, True, True, False, True, False, False, True]])
     x0, other = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8]]), torch.tensor([[1, 9, 9, 4, 9, 6, 7, 9]])
-    a, b = (model(diffusion.hide(x, masked, 11)) for x in (x0, other))
+    a, b = (model(diffusion.q_sample(x, masked, 11)) for x in (x0, other))
     assert torch.equal(a, b)
 
 
@@ -181,19 +181,19 @@ def test_overfits_one_sequence(kind):
     torch.manual_seed(0)
     model = Transformer(shape(init="zero", **kind), 12).train()
     x0 = torch.randint(11, (1, 8), generator=runtime.generator(2)).expand(32, 8)
-    cfg = settings(rows="document")
+    documents = family(rows="document")
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     for step in range(200):
         for group in optimizer.param_groups:
             group["lr"] = 1e-2 * min(1, 2 - step / 100)
-        diffusion.loss(model, x0, diffusion.draw_corruption(cfg, 32, 8, runtime.generator(step))).mean().backward()
+        documents.loss(model, x0, documents.corrupt((32, 8), runtime.generator(step))).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
     model.eval()
-    assert diffusion.nll_bound(model, x0, given=1).mean() < 0.01
+    assert documents.nelbo(model, x0).mean() < 0.01
     canvas = torch.full((2, 8), 11)
     canvas[:, 0] = x0[:2, 0]
-    *_, last = diffusion.sample(model, canvas)
+    *_, last = sample(model, canvas)
     assert torch.equal(last.ids, x0[:2])
 
 
@@ -203,14 +203,13 @@ def test_learns_the_toy_chain():
     from toy import P, SEQUENCES
     torch.manual_seed(0)
     model = Transformer(shape(init="zero"), 4).train()
-    cfg = settings()
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3, betas=(0.9, 0.99))
     steps = 500
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 * min(1, 2 * (1 - step / steps))
         x0 = SEQUENCES[torch.multinomial(P, 256, replacement=True, generator=runtime.generator("x", step))]
-        diffusion.loss(model, x0, diffusion.draw_corruption(cfg, 256, 4, runtime.generator(step))).mean().backward()
+        MASKED.loss(model, x0, MASKED.corrupt((256, 4), runtime.generator(step))).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
     with torch.no_grad():

@@ -18,13 +18,16 @@ import config
 import diffusion
 import toy
 import train
-from config import FAMILIES, Config
+from config import Config
 from conftest import ROOT, interrupt
+from model import Transformer
 from scripts import data as data_script
-from utils import checkpoint, cli, corpus, metrics, optim, plots, runtime, tales, texts, tokenizer
+from utils import checkpoint, cli, corpus, importance, metrics, optim, plots, runs, runtime, tales, texts, tokenizer
 from utils.cli import UserError
+from utils.families import FAMILIES, family_of
 
-UNIFORM = FAMILIES["uniform"] | {"objective": "uniform"}
+CPU = runtime.Hardware(torch.device("cpu"))
+UNIFORM = config.family_defaults("uniform", FAMILIES) | {"objective": "uniform"}
 TINY = dict(data="tales", rows="document", vocab_size=1024, block_size=67, n_layer=1, n_head=2, n_embd=16, batch_size=4,
             tie_embeddings=True, max_iters=6, eval_interval=3, eval_rows=4, final_rows=4, final_masks=2, final_samples=0, compile="off",
             device="cpu", dtype="float32", name="tiny")
@@ -66,7 +69,7 @@ def test_micro_batches_are_the_batch(changes):
 def test_pieces_that_do_not_fit_are_refused(monkeypatch):
     with pytest.raises(UserError, match="be even, since complementary rows are pairs"):
         tiny(complementary=True, micro_batch=1)
-    monkeypatch.setattr(runtime, "start_ranks", lambda name: (runtime.Ranks(0, 2), torch.device("cpu")))
+    monkeypatch.setattr(runtime, "start", lambda *_: CPU._replace(world=2))
     with pytest.raises(UserError, match="cannot be shared among 2 processes in pieces of 4 rows"):
         train.train(tiny(micro_batch=4), quiet=True)
 
@@ -76,8 +79,9 @@ def test_ranks_share_the_batch():
     for changes in ({}, {"complementary": True}, {"rows": "stream", "corruption": "bernoulli"}, {"block_len": 6}, UNIFORM):
         cfg = tiny(batch_size=8, **changes)
         data = corpus.load(cfg)
-        (whole,), seed = train.prepare(cfg, data, 3, runtime.Ranks(), torch.device("cpu"))
-        halves = [train.prepare(cfg, data, 3, runtime.Ranks(rank, 2), torch.device("cpu")) for rank in (0, 1)]
+        family = family_of(cfg)
+        (whole,), seed = train.draw_batch(family, data, 3, CPU)
+        halves = [train.draw_batch(family, data, 3, CPU._replace(rank=rank, world=2)) for rank in (0, 1)]
         for part in (lambda piece: piece[0], lambda piece: piece[1].masked, lambda piece: piece[1].weight,
                      *[lambda piece: piece[1].noise, lambda piece: piece[1].level] * (changes == UNIFORM)):
             assert torch.equal(part(whole), torch.cat([part(half[0][0]) for half in halves]))
@@ -96,8 +100,8 @@ def test_a_layout_has_a_static_bound(B, L, given, size, changes):
     units = B * (L - given) // n
     lengths, most = set(), 0
     for step in range(200):
-        whole = diffusion.draw_corruption(cfg, B, L, runtime.generator(step))
-        pieces = diffusion.split_corruption(cfg, whole, slice(0, B), size)
+        whole = family_of(cfg).corrupt((B, L), runtime.generator(step))
+        pieces = whole.split(slice(0, B), size)
         lengths |= {len(piece.index) for piece in pieces}
         for number, piece in enumerate(pieces):
             masked = whole.masked[number * size:(number + 1) * size]
@@ -111,10 +115,10 @@ def test_a_layout_has_a_static_bound(B, L, given, size, changes):
 
 def test_an_index_filled_up_changes_no_loss():
     model, x0 = toy.Lookup(blur=0.2), toy.SEQUENCES[:8]
-    whole = diffusion.draw_corruption(toy.settings(), 8, 4, runtime.generator(1))
-    (piece,) = diffusion.split_corruption(toy.settings(), whole, slice(0, 8), 8)
+    whole = family_of(toy.settings()).corrupt((8, 4), runtime.generator(1))
+    (piece,) = whole.split(slice(0, 8), 8)
     assert (piece.index == -1).any()
-    torch.testing.assert_close(diffusion.loss(model, x0, piece), diffusion.loss(model, x0, whole))
+    torch.testing.assert_close(toy.MASKED.weighted_ce(model, x0, piece), toy.MASKED.weighted_ce(model, x0, whole))
 
 
 def test_complementary_masks():
@@ -122,7 +126,7 @@ def test_complementary_masks():
     stays uniform, so that the loss stays the bound (test_maths.py)."""
     cfg, counts = toy.settings(complementary=True), []
     for step in range(400):
-        masked, weight, *_ = diffusion.draw_corruption(cfg, 8, 4, runtime.generator(step))
+        masked, weight, *_ = family_of(cfg).corrupt((8, 4), runtime.generator(step))
         first, second = masked[::2], masked[1::2]
         assert (first | second).all() and ((first & second).any(1) == first.all(1)).all()
         assert torch.equal(weight, 4 / masked.sum(1))
@@ -133,7 +137,7 @@ def test_complementary_masks():
 def test_softcap_bounds_the_logits_and_keeps_their_order():
     torch.manual_seed(0)
     shape = dict(n_layer=1, n_head=1, n_embd=8, init="normal")
-    plain, capped = (train.Transformer(toy.settings(softcap=cap, **shape), 12) for cap in (0.0, 5.0))
+    plain, capped = (Transformer(toy.settings(softcap=cap, **shape), 12) for cap in (0.0, 5.0))
     plain.head.weight.data.mul_(100)
     capped.load_state_dict(plain.state_dict())
     ids = torch.randint(11, (2, 6))
@@ -151,7 +155,7 @@ def test_activation_checkpointing_changes_nothing():
 def test_activation_checkpointing_computes_blocks_twice():
     calls = []
     for wanted in (False, True):
-        model = train.Transformer(tiny(activation_checkpointing=wanted), 12).train()
+        model = Transformer(tiny(activation_checkpointing=wanted), 12).train()
         model.blocks[0].attn.register_forward_pre_hook(lambda *_: calls.append(wanted))
         model(torch.zeros(1, 8, dtype=torch.long)).sum().backward()
     assert calls == [False, True, True]
@@ -191,7 +195,7 @@ def test_what_is_judged_and_sampled_is_the_average():
 def test_resuming_is_exact(changes, monkeypatch):
     """Any number of stops: weights, optimizer state, average, log and best-so-far are those of a run in one go."""
     whole = tiny(name="whole", dropout=0.1, short_rows=0.5, save_interval=1, **changes)
-    monkeypatch.setattr(train, "DENSITY_EVERY", 2)
+    monkeypatch.setattr(importance, "EVERY", 2)
     train.train(whole, quiet=True)
     cfg, state, stops = dataclasses.replace(whole, name="parts"), None, [2, 3, 5]
     save = checkpoint.save
@@ -341,13 +345,13 @@ def test_a_run_that_is_killed_again_and_again(tmp_path):
 def test_a_full_disk_leaves_the_last_checkpoint(monkeypatch):
     """Files may not grow beyond 100 kB after step 3: the checkpoint (200 kB) cannot be written; then not even the log."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    prepare = train.prepare
+    draw = train.draw_batch
 
-    def fill_the_disk(cfg, data, step, *rest):
+    def fill_the_disk(family, data, step, *rest):
         if step == 4:
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-        return prepare(cfg, data, step, *rest)
-    monkeypatch.setattr(train, "prepare", fill_the_disk)
+        return draw(family, data, step, *rest)
+    monkeypatch.setattr(train, "draw_batch", fill_the_disk)
     for name, size, what in (("a", 100_000, "models/a"), ("b", 10, "logs/b.jsonl")):
         try:
             with pytest.raises(UserError, match=f"cannot write .*{what}"):
@@ -360,12 +364,12 @@ def test_a_full_disk_leaves_the_last_checkpoint(monkeypatch):
 
 def test_a_broken_loss_stops_the_run(monkeypatch):
     """At once where reading the loss costs nothing (a GPU's is read at every tenth step)."""
-    prepare = train.prepare
+    draw = train.draw_batch
 
-    def broken(cfg, data, step, *rest):
-        pieces, seed = prepare(cfg, data, step, *rest)
+    def broken(family, data, step, *rest):
+        pieces, seed = draw(family, data, step, *rest)
         return [(x0, c._replace(weight=c.weight * (math.nan if step == 12 else 1))) for x0, c in pieces], seed
-    monkeypatch.setattr(train, "prepare", broken)
+    monkeypatch.setattr(train, "draw_batch", broken)
     with pytest.raises(UserError, match="not finite at step 13; nothing was saved"):
         train.train(tiny(max_iters=100, eval_interval=100), quiet=True)
 
@@ -396,7 +400,7 @@ def test_the_best_is_found_anew_at_the_end(of_last, monkeypatch):
     """One mask a row finds step 3 the best of 3 and 6; all of them may find that it is the last. A resumed run has to be
     better than what was found."""
     nlls, finals = [1.0, 2.0, 1.5], [5.0, of_last, 3.0, 8.0]
-    monkeypatch.setattr(diffusion, "mean_and_errors", lambda nll: (nlls.pop(0), 0.1, 0.1))
+    monkeypatch.setattr(metrics, "mean_and_errors", lambda nll: (nlls.pop(0), 0.1, 0.1))
     monkeypatch.setattr(metrics, "held_out", lambda *_: {"bound_nats_per_token": finals.pop(0)})
     report = train.train(tiny(ema=0.9), quiet=True)
     last = of_last < 5
@@ -411,7 +415,7 @@ def test_no_matplotlib_is_no_crash(monkeypatch, capsys):
     def missing():
         raise ModuleNotFoundError("No module named 'matplotlib'")
     monkeypatch.setattr(plots, "pyplot", missing)
-    monkeypatch.setattr(train, "plots", plots)
+    monkeypatch.setattr(runs, "plots", plots)
     assert train.train(tiny())["steps"] == 6
     assert "no plots: No module named 'matplotlib'" in capsys.readouterr().out
 
@@ -427,24 +431,24 @@ def test_a_log_goes_on_after_a_line_without_its_end(tmp_path):
 
 def test_evaluations_take_no_more_rows_than_training(monkeypatch):
     """A micro_batch that fits into memory does so in evaluations too."""
-    rows, forward = [], train.Transformer.forward
+    rows, forward = [], Transformer.forward
 
     def watched(self, ids, *args, **kwargs):
         rows.append(len(ids))
         return forward(self, ids, *args, **kwargs)
-    monkeypatch.setattr(train.Transformer, "forward", watched)
+    monkeypatch.setattr(Transformer, "forward", watched)
     train.train(tiny(micro_batch=2, eval_rows=8, final_rows=8), quiet=True)
     assert max(rows) == 2
 
 
 def test_float16_steps_over_an_overflow(monkeypatch):
     """Gradients of step 3 that float16 cannot hold: no optimizer steps, the scale is halved, and the run goes on."""
-    prepare = train.prepare
+    draw = train.draw_batch
 
-    def large(cfg, data, step, *rest):
-        pieces, seed = prepare(cfg, data, step, *rest)
+    def large(family, data, step, *rest):
+        pieces, seed = draw(family, data, step, *rest)
         return [(x0, c._replace(weight=c.weight * (1e9 if step == 3 else 1))) for x0, c in pieces], seed
-    monkeypatch.setattr(train, "prepare", large)
+    monkeypatch.setattr(train, "draw_batch", large)
     train.train(tiny(dtype="float16"), quiet=True)
     state = checkpoint.read("artifacts/models/tiny.pt")
     assert state["step"] == 6 and state["optimizers"][0]["state"][0]["step"] == 5
@@ -458,12 +462,12 @@ import os, sys
 sys.path.insert(0, ROOT)
 import train
 from utils import cli
-prepare = train.prepare
-def crash(cfg, data, step, ranks, device, *more):
-    if step == 7 and ranks.rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+draw = train.draw_batch
+def crash(family, data, step, hardware, *more):
+    if step == 7 and hardware.rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         os._exit(1)
-    return prepare(cfg, data, step, ranks, device, *more)
-train.prepare = crash
+    return draw(family, data, step, hardware, *more)
+train.draw_batch = crash
 cli.run(train.main)
 """
 
@@ -497,7 +501,7 @@ def test_a_first_process_that_fails_lets_the_others_go_on(rank, local, before, a
     calls = []
     monkeypatch.setenv("LOCAL_RANK", local)
     monkeypatch.setattr(runtime.dist, "barrier", lambda: calls.append("barrier"))
-    with pytest.raises(UserError), runtime.first_rank_first(runtime.Ranks(rank, 8)):
+    with pytest.raises(UserError), runtime.first_rank_first(CPU._replace(rank=rank, world=8)):
         assert len(calls) == before
         raise UserError("there is no corpus")
     assert len(calls) == before + after

@@ -9,7 +9,9 @@ from types import SimpleNamespace
 
 import torch
 
-from config import Config
+import diffusion
+from config import Config, SampleConfig
+from utils import families
 
 L, V, MASK = 4, 3, 3
 PI = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
@@ -58,4 +60,21 @@ def total_variation(p, q):
 
 def settings(**changes):
     """A Config with changes, unchecked (also of pairs that no run may have), whose loss is the bound."""
+    assert changes.keys() <= {f.name for f in dataclasses.fields(Config)}
     return SimpleNamespace(**dataclasses.asdict(Config()) | {"loss_weighting": "elbo"} | changes)
+
+
+def family(**changes):
+    """The family of a model of `settings`."""
+    return families.family_of(settings(**changes))
+
+
+def sample(model, canvas, *, window=None, stop=None, seeds=None, top=0, **changes):
+    """`diffusion.sample` of a model of `settings`; changes are of them or of SampleConfig, whose top_p is 1 here."""
+    names = {f.name for f in dataclasses.fields(SampleConfig)}
+    how = SampleConfig(**{"top_p": 1.0} | {k: v for k, v in changes.items() if k in names})
+    kind = family(**{k: v for k, v in changes.items() if k not in names})
+    return diffusion.sample(kind, model, canvas, how, window=window, stop=stop, seeds=seeds, top=top)
+
+
+MASKED = family()

@@ -13,10 +13,9 @@ import re
 import torch
 
 import config
-import diffusion
 from config import Config, SampleConfig
 from model import Transformer, count_parameters
-from utils import cli, runtime, tokenizer
+from utils import cli, families, policies, runtime, tokenizer
 from utils.cli import UserError, reason
 
 # what a resumed run may change; everything else would make it another run
@@ -133,10 +132,10 @@ def interrupted(out_dir, name):
     return ""
 
 
-def snapshot(cfg, text, model, step, nll, **more):
-    """State for `save`: what inference needs, and `more` for a resumed run. nll is the last held-out bound."""
-    return {"version": config.VERSION, "config": dataclasses.asdict(cfg), "sample": sample_defaults(),
-            "tokenizer": text.to_json(), "step": step, "nll": nll, "model": model.state_dict(), **more}
+def snapshot(cfg, data, model, step, nll, **more):
+    """State for `save`: what inference needs, and `more` for a resumed run. data is its Corpus, nll the last held-out bound."""
+    return {"version": config.VERSION, "config": dataclasses.asdict(cfg), "sample": sample_defaults(), "corpus": data.fingerprint,
+            "tokenizer": data.text.to_json(), "step": step, "nll": nll, "model": model.state_dict(), **more}
 
 
 def sample_defaults():
@@ -153,8 +152,8 @@ def sampling(state, path):
         if unknown := set(state["sample"]) - set(sample_defaults()):
             raise UserError(f"there is no way of sampling called {sorted(map(str, unknown))[0]}")
         how = cli.merge(SampleConfig, state["sample"])
-        diffusion.find_sampler(how.sampler)
-        cli.check_name("schedule", how.schedule, diffusion.SCHEDULES)
+        policies.find_sampler(how.sampler, policies.SAMPLERS | policies.UNIFORM_SAMPLERS)
+        cli.check_name("schedule", how.schedule, families.SCHEDULES)
     return state["sample"]
 
 
@@ -163,7 +162,7 @@ def restore(state, device, path="the checkpoint"):
     sampling(state, path)  # complains of what inference would
     with fitting(path):
         cfg = cli.merge(Config, state["config"])
-        diffusion.check_names(cfg)
+        families.checked(cfg)
         text = tokenizer.from_json(state["tokenizer"])
         weights = state.get("ema") or state["model"]
         held = sum(w.numel() for name, w in weights.items() if not (cfg.tie_embeddings and name == "head.weight"))

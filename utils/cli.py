@@ -96,6 +96,17 @@ def check_name(kind, name, known):
         raise UserError(f"there is no {kind} {name}{nearest(name, known)}; known: {', '.join(known)}")
 
 
+def check_needs(family, settings):
+    """Complain of the first of the settings (a dataclass) that the family cannot have: family.needs is a table {setting: allowed
+    values}, family.why {setting: why so}."""
+    for name, allowed in family.needs.items():
+        value = getattr(settings, name, allowed[0])
+        if value not in allowed:
+            why = family.why.get(name)
+            raise UserError(f"{name}={value} with {family.name}: it needs {name}={' or '.join(map(str, allowed))}"
+                            + (f", since {why}" if why else ""))
+
+
 def convert(f, text):
     """The string `text` as the type of dataclass field `f`."""
     if f.type is bool:
@@ -174,6 +185,27 @@ def show_help(kind, usage):
         default = "" if f.default in ("", None) else f" (default {f.default})"
         lines.append(f"  --{f.name:<18} {f.metadata['help']}{choices}{default}")
     print("\n".join(lines))
+
+
+def duration(seconds):
+    """12 s, 3 min 20 s, 2 h 05 min"""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    minutes, seconds = divmod(seconds, 60)
+    return f"{minutes} min {seconds:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def show_list(presets, samplers, schedules, families):
+    """Print the presets, each with its differences from the defaults, the samplers, schedules and objectives (dicts)."""
+    for name, settings in presets.items():
+        print(f"preset {name}: {', '.join(f'{k}={v}' for k, v in settings.items())}")
+    for name, sampler in samplers.items():
+        number = "" if sampler.value is None else f":{sampler.value:g}"
+        key = f" Key: {sampler.key.__doc__[0].lower()}{sampler.key.__doc__[1:]}" if sampler.key else ""
+        print(f"sampler {name}{number}: {' '.join(sampler.policy.__doc__.split())}{key}")
+    print(f"schedules: {', '.join(schedules)}")
+    print(f"objectives: {', '.join(families)}")
 
 
 def run(main):

@@ -80,7 +80,7 @@ def document_rows(documents, text, block_size):
     """(rows, block_size) long: `<|endoftext|>`, the document, `<|endoftext|>` to the end.
 
     A document that is longer than the window takes several rows, each with an `<|endoftext|>` in front: every row
-    starts with one, which is what `diffusion.given_tokens` relies on.
+    starts with one, which is what `diffusion.bos_tokens` relies on.
     """
     if text.end is None:
         raise UserError("rows=document needs a tokenizer with <|endoftext|>, and so a corpus of several documents "

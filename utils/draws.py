@@ -1,6 +1,8 @@
-"""Random draws, each a pure function of what it is given: strata, masks, tokens, and a row's own uniforms."""
+"""Random draws, each a pure function of what it is given: strata, masks, tokens, and a row's own
+uniforms."""
+
 import math
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -12,11 +14,13 @@ def at_least_float32(logits):
 
 
 def stratified(n, generator):
-    """n uniforms in [0, 1), (n,) float64, one in each stratum [i/n, (i+1)/n), with one random offset for all.
+    """n uniforms in [0, 1), (n,) float64, one in each stratum [i/n, (i+1)/n), with one random
+    offset for all.
 
-    Together they cover [0, 1) evenly (variational diffusion models, arXiv:2107.00630). Row r takes the r-th stratum in
-    bit-reversed (van der Corput) order, so that every contiguous slice of the rows, a micro-batch or a rank's share, is
-    spread evenly too. Which row takes which never changes: what stands in the rows must be in random order.
+    Together they cover [0, 1) evenly (variational diffusion models, arXiv:2107.00630). Row r takes
+    the r-th stratum in bit-reversed (van der Corput) order, so that every contiguous slice of the
+    rows, a micro-batch or a rank's share, is spread evenly too. Which row takes which never
+    changes: what stands in the rows must be in random order.
     """
     offset = torch.rand((), generator=generator, dtype=torch.float64)
     return (stratum_of(n) + offset) / n
@@ -29,48 +33,32 @@ def stratum_of(n):
     return torch.tensor([int(f"{row:0{width}b}"[::-1], 2) for row in range(n)]).argsort().argsort()
 
 
-def exactly(counts, n, generator):
-    """Uniformly random masks (B, n) bool with exactly counts (B,) True in each row."""
-    return first_of(torch.rand(len(counts), n, generator=generator), counts)
+def numbers(B, n, generator, free=None):
+    """(uniforms (B, n), infinite where not free (B, n) bool; how many of each row are free, n or
+    (B,), at least 1)"""
+    u = torch.rand(B, n, generator=generator)
+    return (u, n) if free is None else (u.masked_fill(~free, math.inf), free.sum(1).clamp(min=1))
 
 
 def first_of(numbers, counts):
-    """Where the counts (B,) least of each row of numbers (B, n) are: (B, n) bool."""
+    """Where the counts (B,) least of each row of numbers (B, n) are, no infinite one: (B, n)
+    bool."""
     order = numbers.argsort(1)
-    return torch.zeros_like(order, dtype=torch.bool).scatter(1, order, torch.arange(order.size(1)) < counts[:, None])
+    least = torch.arange(order.size(1)) < counts[:, None]
+    return torch.zeros_like(order, dtype=torch.bool).scatter(1, order, least) & numbers.isfinite()
 
 
-def cdf(t, density):
-    """Share of times that the density (n,), constant in each of n equal parts of [0, 1] and 1 in the mean, has below t;
-    without a density, t."""
-    if density is None:
-        return t
-    n = len(density)
-    below = F.pad(density.cumsum(0), (1, 0)) / n
-    part = (t * n).floor().long().clamp(0, n - 1)
-    return below[part] + (t - part / n) * density[part]
+def exactly(counts, n, generator):
+    """Uniformly random masks (B, n) bool with exactly counts (B,) True in each row."""
+    return first_of(numbers(len(counts), n, generator)[0], counts)
 
 
-def warped(u, density):
-    """Times in [0, 1] of the density, from uniforms u: the inverse of `cdf`; without a density, u."""
-    if density is None:
-        return u
-    n = len(density)
-    below = F.pad(density.cumsum(0), (1, 0)) / n
-    part = (torch.searchsorted(below, u, right=True) - 1).clamp(0, n - 1)
-    return (part / n + (u - below[part]) / density[part]).clamp(0, 1)
+def truncate(logits, temperature=1.0, top_k=0, top_p=1.0):
+    """Token distribution (N, V) to draw from: temperature, then top-k (0 = all), then top-p (1 =
+    all).
 
-
-def density_at(t, density):
-    """The density (n,) at times t in [0, 1], in t's shape; 1 without."""
-    return torch.ones_like(t) if density is None else density[(t * len(density)).long().clamp(max=len(density) - 1)]
-
-
-def warp(logits, temperature=1.0, top_k=0, top_p=1.0):
-    """Token distribution (N, V) to draw from: temperature, then top-k (0 = all), then top-p (1 = all).
-
-    top-p keeps the likeliest tokens until their sum reaches top_p, the one that crosses it included. Temperature 0 is
-    all mass on the likeliest token.
+    top-p keeps the likeliest tokens until their sum reaches top_p, the one that crosses it
+    included. Temperature 0 is all mass on the likeliest token.
     """
     if temperature == 0:
         return F.one_hot(logits.argmax(-1), logits.size(-1)).to(logits.dtype)
@@ -86,30 +74,40 @@ def warp(logits, temperature=1.0, top_k=0, top_p=1.0):
 
 
 def draw(p, u):
-    """Tokens (N,) from p (N, V), which need not be normalised, by inverting the cumulative sum at u (N,) in [0, 1).
+    """Tokens (N,) from p (N, V), which need not be normalised, by inverting the cumulative sum at u
+    (N,) in [0, 1).
 
-    In float64: float32 never draws a token below about 1e-8, which shifts the text's entropy (arXiv:2409.02908). A
-    token of probability zero is never drawn. On MPS, which lacks float64, float32 does for vocabularies of some 4,000.
+    In float64: float32 never draws a token below about 1e-8, which shifts the text's entropy
+    (arXiv:2409.02908). A token of probability zero is never drawn. On MPS, which lacks float64,
+    float32 does for vocabularies of some 4,000.
     """
     cumulative = p.to(u.dtype).cumsum(-1)
     return (cumulative <= u[:, None] * cumulative[:, -1:]).sum(-1).clamp(max=p.size(-1) - 1)
 
 
 def _mix(x):
-    """SplitMix64's finaliser on int64 tensors: a one-to-one scrambling of 64 bits (Steele et al. 2014)."""
+    """SplitMix64's finaliser on int64 tensors: a one-to-one scrambling of 64 bits (Steele et al.
+    2014)."""
     x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -4658895280553007687
     x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685
     return x ^ ((x >> 31) & 0x1FFFFFFFF)
 
 
 def row_uniforms(seeds, k, L, dtype=torch.float64):
-    """Uniforms in [0, 1) of step k for rows with the integer seeds (B,): (2, B, L), on the seeds' device.
+    """Uniforms in [0, 1) of step k for rows with the integer seeds (B,): (2, B, L), on the seeds'
+    device.
 
-    A hash of (seed, step, which of the two, position): a row's numbers depend on its own seed alone, are the same on
-    every device, and cost no loop over rows and no copy from the host.
+    A hash of (seed, step, which of the two, position): a row's numbers depend on its own seed
+    alone, are the same on every device, and cost no loop over rows and no copy from the host.
     """
     which = torch.arange(2, device=seeds.device)[:, None, None]
     position = torch.arange(L, device=seeds.device)
     bits = _mix(_mix(_mix(_mix(seeds + 1)[None, :, None] + k) + which) + position)
     digits = 53 if dtype == torch.float64 else 24
     return ((bits >> (64 - digits)) & (2**digits - 1)).to(dtype) * 2.0**-digits
+
+
+def uniforms_of(seeds, L, device):
+    """`row_uniforms` as a function of the step, for rows with these integer seeds."""
+    precision = torch.float32 if device.type == "mps" else torch.float64
+    return partial(row_uniforms, torch.tensor(list(seeds), device=device), L=L, dtype=precision)

@@ -4,47 +4,47 @@ import math
 import statistics
 import time
 from collections import Counter
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 import diffusion
-from utils import canvas, corpus, draws, runtime, tales, tokenizer, uniform
+from utils import canvas, corpus, families, runtime, tales, tokenizer
 
 
 SEARCHED = 5_000_000  # training tokens that copies are looked for in
 
 
-def final(model, cfg, data, device, dtype, steps, samples, judge=None, sampling=()):
+def final(model, family, data, hardware, steps, samples, how, judge=None):
     """The final metrics block but for `held_out` (dict): `levels_of`, and of so many `samples` what `judge_rows` says.
 
     steps     of the run, which say what it was trained on where that has no end
-    judge     (model, Text, Config, dtype) of an autoregressive checkpoint that scores the samples too
-    sampling  options of `diffusion.sample`
+    how       SampleConfig of the samples
+    judge     `Judge` that scores the samples too
     """
-    with runtime.autocast(device, dtype):
-        report = levels_of(model, cfg, data, device)
+    with hardware.autocast():
+        report = levels_of(model, family, data, hardware.device)
         if not samples:
             return report
-        rows, figures = write_rows(model, data.text, cfg, samples, device, dict(sampling))
+        rows, figures = generate_rows(model, family, data.text, samples, hardware.device, how)
     searched = data.training(steps, SEARCHED) if data.training else None  # what it was trained on need not be at hand
-    rest = dict(text=data.text, cfg=cfg, training=searched, judge=judge, device=device)
+    rest = dict(text=data.text, cfg=family.cfg, training=searched, judge=judge, device=hardware.device)
     return report | {"samples": judge_rows(rows, **rest) | figures,
                      "reference": judge_rows(reference_rows(data.held_out, data.text, samples), **rest),
                      "copies_looked_for_in_tokens": 0 if searched is None else searched.numel()}
 
 
-def held_out(model, cfg, data, device):
+def held_out(model, family, data, device):
     """Held-out bound of `model` on the first cfg.final_rows held-out rows, in every unit (dict of floats).
 
     `<|endoftext|>` counts in nats and not in characters: a model also has to say where a text ends. On tales the
     exact -log_prob of the same stories stands beside the bound. Of an autoregressive model the "bound" is exact.
     """
+    cfg = family.cfg
     rows = data.held_out[: cfg.final_rows].to(device)
     lengths = corpus.row_lengths(rows, data.text)
-    nll = diffusion.bound(model, rows, cfg.final_masks, cfg, cfg.micro_batch or 64)
-    mean, se_rows, se_masks = diffusion.mean_and_errors(nll)
-    nats, exact = mean * rows.numel(), cfg.objective == "ar"
+    mean, se_rows, se_masks = mean_and_errors(family.nelbo(model, rows, cfg.final_masks, cfg.micro_batch or 64))
+    nats, exact = mean * rows.numel(), family.exact
     report = {"bound_nats_per_token": mean, "bound_se_rows": se_rows, "bound_se_masks": 0.0 if exact else se_masks,
               "bound_bits_per_character": nats / math.log(2) / lengths[:, 0].sum().item(),
               "bound_bits_per_byte": nats / math.log(2) / lengths[:, 1].sum().item(),
@@ -56,6 +56,18 @@ def held_out(model, cfg, data, device):
     return report
 
 
+def mean_and_errors(nll):
+    """Mean of nll (R, passes) and its two standard errors, over rows and over masks.
+
+    rows   what another sample of as many held-out rows would change (their own masks included)
+    masks  what other masks on the same rows would change; passes are independent, so their spread tells (nan for one)
+    """
+    R, passes = nll.shape
+    rows = nll.mean(1).std().item() / math.sqrt(R) if R > 1 else math.nan
+    masks = nll.mean(0).std().item() / math.sqrt(passes) if passes > 1 else math.nan
+    return nll.mean().item(), rows, masks
+
+
 def perplexity(nats):
     """exp, or infinity where that is too large a number."""
     return math.exp(nats) if nats < 700 else math.inf
@@ -65,78 +77,52 @@ LEVELS = 10
 
 
 @torch.no_grad()
-def levels_of(model, cfg, data, device):
+def levels_of(model, family, data, device):
     """What the network knows of hidden tokens at each noise level, on the held-out rows of `held_out`: {"levels": list of
     dicts of loss (nats), entropy of its distribution (nats), accuracy of its likeliest token}, and their means.
 
-    masked   LEVELS shares of masks; with blocks, of each block's own tokens
-    uniform  levels of noise, at the positions that were redrawn, by p(x0 | xt)
-    ar       shares of the row that are still to come
-    For masks also the sources' "perplexity", the exponential of the mean cross entropy of all masked tokens under the
-    training schedule: no likelihood, and another number with every schedule.
+    At what is corrupted as the family's `probes` say. For masks also the sources' "perplexity", the exponential of the mean
+    cross entropy of all masked tokens under the training schedule: no likelihood, and another number with every schedule.
     """
-    rows, V = data.held_out[: cfg.final_rows].to(device), data.text.mask
-    given, generator = diffusion.given_tokens(cfg), torch.Generator().manual_seed(0)
-    size = diffusion.block_len(cfg) or rows.size(1) - given
-    wanted = [1.0] if size == 1 else [(i + 0.5) / LEVELS for i in range(LEVELS)]
-    if cfg.objective == "ar":
-        found = _look(model, cfg, rows, torch.ones_like(rows, dtype=torch.bool, device="cpu"), None, V)
-        levels = [_means(level, [part[:, places] for part in found]) for level, places in _shares_to_come(rows.size(1), given)]
-        but_first = found[0][:, 1:].mean().item()
-    else:
-        levels = []
-        for level in wanted:
-            if cfg.objective == "uniform":
-                masked = F.pad(torch.rand(len(rows), rows.size(1) - given, generator=generator) < level, (given, 0))
-            else:
-                units = len(rows) * (rows.size(1) - given) // size
-                counts = torch.full((units,), max(1, round(level * size)))
-                masked = F.pad(draws.exactly(counts, size, generator).view(len(rows), -1), (given, 0))
-                level = counts[0].item() / size
-            levels.append(_means(level, _look(model, cfg, rows, masked, level, V, generator)))
-        levels = list({entry["level"]: entry for entry in levels}.values())  # few masks have few shares
-    report = {"levels": levels, "accuracy": statistics.fmean(entry["accuracy"] for entry in levels),
-              "entropy": statistics.fmean(entry["entropy"] for entry in levels)}
-    if cfg.objective == "ar":
-        report["nats_per_token_but_the_first"] = but_first
-    if cfg.objective not in ("ar", "uniform"):
-        pooled = dataclasses.replace(cfg, loss_weighting="pooled", time_sampling="uniform", complementary=False)
-        losses = []
-        for part in rows.split(cfg.micro_batch or 64):
-            corruption = diffusion.draw_corruption(pooled, *part.shape, generator).to(device)
-            counts = corruption.masked.sum().item()
-            losses.append((diffusion.masked_loss(model, part, corruption, pooled).mean().item() * counts, counts))
-        mean = sum(loss for loss, _ in losses) / max(1, sum(count for _, count in losses))
+    rows, generator = data.held_out[: family.cfg.final_rows].to(device), torch.Generator().manual_seed(0)
+    levels, losses = {}, torch.full(rows.shape, math.nan)
+    for level, corruption in family.probes(model, rows.shape, LEVELS, generator):
+        found = _look(model, family, rows, corruption)
+        levels[level] = _means(level, found)  # few masks have few ratios
+        losses = torch.where(found[0].isnan(), losses, found[0])
+    report = {"levels": list(levels.values()), "accuracy": statistics.fmean(entry["accuracy"] for entry in levels.values()),
+              "entropy": statistics.fmean(entry["entropy"] for entry in levels.values())}
+    if family.exact:
+        report["nats_per_token_but_the_first"] = losses[:, 1:].nanmean().item()
+    elif isinstance(family, diffusion.Masked):
+        mean = pooled_ce(model, family.cfg, rows, generator)
         report |= {"masked_ce_pooled": mean, "exp_of_masked_ce_schedule_dependent": perplexity(mean)}
     return report
 
 
-def _shares_to_come(L, given):
-    """[(share of the row that is still to come, its positions)] of an autoregressive model: LEVELS of them, or L."""
-    parts = torch.arange(given, L).tensor_split(min(LEVELS, L - given))
-    return [(1 - part.float().mean().item() / L, part) for part in parts][::-1]
+def pooled_ce(model, cfg, rows, generator):
+    """Mean cross entropy, in nats, of all tokens of rows (R, L) that are masked under the training schedule."""
+    family = families.family_of(dataclasses.replace(cfg, loss_weighting="pooled", time_sampling="uniform", complementary=False))
+    losses = []
+    for part in rows.split(cfg.micro_batch or 64):
+        corruption = family.corrupt(part.shape, generator).to(rows.device)
+        counts = corruption.masked.sum().item()
+        losses.append((family.loss(model, part, corruption).mean().item() * counts, counts))
+    return sum(loss for loss, _ in losses) / max(1, sum(count for _, count in losses))
 
 
-def _look(model, cfg, rows, masked, level, V, generator=None):
-    """(loss, entropy, 1.0 where the likeliest token is right), each (R, L) with nan where not masked (R, L), on the CPU.
-    V real tokens; level of uniform noise."""
-    out = torch.full((3, *rows.shape), math.nan)
-    for part in torch.arange(len(rows)).split(cfg.micro_batch or 64):
-        x0, index = rows[part.to(rows.device)], masked[part].flatten().nonzero()[:, 0].to(rows.device)
-        if cfg.objective == "uniform":
-            noise = torch.randint(V, x0.shape, generator=generator).to(x0.device)
-            xt = torch.where(masked[part].to(x0.device), noise, x0)
-            logits = draws.at_least_float32(model(xt, torch.full((len(x0),), level, device=x0.device), select=index))
-            m = torch.full((len(index),), level, device=x0.device)
-            p = uniform.posterior(logits.softmax(-1), xt.flatten()[index], m, torch.zeros_like(m))
-            log_p = (p / p.sum(-1, keepdim=True)).log()
-        else:
-            logits = diffusion.logits_of_hidden(model, x0, masked[part].to(x0.device), index, **diffusion.options_of(cfg))
-            log_p = draws.at_least_float32(logits).log_softmax(-1)
-        target = x0.flatten()[index]
+def _look(model, family, rows, corruption):
+    """(loss, entropy, 1.0 where the likeliest token is right), each (R, L) with nan where rows (R, L) are not corrupted, on the
+    CPU."""
+    out, size = torch.full((3, *rows.shape), math.nan), family.cfg.micro_batch or 64
+    for number, (x0, piece) in enumerate(zip(rows.split(size), corruption.split(slice(0, len(rows)), size))):
+        index = piece.masked.flatten().nonzero()[:, 0]
+        log_p = family.log_p(model, x0, piece.to(rows.device), index.to(rows.device))
+        target = x0.flatten()[index.to(rows.device)]
         figures = torch.stack((-log_p.gather(1, target[:, None])[:, 0], torch.special.entr(log_p.exp()).sum(-1),
                                (log_p.argmax(-1) == target).float()))
-        out[:, part] = out[:, part].flatten(1).index_copy(1, index.cpu(), figures.float().cpu()).view(3, *x0.shape)
+        part = slice(number * size, number * size + len(x0))
+        out[:, part] = out[:, part].flatten(1).index_copy(1, index, figures.float().cpu()).view(3, *x0.shape)
     return out
 
 
@@ -145,18 +131,18 @@ def _means(level, found):
 
 
 @torch.no_grad()
-def left_to_right(model, cfg, rows):
+def left_to_right(model, family, rows):
     """-log p of rows (R, L) when the network writes them from left to right, one token an evaluation: (R,) nats a token.
     The exact likelihood of a sampler that does; of an autoregressive network, its likelihood. Not for uniform noise."""
-    L, given, out = rows.size(1), diffusion.given_tokens(cfg), []
+    L, out, at_once = rows.size(1), [], family.cfg.micro_batch or 64
     for row in rows:
-        canvases = row.expand(L - given, L).clone()
-        places = torch.arange(given, L, device=rows.device)
+        canvases = row.expand(L - family.bos, L).clone()
+        places = torch.arange(family.bos, L, device=rows.device)
         canvases[torch.arange(L, device=rows.device) >= places[:, None]] = model.vocab_size - 1
         total = 0.0
-        for part in torch.arange(L - given, device=rows.device).split(cfg.micro_batch or 64):
+        for part in torch.arange(L - family.bos, device=rows.device).split(at_once):
             index = torch.arange(len(part), device=rows.device) * L + places[part]
-            logits = diffusion.predict(model, canvases[part], select=index, **diffusion.options_of(cfg))
+            logits = family.logits(model, canvases[part], index)
             total += diffusion.token_nll(logits, row[places[part]]).sum().item()
         out.append(total / L)
     return torch.tensor(out)
@@ -165,20 +151,20 @@ def left_to_right(model, cfg, rows):
 # --- samples ------------------------------------------------------------------------------------------------------
 
 
-def sample_rows(write, text, cfg, count, device):
-    """`count` unconditional samples (count, block_size) with the seeds 0, 1, ..., and what else write returns for each
+def sample_rows(generate, family, text, count, device):
+    """`count` unconditional samples (count, block_size) with the seeds 0, 1, ..., and what else generate returns for each
     (count,), all on the CPU.
 
-    write(blank (b, block_size), seeds (list of b)) returns the ids and the rest for 50 rows at a time, or as many as fit.
+    generate(blank (b, block_size), seeds (list of b)) returns the ids and the rest for 50 rows at a time, or as many as fit.
     """
-    parts = []
-    for seeds in torch.arange(count).split(min(50, runtime.rows_at_once(cfg, text.vocab_size, cfg.block_size, device))):
-        blank = torch.tensor([canvas.build(text, [None], cfg.block_size)] * len(seeds), device=device)
-        parts.append([part.cpu() for part in write(blank, seeds.tolist())])
+    parts, window = [], family.cfg.block_size
+    for seeds in torch.arange(count).split(min(50, runtime.rows_at_once(family, text.vocab_size, window, device))):
+        blank = torch.tensor([canvas.build(text, [None], window)] * len(seeds), device=device)
+        parts.append([part.cpu() for part in generate(blank, seeds.tolist())])
     return tuple(map(torch.cat, zip(*parts)))
 
 
-def write_rows(model, text, cfg, count, device, sampling):
+def generate_rows(model, family, text, count, device, how):
     """(`count` unconditional samples (count, block_size) long, figures of how they were written).
 
     change_rate  share of the tokens to write that a step changes, hides or writes; under uniform noise the first step shows
@@ -186,15 +172,15 @@ def write_rows(model, text, cfg, count, device, sampling):
     """
     start = time.perf_counter()
 
-    def write(blank, seeds):
+    def generate(blank, seeds):
         changes = torch.zeros(len(blank), device=device)
-        for step in diffusion.sample(model, blank, seeds=seeds, **diffusion.options_of(cfg), **sampling):
+        for step in diffusion.sample(family, model, blank, how, seeds=seeds):
             changes += (step.fresh | step.remasked).sum(1)
-        return step.ids, step.row_evaluations, changes / (blank == text.mask).sum(1)
-    rows, evaluations, changes = sample_rows(write, text, cfg, count, device)
-    written = count * canvas.build(text, [None], cfg.block_size).count(text.mask)
-    return rows, {"change_rate": (changes / evaluations).mean().item(), "evaluations_a_sample": evaluations.float().mean().item(),
-                  "tokens_per_second": written / (time.perf_counter() - start)}
+        return step.ids, step.row_nfe, changes / (blank == text.mask).sum(1)
+    rows, nfe, changes = sample_rows(generate, family, text, count, device)
+    generated = count * canvas.build(text, [None], family.cfg.block_size).count(text.mask)
+    return rows, {"change_rate": (changes / nfe).mean().item(), "evaluations_a_sample": nfe.float().mean().item(),
+                  "tokens_per_second": generated / (time.perf_counter() - start)}
 
 
 def reference_rows(held_out, text, count):
@@ -225,7 +211,7 @@ def judge_rows(rows, *, text, cfg, training, judge, device):
     if cfg.data == "tales":
         report |= judge_tales([story for row in rows.tolist() for story in canvas.documents(text, row, cfg.rows)])
     if judge:
-        report["judge_nats_per_character"] = judge_texts(texts, *judge, device)
+        report["judge_nats_per_character"] = judge_texts(texts, judge, device)
     return report
 
 
@@ -238,18 +224,27 @@ def without_filling(rows, text, cfg):
     return rows
 
 
+class Judge(NamedTuple):
+    """An autoregressive checkpoint that scores texts."""
+    model: torch.nn.Module
+    family: object
+    text: tokenizer.Text
+    dtype: torch.dtype
+
+
 @torch.no_grad()
-def judge_texts(texts, model, text, cfg, dtype, device):
+def judge_texts(texts, judge, device):
     """Nats per character of texts (list of str) under an autoregressive model: generative NLL. Texts are cut in windows."""
-    total, characters = 0.0, 0
+    model, family, text, dtype = judge
+    total, characters, window = 0.0, 0, family.cfg.block_size
     begin = [] if text.end is None else [text.end]
     for ids in text.encode([t for t in texts if t], "the samples"):
-        for start in range(0, len(ids), cfg.block_size - len(begin)):
-            piece = begin + ids[start:start + cfg.block_size - len(begin)]
+        for start in range(0, len(ids), window - len(begin)):
+            piece = begin + ids[start:start + window - len(begin)]
             row = torch.tensor([piece], device=device)
             index = torch.arange(len(begin), len(piece), device=device)
             with runtime.autocast(device, dtype):
-                logits = diffusion.predict(model, row, objective="ar", select=index)
+                logits = family.logits(model, row, index)
             total += diffusion.token_nll(logits, row[0, index]).sum().item()
             characters += len(text.decode(piece[len(begin):]))
     return total / max(1, characters)

@@ -66,11 +66,11 @@ def dtype_of_run(name, trained, device, path):
 AT_ONCE = {"cpu": 2**26, "cuda": 2**27, "mps": 2**26}
 
 
-def rows_at_once(cfg, vocabulary, length, device):
+def rows_at_once(family, vocabulary, length, device):
     """How many rows of `length` tokens may be written together, so that memory does not grow with their number: by their
     logits, which a model that writes left to right has in its block alone, and by what a pass keeps of each layer."""
-    seen = min(length, cfg.block_size)
-    asked = 1 if cfg.objective == "ar" else min(seen, cfg.block_len or seen)
+    cfg, seen = family.cfg, min(length, family.cfg.block_size)
+    asked = min(seen, family.block_len or seen)
     return max(1, AT_ONCE[device.type] // max(asked * vocabulary, seen * cfg.n_layer * cfg.n_embd // 4))
 
 
@@ -186,9 +186,36 @@ def compile_network(model, token_nll, device, try_out):
 # --- several processes, one a GPU, started by torchrun ------------------------------------------------------------
 
 
-class Ranks(NamedTuple):
+class Hardware(NamedTuple):
+    """Where a run computes: the device and the number format of this process, and its place among those that torchrun started."""
+    device: torch.device
+    dtype: torch.dtype = torch.float32  # of matrix products
     rank: int = 0   # of this process
     world: int = 1  # how many there are
+
+    def autocast(self):
+        """Context in which matrix products run in its dtype."""
+        return autocast(self.device, self.dtype)
+
+    def move(self, tensor):
+        """`tensor` on its device."""
+        return move(tensor, self.device)
+
+    def agree(self, value):
+        """The first process's `value` (whatever pickle takes), in all of them."""
+        if self.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, device=torch.device("cpu"))
+        return box[0]
+
+    def sum(self, x):
+        """Sum of the tensor x of all processes, in all of them."""
+        if self.world == 1:
+            return x
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
 
 
 def is_first():
@@ -196,14 +223,15 @@ def is_first():
     return os.environ.get("RANK", "0") == "0"
 
 
-def start_ranks(name):
-    """(Ranks, device): joins the other processes where torchrun started this one. name as in `choose_device`.
+def start(device, dtype):
+    """The Hardware of a run; joins the other processes where torchrun started this one. device and dtype as in `choose_device` and
+    `choose_dtype`.
 
     Small things are agreed on over gloo, on the CPU, so that no process waits for its GPU; gradients go over nccl.
     """
-    device = choose_device(name)
+    device, name = choose_device(device), dtype
     if "LOCAL_RANK" not in os.environ:
-        return Ranks(), device
+        return Hardware(device, choose_dtype(name, device))
     if device.type == "cuda":
         if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
             raise UserError(f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']} with {torch.cuda.device_count()} GPUs: "
@@ -220,7 +248,7 @@ def start_ranks(name):
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
                                 world_size=world)
-    return Ranks(dist.get_rank(), dist.get_world_size()), device
+    return Hardware(device, choose_dtype(name, device), dist.get_rank(), dist.get_world_size())
 
 
 def cpu_cores():
@@ -228,9 +256,9 @@ def cpu_cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def end_ranks(ranks):
+def end(hardware):
     """Leave the other processes, when all have done their work."""
-    if ranks.world > 1:
+    if hardware.world > 1:
         dist.destroy_process_group()
 
 
@@ -252,10 +280,10 @@ def restarted():
 
 
 @contextlib.contextmanager
-def first_rank_first(ranks):
+def first_rank_first(hardware):
     """The first process goes through, then the first of each machine, then the others: they make the files that these find,
     and machines may share a disk."""
-    turn = 0 if not ranks.rank else 1 if os.environ["LOCAL_RANK"] == "0" else 2
+    turn = 0 if not hardware.rank else 1 if os.environ["LOCAL_RANK"] == "0" else 2
     for _ in range(turn):
         dist.barrier()
     failed = None
@@ -263,34 +291,17 @@ def first_rank_first(ranks):
         yield
     except UserError as error:  # a corpus is missing, say, which the others will find out themselves
         failed = error
-    for _ in range(2 - turn if ranks.world > 1 else 0):
+    for _ in range(2 - turn if hardware.world > 1 else 0):
         dist.barrier()
     if failed:
         raise failed
 
 
-def agree(ranks, value):
-    """The first process's `value` (whatever pickle takes), in all of them."""
-    if ranks.world == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, device=torch.device("cpu"))
-    return box[0]
-
-
-def sum_over_ranks(ranks, x):
-    """Sum of the tensor x of all processes, in all of them."""
-    if ranks.world == 1:
-        return x
-    x = x.clone()
-    dist.all_reduce(x)
-    return x
-
-
-def distribute(model, ranks, device):
+def distribute(model, hardware):
     """`model` such that backward passes average the gradients of all processes (DDP)."""
-    if ranks.world == 1:
+    if hardware.world == 1:
         return model
+    device = hardware.device
     network = torch.nn.parallel.DistributedDataParallel(
         model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
     network.vocab_size = model.vocab_size

@@ -35,7 +35,7 @@ class Frame(NamedTuple):
     ids: list         # L ids of one row
     fresh: list       # L bools
     remasked: list    # L bools
-    evaluations: int  # network evaluations of this row so far
+    nfe: int          # network evaluations of this row so far
     confidence: list  # L floats, the largest probability of each position when it was last computed
     top: list = None  # L lists of (token, probability), likeliest first, as last computed
 
@@ -50,7 +50,7 @@ def check_states(states, tokens, every, alternatives):
 
 
 def record(steps, canvas, mask, every=1):
-    """Wrap the stream of `rules.Step`s: returns (frames, iterator that yields the same steps).
+    """Wrap the stream of `sampling.Step`s: returns (frames, iterator that yields the same steps).
 
     frames fills as the iterator is consumed: row 0 of `canvas`, then of every `every`-th step, and of the last, unless
     nothing changed in it. What became fresh or was hidden in steps between is marked in the next frame.
@@ -78,7 +78,7 @@ def _frame(number, step, fresh, remasked):
     if step.top is not None:
         tokens, p = (part[0].tolist() for part in step.top)
         top = [list(zip(*pair)) if pair[1][0] > 0 else [] for pair in zip(tokens, p)]  # [] was never computed
-    return Frame(number, step.ids[0].tolist(), fresh.tolist(), remasked.tolist(), int(step.row_evaluations[0]),
+    return Frame(number, step.ids[0].tolist(), fresh.tolist(), remasked.tolist(), int(step.row_nfe[0]),
                  step.confidence[0].tolist(), top)
 
 
@@ -213,7 +213,7 @@ def _draw_token(pen, text, box, size, given, fresh, remasked, confidence):
 def _draw_header(pen, title, frame, counts, number, page, pages):
     pen.text((MARGIN, 28), title, font=font(22, "-Bold"), fill=INK)
     left = counts[number]
-    status = f"evaluation {frame.evaluations}   {left} mask{'s' * (left != 1)} left of {counts[0]}"
+    status = f"evaluation {frame.nfe}   {left} mask{'s' * (left != 1)} left of {counts[0]}"
     pen.text((MARGIN, 62), status + (f"   page {page + 1} of {pages}" if pages > 1 else ""), font=font(20), fill=INK)
 
 
@@ -278,7 +278,7 @@ def pictures(frames, text, title):
 
 
 def live(steps, text, given, frame_ms=0, out=None):
-    """Wrap the stream of `rules.Step`s: shows row 0 in the terminal `out` after each, and yields the same steps.
+    """Wrap the stream of `sampling.Step`s: shows row 0 in the terminal `out` after each, and yields the same steps.
 
     given (L bools) is what the user wrote. Not a terminal: shows nothing. A terminal that cannot move its cursor gets a
     line a step. Without colour (NO_COLOR), states are told apart by weight, underline and reversal alone. The text is
@@ -302,7 +302,7 @@ def live(steps, text, given, frame_ms=0, out=None):
             started, left = time.perf_counter(), int(step.masked[0].sum())
             total = total or left + int(step.fresh[0].sum())
             noise = 0.0 if left else float(step.t[0])  # of uniform noise, which has no masks
-            status = f"step {number}, {int(step.row_evaluations[0])} evaluations, " + (
+            status = f"step {number}, {int(step.row_nfe[0])} evaluations, " + (
                 f"noise level {noise:.2f}" if noise else f"{left} of {total} masks left")
             if plain:
                 out.write(status + "\n")
@@ -368,7 +368,7 @@ def write_html(path, frames, text, title):
     mask, steps, seen = text.mask, [], {}
     for before, frame in zip([None, *frames], frames):
         changed = [i for i in range(len(frame.ids)) if before is None or frame.ids[i] != before.ids[i]]
-        entry = {"step": frame.number, "n": frame.evaluations, "ids": [[i, frame.ids[i]] for i in changed],
+        entry = {"step": frame.number, "n": frame.nfe, "ids": [[i, frame.ids[i]] for i in changed],
                  "fresh": [i for i, x in enumerate(frame.fresh) if x],
                  "again": [i for i, x in enumerate(frame.remasked) if x],
                  "sure": [[i, round(c, 3)] for i, c in enumerate(frame.confidence)

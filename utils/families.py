@@ -1,0 +1,295 @@
+"""Model families beside masked diffusion: blocks, uniform noise, autoregressive; and their names.
+
+A family is an object made from a Config, with the methods and data of `diffusion.Masked`. What
+differs between families stands in its class, and nobody else compares their names. To add one,
+write its class and an entry in FAMILIES.
+"""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from diffusion import (
+    SCHEDULES,
+    Corruption,
+    Masked,
+    bos_tokens,
+    find_sampler,
+    mask_ratio,
+    mask_ratio_slope,
+    mean_over_passes,
+    q_sample,
+)
+from utils import blocks, draws, importance, kv_cache, uniform
+from utils.cli import UserError, check_name, check_needs
+from utils.denoisers import Denoiser, MaskNoise, Plain
+from utils.policies import UNIFORM_SAMPLERS
+
+# what families that generate from left to right need when they do
+LEFT_TO_RIGHT = {"guidance": (0,), "correctors": (0,), "cache": ("auto", "none")}
+NOT_ALL_AT_ONCE = {
+    "guidance": "only a masked model of the whole window has it",
+    "cache": "it keeps keys and values by itself (cache=auto), or none",
+}
+
+
+class Blocks(Masked):
+    """Block diffusion (BD3-LM, arXiv:2503.09573): each block of a row is masked at a ratio of its
+    own, and sees itself and the clean blocks to its left. In training the clean row stands beside
+    the corrupted one (`blocks.doubled_mask`)."""
+
+    needs = LEFT_TO_RIGHT | {
+        "corruption": ("count",),
+        "complementary": (False,),
+        "loss_weighting": ("flat", "elbo", "clip", "pooled"),
+        "time_sampling": ("uniform",),
+    }
+    why = Masked.why | NOT_ALL_AT_ONCE
+
+    def __init__(self, cfg):
+        super().__init__(cfg)
+        self.block_len = cfg.block_len
+        self.name = f"a model of blocks of {self.block_len} tokens"
+        self.needs = self.needs | {"decode_block": (0, self.block_len)}
+
+    def units(self, L):
+        return (L - self.bos) // self.block_len, self.block_len
+
+    def unit_of(self, L, device):
+        return blocks.block_ids(L, self.block_len, self.bos, device).clamp(min=0)
+
+    def fit(self, L):
+        return self.bos + max(1, self.units(L)[0]) * self.block_len
+
+    def denoise(self, model, x0, masked, index):
+        L, xt = x0.size(1), q_sample(x0, masked, model.vocab_size - 1)
+        ratio = blocks.mask_ratios(masked, self.block_len, self.bos)
+        return model(
+            torch.cat((xt, x0), 1),
+            F.pad(ratio, (0, L)),  # and the clean row is clean
+            attention=blocks.doubled_mask(L, self.block_len, self.bos, x0.device),
+            positions=torch.arange(L, device=x0.device).repeat(2),
+            select=index // L * 2 * L + index % L,
+        )
+
+    def logits(self, model, ids, index=None):
+        own = blocks.block_ids(ids.size(1), self.block_len, self.bos, ids.device)
+        ratio = blocks.mask_ratios(ids == model.vocab_size - 1, self.block_len, self.bos)
+        return model(ids, ratio, attention=own[None] <= own[:, None], select=index)
+
+    def denoiser(self, model, canvas, how, window=None):
+        """In the model's own blocks, which begin where they did in training."""
+        B, device = len(canvas), canvas.device
+        if how.cache == "auto":
+            network = kv_cache.Exact(model, B, self.block_len, self.bos, self.exact, device)
+        else:
+            network = Plain(lambda x, index, window: self.logits(model, x, index))
+        origin = torch.full((B, 1), self.bos, device=device)
+        return Denoiser(
+            network,
+            MaskNoise(model.vocab_size - 1),
+            canvas,
+            self.block_len,
+            origin,
+            window,
+            self.bos,
+            sees_right=False,
+        )
+
+
+class Autoregressive(Blocks):
+    """The same transformer from left to right, to compare with: blocks of one token, which is
+    always masked. Position i reads token i - 1 (the first reads MASK) and what is to the left, so
+    all L tokens of a row are predicted, as in diffusion; and the bound is exact."""
+
+    name, exact, block_len, procedure = "an autoregressive model", True, 1, "left to right"
+    needs = LEFT_TO_RIGHT | {
+        "decode_block": (0, 1),
+        "block_len": (0,),
+        "corruption": ("count", "bernoulli"),
+        "loss_weighting": ("flat", "elbo", "clip"),
+        "complementary": (False,),
+        "time_conditioning": ("none",),
+        "time_sampling": ("uniform",),
+        "diffusion_steps": (0,),
+    }
+    why = Blocks.why | dict.fromkeys(
+        ("loss_weighting", "time_conditioning", "diffusion_steps"),
+        "it has no masks and no noise level",
+    )
+
+    def __init__(self, cfg):
+        self.cfg, self.bos = cfg, bos_tokens(cfg)
+
+    def fit(self, L):
+        return L
+
+    def unit_of(self, L, device):
+        return None
+
+    def corrupt(self, shape, generator=None, density=None, given=None):
+        B, L = shape
+        masked = (torch.arange(L) >= self.bos).repeat(B, 1)
+        return Corruption(masked if given is None else masked & ~given, torch.ones(B))
+
+    def nelbo(self, model, x0, passes=1, rows_at_once=64, given=None):
+        """-log p(x0) itself, (R, 1) nats per token."""
+        whole = self.corrupt(x0.shape, given=given)
+        return mean_over_passes(partial(self.weighted_ce, model), x0, [whole], rows_at_once)
+
+    def denoise(self, model, x0, masked, index):
+        return self.logits(model, x0, index)
+
+    def logits(self, model, ids, index=None):
+        shifted = blocks.shifted(ids, model.vocab_size - 1)
+        return model(shifted, None, attention="causal", select=index)
+
+    def probes(self, model, shape, number, generator):
+        """Shares of the row that are still to come."""
+        B, L = shape
+        for part in torch.arange(self.bos, L).tensor_split(min(number, L - self.bos))[::-1]:
+            masked = torch.zeros(B, L, dtype=torch.bool).index_fill(1, part, True)
+            yield 1 - part.float().mean().item() / L, Corruption(masked, torch.ones(B))
+
+
+class Uniform:
+    """Diffusion with random tokens instead of MASK (utils/uniform.py). They do not show the noise
+    level, so the network is told it. The bound has its weight at little noise, where the square of
+    the time puts more rows; and it has no gradient where a network is sure that what it sees is
+    right, as large tied embeddings are at the start (tales never got off the ground)."""
+
+    name, exact, block_len, samplers = "a model of uniform noise", False, 0, UNIFORM_SAMPLERS
+    procedure = "from uniform noise"
+    needs = {
+        "guidance": (0,),
+        "decode_block": (0,),
+        "cache": ("auto", "none"),
+        "left_to_right": (0,),
+        "block_len": (0,),
+        "corruption": ("bernoulli",),
+        "diffusion_steps": (0,),
+        "loss_weighting": ("elbo",),
+        "complementary": (False,),
+        "time_conditioning": ("adaln", "sinusoidal"),
+        "schedule": ("poly2", *SCHEDULES),
+        "init": ("normal", "zero"),
+    }
+    why = NOT_ALL_AT_ONCE | {
+        "time_conditioning": "random tokens do not show the noise level, which it must be told",
+        "left_to_right": "such a model does not write from left to right",
+    }
+
+    def __init__(self, cfg):
+        self.cfg, self.bos = cfg, bos_tokens(cfg)
+
+    def fit(self, L):
+        return L
+
+    def corrupt(self, shape, generator, density=None, given=None):
+        B, L = shape
+        t = draws.stratified(B, generator)
+        t = importance.inverse_cdf(t, density).clamp(min=1e-9)
+        m = mask_ratio(self.cfg.schedule, t).clamp(max=uniform.MOST)
+        masked = torch.rand(B, L - self.bos, generator=generator) < m[:, None]
+        masked = F.pad(masked, (self.bos, 0))
+        weight = mask_ratio_slope(self.cfg.schedule, t) / importance.density_at(t, density)
+        return self.corruption(masked, weight, m, generator, given)
+
+    def corruption(self, masked, weight, m, generator, given=None):
+        """A Corruption at the noise levels m (B,); `given` (B, L) bool is not corrupted."""
+        noise = torch.randint(2**62, masked.shape, generator=generator)
+        if given is not None:
+            masked, noise = masked & ~given, noise.masked_fill(given, -1)
+        return Corruption(masked, weight.float(), noise=noise, level=m.float())
+
+    def loss(self, model, x0, corruption, token_nll=None):
+        """The closed-form bound (`uniform.nelbo`), (B,) nats per token."""
+        xt, corruption = self.q_sample(model, x0, corruption)
+        logits = draws.at_least_float32(model(xt, corruption.level))
+        integrand = uniform.nelbo(logits, xt, x0, corruption.level).masked_fill(
+            corruption.noise < 0, 0
+        )
+        return integrand[:, self.bos :].sum(1) * corruption.weight / x0.size(1)
+
+    def q_sample(self, model, x0, corruption):
+        """(xt (B, L), the Corruption on its device)"""
+        corruption = corruption.to(x0.device)
+        return torch.where(
+            corruption.masked, corruption.noise % (model.vocab_size - 1), x0
+        ), corruption
+
+    def nelbo(self, model, x0, passes=1, rows_at_once=64, given=None):
+        """Upper bound on -log p(x0), (R, passes) nats per token. Times are stratified over all
+        rows, and m = t^2, since the integrand grows like log(1 / m): nothing is cut off below."""
+        fixed = self.bound_corruptions(x0.shape, passes, given)
+        return mean_over_passes(partial(self.loss, model), x0, fixed, rows_at_once)
+
+    def bound_corruptions(self, shape, passes, given=None):
+        R, generator = shape[0], torch.Generator().manual_seed(0)
+        for _ in range(passes):
+            t = draws.stratified(R, generator)[torch.randperm(R, generator=generator)]
+            m = (t**2).clamp(max=uniform.MOST)
+            masked = torch.rand(shape, generator=generator) < m[:, None]
+            masked[:, : self.bos] = False
+            yield self.corruption(masked, 2 * t, m, generator, given)
+
+    def sampler(self, how):
+        """The reverse process, unless how names another that it has."""
+        own = how.sampler.partition(":")[0] in self.samplers
+        return find_sampler(how.sampler if own else "reverse", self.samplers)
+
+    def denoiser(self, model, canvas, how, window=None):
+        """The whole canvas at once, with the noise level that the clock has."""
+        B, L = canvas.shape
+        if window and L > window:
+            raise UserError(
+                "a model of uniform noise writes no more than its window; make --gen-len smaller"
+            )
+        network = Plain(
+            lambda x, index, window: model(x, window.turn.m_t[window.rows, 0].float(), select=index)
+        )
+        origin = torch.zeros(B, 1, dtype=torch.long, device=canvas.device)
+        return Denoiser(network, uniform.UniformNoise(model.vocab_size - 1), canvas, L, origin)
+
+    def probes(self, model, shape, number, generator):
+        B, L = shape
+        for level in ((i + 0.5) / number for i in range(number)):
+            masked = F.pad(torch.rand(B, L - self.bos, generator=generator) < level, (self.bos, 0))
+            noise = torch.randint(model.vocab_size - 1, shape, generator=generator)
+            yield (
+                level,
+                Corruption(masked, torch.ones(B), noise=noise, level=torch.full((B,), level)),
+            )
+
+    def log_p(self, model, x0, corruption, index):
+        """log p(x0_i | xt) (N, V) of what is corrupted, at its flat positions index (N,)."""
+        xt, corruption = self.q_sample(model, x0, corruption)
+        logits = draws.at_least_float32(model(xt, corruption.level, select=index))
+        m = corruption.level[0].expand(len(index))
+        p = uniform.posterior(logits.softmax(-1), xt.flatten()[index], m, torch.zeros_like(m))
+        return (p / p.sum(-1, keepdim=True)).log()
+
+
+# --objective -> its class; with a block_len, that of "masked" is Blocks
+FAMILIES = {"masked": Masked, "uniform": Uniform, "ar": Autoregressive}
+
+
+def block_len(cfg):
+    """Tokens of a block of block diffusion; 0: the window is one block, plain diffusion."""
+    return 0 if cfg.block_len in (0, cfg.block_size) else cfg.block_len
+
+
+def family_of(cfg):
+    """The family of a model that is trained with cfg."""
+    check_name("objective", cfg.objective, FAMILIES)
+    kind = FAMILIES[cfg.objective]
+    return Blocks(cfg) if kind is Masked and block_len(cfg) else kind(cfg)
+
+
+def checked(cfg):
+    """`family_of` a Config, after complaining of what it cannot have."""
+    check_name("schedule", cfg.schedule, SCHEDULES)
+    family = family_of(cfg)
+    check_needs(family, cfg)
+    return family
