@@ -148,7 +148,7 @@ class SampleConfig:
     num_samples: int = field(1, "how many of each", low=1, high=10**5)
     seed: int = field(1337, "of the first sample; the next has the next number", low=0, high=SEEDS)
 
-    # chosen by scripts/ablate.py samplers on tales: as good as one token at a time, in a third of the evaluations
+    # chosen by scripts/lab/ablate.py samplers on tales: as good as one token at a time, in a third of the evaluations
     sampler: str = field("entropy_bounded", "rule that picks which tokens to write next, NAME or NAME:NUMBER; --list "
                          "shows all", "how")
     steps: int = field(None, "most steps; more is better and slower (default: as many as there are tokens to write, "
@@ -254,7 +254,7 @@ PRESETS = {
 }
 
 
-# --- from names and flags to a Config -----------------------------------------------------------------------------
+# --- from names and flags to a Config -------------------------------------------------------------
 
 
 def family_defaults(objective, families):

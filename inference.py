@@ -20,7 +20,7 @@ from tqdm import tqdm
 import config
 import diffusion
 from config import SampleConfig
-from utils import canvas, checkpoint, cli, families, policies, runtime, trace
+from utils import canvas, checkpoint, cli, families, page, policies, runtime, terminal, trace, video
 from utils.cli import UserError
 
 ALTERNATIVES = 5       # likeliest tokens that the page of --viz-html shows
@@ -135,7 +135,7 @@ def generate(model, text, options, cfg, device, dtype):
                                    bool(options.viz_html))
                 frames, steps = trace.record(steps, blank, text.mask, options.trace_every)
             if options.live:
-                steps = trace.live(steps, text, (blank[0] != text.mask).tolist(), options.frame_ms)
+                steps = terminal.live(steps, text, (blank[0] != text.mask).tolist(), options.frame_ms)
         settled, masks = torch.zeros_like(blank), int((blank == text.mask).sum())
         number = torch.zeros_like(blank[:, :1])  # of steps in which something happened in each row
         with contextlib.closing(steps), runtime.autocast(device, dtype), tqdm(
@@ -179,12 +179,12 @@ def main(argv):
           file=sys.stderr)
     if frames:
         title = f"{name} · {procedure} · temperature {options.temperature:g} · {frames[-1].nfe} evaluations"
-        for target, write in ((options.viz_video, trace.write_mp4), (options.viz_gif, trace.write_gif)):
+        for target, write in ((options.viz_video, video.write_mp4), (options.viz_gif, video.write_gif)):
             if target:
-                write(target, trace.pictures(frames, text, title), options.gif_frame_ms)
+                write(target, video.pictures(frames, text, title), options.gif_frame_ms)
                 print(f"wrote {target}", file=sys.stderr)
         if options.viz_html:
-            trace.write_html(options.viz_html, frames, text, title)
+            page.write_html(options.viz_html, frames, text, title)
             print(f"wrote {options.viz_html}", file=sys.stderr)
 
 

@@ -17,9 +17,10 @@ from config import Config, SampleConfig
 from conftest import TINY, interrupt, load, run
 from model import Transformer
 from scripts import data as data_script
-from scripts import ablate, bench, compare_samplers, evaluate, export, train_tokenizer
+from scripts import evaluate, export, train_tokenizer
+from scripts.lab import ablate, bench, compare_samplers, yardstick
 from toy import MASKED
-from utils import checkpoint, cli, corpus, metrics, optim, plots, policies, runtime, tales, texts, tokenizer, trace
+from utils import checkpoint, cli, corpus, metrics, optim, plots, policies, runtime, tales, texts, tokenizer, video
 from utils.cli import UserError
 from utils.families import FAMILIES, family_of
 
@@ -46,7 +47,7 @@ def short_run(tmp_path_factory):
     return str(folder / "models" / "tales.best.pt")
 
 
-# --- config -----------------------------------------------------------------------------------------------------
+# --- config ---------------------------------------------------------------------------------------
 
 
 def test_flags_and_presets():
@@ -192,7 +193,7 @@ def test_help_and_list(monkeypatch, capsys):
         assert code == 0 and "--" in out
 
 
-# --- training ---------------------------------------------------------------------------------------------------
+# --- training -------------------------------------------------------------------------------------
 
 
 def weights(path):
@@ -558,7 +559,7 @@ def test_what_a_family_cannot_write(monkeypatch, capsys):
     assert code == 0 and "13 network evaluations" in err and len(out) == 7, (out, err)
 
 
-# --- inference --------------------------------------------------------------------------------------------------
+# --- inference ------------------------------------------------------------------------------------
 
 
 def test_prompt_to_text_and_video(tales_run, monkeypatch, capsys):
@@ -569,18 +570,18 @@ def test_prompt_to_text_and_video(tales_run, monkeypatch, capsys):
         "--temperature", "0.0", "--viz-video", "media/x.mp4", "--viz-gif", "media/x.gif", "--trace-every", "2",
         "--gif-frame-ms", "100"], monkeypatch, capsys)
     assert code == 0 and out.startswith("Once upon a time") and "9 network evaluations" in err
-    with av.open("media/x.mp4") as video:
-        stream = video.streams.video[0]
+    with av.open("media/x.mp4") as file:
+        stream = file.streams.video[0]
         assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
         assert (stream.width, stream.height, float(stream.average_rate)) == (1280, 720, 10.0)
-        pictures = [frame.to_image() for frame in video.decode(stream)]
+        pictures = [frame.to_image() for frame in file.decode(stream)]
     # the blank canvas, evaluations 2, 4, 6, 8, and the last one held for 3 s
     assert len(pictures) == 5 + 30
     assert len({picture.tobytes() for picture in pictures}) >= 6 and not os.path.exists("media/x.mp4.tmp")
     gif = Image.open("media/x.gif")
     assert gif.n_frames == 6 and gif.size == (640, 360)
     gif.seek(3)
-    fresh = tuple(int(trace.FRESH[i:i + 2], 16) for i in (1, 3, 5))
+    fresh = tuple(int(video.FRESH[i:i + 2], 16) for i in (1, 3, 5))
     assert fresh in {colour for _, colour in gif.convert("RGB").getcolors(2**20)}, "few colours, but the right ones"
 
 
@@ -604,7 +605,7 @@ def test_the_checkpoint_is_enough(tales_run, monkeypatch, capsys):
     assert "confidence, temperature 1 | 6 network evaluations" in err
 
 
-# --- scripts ----------------------------------------------------------------------------------------------------
+# --- scripts --------------------------------------------------------------------------------------
 
 
 def test_the_source_documents_commands(monkeypatch, capsys):
@@ -1058,7 +1059,7 @@ def test_a_wrong_clock():
     assert [share for _, share in told] == pytest.approx([1 - k / 10 for k in range(10)]) and not (ids == 5).any()
 
 
-# --- canvases and viewers, as users ask for them ----------------------------------------------------------------
+# --- canvases and viewers, as users ask for them --------------------------------------------------
 
 
 @pytest.fixture

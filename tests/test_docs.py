@@ -18,17 +18,18 @@ import toy
 import train
 from conftest import ROOT, TINY, load, run
 from model import Transformer
-from scripts import ablate, bench, data, evaluate, export, pictures, train_tokenizer
+from scripts import data, evaluate, export, train_tokenizer
+from scripts.lab import ablate, bench, pictures
 from utils import corpus, metrics, policies, runtime, tales, texts
 from utils.families import FAMILIES
 
 TEXT = {name: open(os.path.join(ROOT, name), encoding="utf-8").read() for name in ("README.md", "learning.md")}
 MAIN = {"train.py": train.main, "inference.py": inference.main} | {
-    f"scripts/{script.__name__.split('.')[-1]}.py": script.main
+    f"{script.__name__.replace('.', '/')}.py": script.main
     for script in (ablate, bench, data, evaluate, export, pictures, train_tokenizer)}
 
 
-# --- commands ---------------------------------------------------------------------------------------------------
+# --- commands -------------------------------------------------------------------------------------
 
 
 def commands():
@@ -38,7 +39,7 @@ def commands():
     for text in TEXT.values():
         for block, inline, name in re.findall(r"^```\n(.*?)^```$|`((?:python|pytest) [^`]+)`|\[`(\w+(?: --[^`]+)?)`\]\(artifacts/abl",
                                         re.sub(r"^```python\n.*?^```$", "", text, flags=re.S | re.M), re.S | re.M):
-            inline = f"python scripts/ablate.py {name}" if name else inline
+            inline = f"python scripts/lab/ablate.py {name}" if name else inline
             lines = [re.sub(r"\s+", " ", inline)] if inline else block.splitlines()
             found += [re.sub(r"\s+#.*", "", line) for line in lines if re.match(r"python |pytest |torchrun |bash |pip ", line)]
     return [one for number, one in enumerate(found) if one == "python train.py" or one not in found[:number]]
@@ -47,12 +48,12 @@ def commands():
 SHORT = {  # appended to the words of a command: later flags win
     "train.py": [*TINY, "--short_rows", "0", "--eval_interval", "6"],
     "inference.py": ["--device", "cpu", "--frame-ms", "0", "--trace-every", "40", "--steps", "40", "--sampler", "confidence"],
-    "scripts/ablate.py": ["--iters", "2", "--yardstick_iters", "2", "--num_samples", "2", "--device", "cpu", "--compile", "off"],
-    "scripts/bench.py": ["--rounds", "1", "--device", "cpu", "--steps", "2", "--batches", "1"],
+    "scripts/lab/ablate.py": ["--iters", "2", "--yardstick_iters", "2", "--num_samples", "2", "--device", "cpu", "--compile", "off"],
+    "scripts/lab/bench.py": ["--rounds", "1", "--device", "cpu", "--steps", "2", "--batches", "1"],
     "scripts/evaluate.py": ["--rows", "4", "--device", "cpu"],
     "scripts/data.py": [],
     "scripts/export.py": [],
-    "scripts/pictures.py": [],
+    "scripts/lab/pictures.py": [],
     "scripts/train_tokenizer.py": ["--vocab-size", "400"]}
 INSTEAD = {"--dataset": "local.jsonl", "--num-stories": "300", "--tokens": "20K", "--gen-len": "300",  # these need the hub,
            "--num_samples": "2"}  # or hours
@@ -116,10 +117,10 @@ def run_short(script, words, monkeypatch, capsys):
     short = SHORT[script] + (["--max_iters", "8"] if "--resume" in words else [])
     if script == "scripts/evaluate.py" and "--against" not in words:
         short = [*short, "--num_samples", "2"]
-    if script == "scripts/bench.py" and not any(".pt" in word for word in words):  # they have tests of their own, and take long
+    if script == "scripts/lab/bench.py" and not any(".pt" in word for word in words):  # they have tests of their own, and take long
         assert words[0] in bench.BENCHES
         monkeypatch.setitem(bench.BENCHES, words[0], (lambda name, options: config.preset(name), print, "tales"))
-    if script == "scripts/ablate.py":
+    if script == "scripts/lab/ablate.py":
         comparison = ablate.COMPARISONS[words[0]]
         only = words[words.index("--only") + 1] if "--only" in words else ""
         first = lambda options: [setting for setting in comparison.settings(options)
@@ -134,7 +135,7 @@ def run_short(script, words, monkeypatch, capsys):
         monkeypatch.setattr(ablate, "base_config", lambda options: base(options) | SHAPE | {"eval_rows": 4, "final_rows": 4})
         if words[0] not in ablate.TRAINED and "--checkpoint" not in words:
             short = [*short, "--checkpoint", f"artifacts/models/{'spelling' if words[0] == 'spelling' else 'half_hour'}.best.pt"]
-    if script == "scripts/pictures.py":
+    if script == "scripts/lab/pictures.py":
         short = ["--checkpoint", "artifacts/models/half_hour.best.pt"]
         monkeypatch.setattr(policies, "SAMPLERS", {name: policies.SAMPLERS[name] for name in (
             "ancestral", "confidence", "entropy_bounded", "remask", "remdm_cap")})
@@ -152,7 +153,7 @@ def test_comparisons_that_are_there_train_nothing(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(train, "train", lambda cfg, quiet: pytest.fail(f"trains {cfg}"))
     monkeypatch.setattr(runtime, "choose_device", lambda name: torch.device("cpu"))  # as those runs had
     monkeypatch.setattr(runtime, "choose_dtype", lambda name, device: torch.float32 if name == "float32" else torch.bfloat16)
-    found = [command for command in map(shlex.split, commands()) if command[1] == "scripts/ablate.py" and command[2] in ablate.TRAINED]
+    found = [command for command in map(shlex.split, commands()) if command[1] == "scripts/lab/ablate.py" and command[2] in ablate.TRAINED]
     for words in found:
         comparison = ablate.COMPARISONS[words[2]]._replace(plot=lambda *_: None)
         monkeypatch.setitem(ablate.COMPARISONS, words[2], comparison)

@@ -34,7 +34,7 @@ def network(vocab_size=6, **changes):
     return model
 
 
-# --- autoregressive ---------------------------------------------------------------------------------------------
+# --- autoregressive -------------------------------------------------------------------------------
 
 
 class Causal:
@@ -83,7 +83,7 @@ def test_ar_does_not_see_what_it_predicts():
     assert (logits[:, :5] == logits[:1, :5]).all() and not torch.equal(logits[0, 5], logits[1, 5])
 
 
-# --- item 8: blocks ---------------------------------------------------------------------------------------------
+# --- item 8: blocks -------------------------------------------------------------------------------
 
 
 class Blocks:
@@ -277,7 +277,7 @@ def test_what_a_family_cannot_do(options, message):
         list(sample(Blocks(2), CANVASES[-1:].clone(), **options))
 
 
-# --- item 7: uniform noise --------------------------------------------------------------------------------------
+# --- item 7: uniform noise ------------------------------------------------------------------------
 
 
 class LeaveOneOut:
@@ -474,7 +474,7 @@ def test_uniform_steps_for_viewers():
         assert torch.equal(alone.ids[0], together.ids[1])
 
 
-# --- gradients, importance sampling ------------------------------------------------------------------------------
+# --- gradients, importance sampling ---------------------------------------------------------------
 
 
 def gradient(model, value):
@@ -563,7 +563,7 @@ def test_the_density_of_times_follows_the_spread_of_the_losses():
     assert density[12:].min() > 1.5 and density[:12].max() < 0.6
 
 
-# --- given tokens, a row each ------------------------------------------------------------------------------------
+# --- given tokens, a row each ---------------------------------------------------------------------
 
 
 def prefixes(rows):

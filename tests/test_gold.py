@@ -37,7 +37,7 @@ from utils.runtime import generator
 PATH = os.path.join(os.path.dirname(os.path.abspath(__file__)), "gold.json")
 
 
-# --- how the code is called: all that changes while it moves -----------------------------------------------------
+# --- how the code is called: all that changes while it moves --------------------------------------
 
 SAMPLERS = policies.SAMPLERS
 
@@ -70,7 +70,7 @@ def density_of(cfg, model, x0):
     return importance.time_density(family_of(cfg), model, x0)
 
 
-# --- sampling: hashes of every field of every step ---------------------------------------------------------------
+# --- sampling: hashes of every field of every step ------------------------------------------------
 
 
 def digest(steps):
@@ -124,7 +124,7 @@ def sampling_cases():
                                                                     **options)
 
 
-# --- losses, gradients, bounds -----------------------------------------------------------------------------------
+# --- losses, gradients, bounds --------------------------------------------------------------------
 
 
 def families():
@@ -173,7 +173,7 @@ def figures(cfg, model):
     return found
 
 
-# --- training ----------------------------------------------------------------------------------------------------
+# --- training -------------------------------------------------------------------------------------
 
 RUNS = {"tales": "tales", "blocks": "tales --block_len 11", "ar": "tales --objective ar", "uniform": "tales --objective uniform",
         "importance": "tales --time_sampling importance --ema 0.9", "pairs": "tales --complementary true --dropout 0.1"}
@@ -200,7 +200,7 @@ def json_lines(folder):
     return [{k: v for k, v in json.loads(line).items() if "second" not in k} for line in out.getvalue().splitlines()]
 
 
-# --- comparing ---------------------------------------------------------------------------------------------------
+# --- comparing ------------------------------------------------------------------------------------
 
 
 def near(found, wanted, tolerance):

@@ -33,7 +33,7 @@ def exact_nelbo(model, x0):
     return total
 
 
-# --- the toy itself ---------------------------------------------------------------------------------------------
+# --- the toy itself -------------------------------------------------------------------------------
 
 
 def test_toy_is_the_documented_one():
@@ -45,7 +45,7 @@ def test_toy_is_the_documented_one():
     assert conditional[2].tolist() == pytest.approx([0.341463, 0.292683, 0.365854], abs=1e-6)
 
 
-# --- item 1: schedules and the forward process ------------------------------------------------------------------
+# --- item 1: schedules and the forward process ----------------------------------------------------
 
 EXACT = {  # name -> (m(t), m'(t)) written from the definition of alpha, not as diffusion.py writes it
     "linear": (lambda t: t, lambda t: torch.ones_like(t)),
@@ -122,7 +122,7 @@ def test_document_rows_keep_their_first_token():
         assert not drawn.masked[:, 0].any() and drawn.masked[:, 1:].any(0).all()
 
 
-# --- item 2: the posterior of the forward process ---------------------------------------------------------------
+# --- item 2: the posterior of the forward process -------------------------------------------------
 
 
 def view(**values):
@@ -143,7 +143,7 @@ def test_posterior_of_masking_is_bayes():
         assert policies.ancestral(seen)[0].double().mean().item() == pytest.approx((m_t - m_s) / m_t, abs=1e-5)
 
 
-# --- items 3 and 4: the bound -----------------------------------------------------------------------------------
+# --- items 3 and 4: the bound ---------------------------------------------------------------------
 
 
 def test_bound_of_the_perfect_network_is_the_likelihood():
@@ -246,7 +246,7 @@ def test_other_weightings():
     assert full.abs().max() < 1e-12, "all visible: the loss over all positions is that of copying"
 
 
-# --- item 5: the law of ancestral sampling ----------------------------------------------------------------------
+# --- item 5: the law of ancestral sampling --------------------------------------------------------
 
 
 def ancestral_law(model, grid):
@@ -329,7 +329,7 @@ def test_positions_are_chosen_before_the_distribution_is_truncated():
         canvases == MASK, torch.arange(L), 99), torch.tensor(1))), "and not the leftmost"
 
 
-# --- item 6: samplers against the data --------------------------------------------------------------------------
+# --- item 6: samplers against the data ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sampler", ("first_hitting", "random", "confidence", "entropy", "margin", "threshold:1.1",
@@ -493,7 +493,7 @@ def test_confidence_of_the_drawn_token_is_wrong():
     assert -(q * q.clamp(min=1e-12).log()).sum().item() == pytest.approx(1.69, abs=0.1)
 
 
-# --- items 10 and 11: invariants and precision -------------------------------------------------------------------
+# --- items 10 and 11: invariants and precision ----------------------------------------------------
 
 CANVAS = torch.tensor([[0, MASK, MASK, MASK], [MASK, 1, MASK, 2], [MASK] * 4, [0, 1, 2, 0]])
 
@@ -659,7 +659,7 @@ def test_counts_of_the_notes():
     assert counts == [1] * 72 + [2] * 28
 
 
-# --- blocks, guidance, caches, long texts ------------------------------------------------------------------------
+# --- blocks, guidance, caches, long texts ---------------------------------------------------------
 
 
 def documents_of(model, canvas, **options):

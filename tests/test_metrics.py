@@ -15,7 +15,7 @@ import diffusion
 from config import Config, SampleConfig, family_defaults
 from model import Transformer
 from toy import settings
-from utils import corpus, metrics, plots, runtime, tales, trace
+from utils import corpus, metrics, page as pages, plots, runtime, tales, terminal, trace, video
 from utils.families import FAMILIES, family_of
 from utils.tokenizer import train_bpe, train_char
 
@@ -64,7 +64,7 @@ def test_loss_curves(tmp_path):
     assert (tmp_path / "new" / "x.png").read_bytes()[:4] == b"\x89PNG"
 
 
-# --- traces -----------------------------------------------------------------------------------------------------
+# --- traces ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -89,23 +89,23 @@ def test_states_look_different(bpe):
     ids = bpe.encode(["a red kite"])[0]
     blank = frame([bpe.mask] * len(ids), nfe=0)
     settled = frame(ids)
-    first = list(trace.pictures([blank, settled], bpe, "t"))[1][0]
-    fresh = list(trace.pictures([blank, frame(ids, fresh={1})], bpe, "t"))[1][0]
-    again = list(trace.pictures([blank, frame([bpe.mask, *ids[1:]], remasked={0})], bpe, "t"))[1][0]
-    text = lambda image: image.crop((0, trace.TEXT_TOP, trace.WIDTH, trace.TEXT_BOTTOM))
+    first = list(video.pictures([blank, settled], bpe, "t"))[1][0]
+    fresh = list(video.pictures([blank, frame(ids, fresh={1})], bpe, "t"))[1][0]
+    again = list(video.pictures([blank, frame([bpe.mask, *ids[1:]], remasked={0})], bpe, "t"))[1][0]
+    text = lambda image: image.crop((0, video.TEXT_TOP, video.WIDTH, video.TEXT_BOTTOM))
     assert len({text(image).tobytes() for image in (first, fresh, again)}) == 3
-    assert rgb(trace.FRESH) in colours(text(fresh)) and rgb(trace.FRESH) not in colours(text(first))
-    assert rgb(trace.REMASKED) in colours(text(again)) and rgb(trace.REMASKED) not in colours(text(first))
-    given = list(trace.pictures([frame([ids[0]] + [bpe.mask] * (len(ids) - 1)), settled], bpe, "t"))[1][0]
-    assert rgb(trace.GIVEN) in colours(text(given)) and rgb(trace.GIVEN) not in colours(text(first))
+    assert rgb(video.FRESH) in colours(text(fresh)) and rgb(video.FRESH) not in colours(text(first))
+    assert rgb(video.REMASKED) in colours(text(again)) and rgb(video.REMASKED) not in colours(text(first))
+    given = list(video.pictures([frame([ids[0]] + [bpe.mask] * (len(ids) - 1)), settled], bpe, "t"))[1][0]
+    assert rgb(video.GIVEN) in colours(text(given)) and rgb(video.GIVEN) not in colours(text(first))
 
 
 def test_tokens_stay_in_place_and_lines_are_not_overfull():
     pieces = [["", "", "", ""], ["To be", "", " or", "\n"], ["To be", ",", " or", "\n"]]
-    plan = trace.layout([[p or "" for p in row] for row in pieces])
+    plan = video.layout([[p or "" for p in row] for row in pieces])
     assert plan.places == [(0, 0), (0, 5), (0, 6), (0, 9)] and plan.cells == [5, 1, 3, 1]
     long = [[f" word{i}" for i in range(400)] + ["\n"] * 3 + ["x" * 250, "end"]]
-    plan = trace.layout(long)
+    plan = video.layout(long)
     for (line, column), width in zip(plan.places, plan.cells):
         assert column + min(width, plan.columns) <= plan.columns and column >= -1
     spots = [(line, column + i) for (line, column), width in zip(plan.places, plan.cells) if width < plan.columns
@@ -116,16 +116,16 @@ def test_tokens_stay_in_place_and_lines_are_not_overfull():
 def test_long_text_pages_instead_of_being_cut(bpe):
     ids = bpe.encode([" ".join(tales.generate(1, 20))])[0]
     frames = [frame([bpe.mask] * len(ids), nfe=0), frame(ids, fresh=set(range(len(ids))))]
-    images = list(trace.pictures(frames, bpe, "t"))
-    plan = trace.layout([[piece or "" for piece in bpe.pieces(f.ids)] for f in frames])
+    images = list(video.pictures(frames, bpe, "t"))
+    plan = video.layout([[piece or "" for piece in bpe.pieces(f.ids)] for f in frames])
     assert plan.pages > 1 and plan.size >= 20
-    assert [seconds for _, seconds in images] == [None] + [trace.PAGE_SECONDS] * plan.pages
+    assert [seconds for _, seconds in images] == [None] + [video.PAGE_SECONDS] * plan.pages
     assert len({image.tobytes() for image, _ in images}) == 1 + plan.pages
 
 
 def test_characters_that_the_font_lacks_are_escaped():
-    assert trace.printable("a\n") == "a↵" and trace.printable("é“ ”") == "é“ ”"
-    assert trace.printable("漢") == "\\u6f22" and trace.printable("\x07") == "\\x07" and trace.printable("😀").startswith("\\U")
+    assert video.printable("a\n") == "a↵" and video.printable("é“ ”") == "é“ ”"
+    assert video.printable("漢") == "\\u6f22" and video.printable("\x07") == "\\x07" and video.printable("😀").startswith("\\U")
 
 
 def step_of(n, fresh=True, remasked=False, ids=None):
@@ -152,10 +152,10 @@ def test_skipped_steps_leave_their_marks():
 def test_tint_tells_how_sure_the_model_was(bpe):
     ids = bpe.encode(["a red kite"])[0]
     blank = frame([bpe.mask] * len(ids), nfe=0)
-    sure, unsure = (list(trace.pictures([blank, frame(ids, confidence=c)], bpe, "t"))[1][0] for c in (1.0, 0.2))
-    text = lambda image: colours(image.crop((0, trace.TEXT_TOP, trace.WIDTH, trace.TEXT_BOTTOM)))
-    assert trace.tint(0.2) in text(unsure) and trace.tint(0.2) not in text(sure)
-    assert trace.tint(1.0) == rgb(trace.PAPER)
+    sure, unsure = (list(video.pictures([blank, frame(ids, confidence=c)], bpe, "t"))[1][0] for c in (1.0, 0.2))
+    text = lambda image: colours(image.crop((0, video.TEXT_TOP, video.WIDTH, video.TEXT_BOTTOM)))
+    assert video.tint(0.2) in text(unsure) and video.tint(0.2) not in text(sure)
+    assert video.tint(1.0) == rgb(video.PAPER)
 
 
 class Terminal(io.StringIO):
@@ -173,7 +173,7 @@ def live(steps, text, **environment):
             patch.setenv(name, value)
         if "NO_COLOR" not in environment:
             patch.delenv("NO_COLOR", raising=False)
-        list(trace.live(iter(steps), text, [False, False, True] + [False] * steps[0].ids.size(1), out=out))
+        list(terminal.live(iter(steps), text, [False, False, True] + [False] * steps[0].ids.size(1), out=out))
     return out.getvalue()
 
 
@@ -210,13 +210,13 @@ def test_live_terminal(bpe):
     dumb = live(canvas_steps(bpe), bpe, TERM="dumb")
     assert "\x1b" not in dumb and len(dumb.splitlines()) == 2
     pipe = Terminal(tty=False)
-    assert len(list(trace.live(iter(canvas_steps(bpe)), bpe, [], out=pipe))) == 2 and pipe.getvalue() == ""
+    assert len(list(terminal.live(iter(canvas_steps(bpe)), bpe, [], out=pipe))) == 2 and pipe.getvalue() == ""
 
 
 def test_live_cleans_up_after_ctrl_c(bpe, monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     out = Terminal()
-    stream = trace.live(iter(canvas_steps(bpe)), bpe, [False] * 99, out=out)
+    stream = terminal.live(iter(canvas_steps(bpe)), bpe, [False] * 99, out=out)
     next(stream)
     with pytest.raises(KeyboardInterrupt):
         stream.throw(KeyboardInterrupt)
@@ -229,7 +229,7 @@ def test_html_holds_all_states(bpe, tmp_path):
     blank = frame([bpe.mask] * len(ids), nfe=0, confidence=0.0)
     half = frame([ids[0]] + [bpe.mask] * (len(ids) - 1), fresh={0}, confidence=0.5, top=top)
     again = frame([bpe.mask] * len(ids), remasked={0}, confidence=0.5, top=top)
-    trace.write_html(str(tmp_path / "x.html"), [blank, half, again, frame(ids, fresh=set(range(len(ids))))], bpe, "t & <i>")
+    pages.write_html(str(tmp_path / "x.html"), [blank, half, again, frame(ids, fresh=set(range(len(ids))))], bpe, "t & <i>")
     page = (tmp_path / "x.html").read_text(encoding="utf-8")
     assert page.count("</script>") == 1 and "http" not in page, "nothing in the data ends the script; no network"
     data = json.loads(page.split("const data = ")[1].split(";\n")[0])
@@ -267,7 +267,7 @@ def test_the_page_in_a_browser(bpe, tmp_path):
         pytest.skip("no Chromium or Chrome is installed")
     ids, page = bpe.encode(["a red kite"])[0], tmp_path / "x.html"
     top = [[(ids[0], 0.75), (ids[1], 0.25)]] + [[(ids[1], 1.0)]] * (len(ids) - 1)
-    trace.write_html(str(page), [frame([bpe.mask] * len(ids), nfe=0, confidence=0.0),
+    pages.write_html(str(page), [frame([bpe.mask] * len(ids), nfe=0, confidence=0.0),
                                  frame([ids[0]] + [bpe.mask] * (len(ids) - 1), fresh={0}, confidence=0.5, top=top),
                                  frame(ids, fresh=set(range(1, len(ids))), nfe=2, top=top)], bpe, "title")
     page.write_text(page.read_text(encoding="utf-8") + PRESS_KEYS, encoding="utf-8")

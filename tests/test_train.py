@@ -52,7 +52,7 @@ def assert_close(a, b, tolerance):
         torch.testing.assert_close(a[key], b[key], atol=tolerance, rtol=0)
 
 
-# --- the batch, whoever computes it -----------------------------------------------------------------------------
+# --- the batch, whoever computes it ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("changes", ({}, {"complementary": True, "optimizer": "adamw"}, {"loss_weighting": "pooled"},
@@ -161,7 +161,7 @@ def test_activation_checkpointing_computes_blocks_twice():
     assert calls == [False, True, True]
 
 
-# --- an average of the weights ----------------------------------------------------------------------------------
+# --- an average of the weights --------------------------------------------------------------------
 
 
 def test_the_average_of_the_weights():
@@ -186,7 +186,7 @@ def test_what_is_judged_and_sampled_is_the_average():
     assert torch.equal(model.blocks[0].mlp.fc.weight, state["ema"]["blocks.0.mlp.fc.weight"])
 
 
-# --- never losing a step ----------------------------------------------------------------------------------------
+# --- never losing a step --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("changes", ({"ema": 0.9}, {"complementary": True, "micro_batch": 2}, {"optimizer": "adamw", "ema": 0.95},
@@ -455,7 +455,7 @@ def test_float16_steps_over_an_overflow(monkeypatch):
     assert state["scaler"]["scale"] == 2**15 and all(value.isfinite().all() for value in state["model"].values())
 
 
-# --- several processes ------------------------------------------------------------------------------------------
+# --- several processes ----------------------------------------------------------------------------
 
 CRASH_ONCE = """
 import os, sys
@@ -524,7 +524,7 @@ def test_a_restart_finds_its_own_run(monkeypatch):
         checkpoint.interrupted("artifacts", "tiny")
 
 
-# --- shards -----------------------------------------------------------------------------------------------------
+# --- shards ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture

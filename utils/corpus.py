@@ -30,7 +30,7 @@ class Corpus(NamedTuple):
     training: Callable       # steps of a run, limit -> (N, L) int: tokens that it was trained on, about `limit` at most
 
 
-# --- tokens and rows --------------------------------------------------------------------------------------------
+# --- tokens and rows ------------------------------------------------------------------------------
 
 
 def cut(document):
@@ -116,7 +116,7 @@ def row_lengths(rows, text):
     return torch.tensor([[len(text.decode(row)), text.num_bytes(row)] for row in rows.tolist()])
 
 
-# --- corpora ----------------------------------------------------------------------------------------------------
+# --- corpora --------------------------------------------------------------------------------------
 
 
 def stream_batch(ids, cfg, step, rows=slice(None)):
@@ -227,7 +227,7 @@ def make_tokenizer(cfg, sample, documents):
     return text
 
 
-# --- corpora larger than memory: a folder of memory-mapped shards ------------------------------------------------
+# --- corpora larger than memory: a folder of memory-mapped shards ---------------------------------
 
 
 def write_shards(folder, source, text, wanted, settings, progress=lambda tokens: None):

@@ -148,7 +148,7 @@ def left_to_right(model, family, rows):
     return torch.tensor(out)
 
 
-# --- samples ------------------------------------------------------------------------------------------------------
+# --- samples --------------------------------------------------------------------------------------
 
 
 def sample_rows(generate, family, text, count, device):

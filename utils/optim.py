@@ -21,7 +21,7 @@ def orthogonalise(g, dtype, steps=5):
 
 class Muon(torch.optim.Optimizer):
     """torch.optim.Muon's update with all matrices of a shape orthogonalised at once, and in float32 for runs in float32:
-    bfloat16 turns their last digit into the third. `scripts/bench.py train` times the two, a test compares their steps.
+    bfloat16 turns their last digit into the third. `scripts/lab/bench.py train` times the two, a test compares their steps.
 
     params are matrices; lr is scaled by sqrt(max(1, rows / columns)), momentum is Nesterov's, less than Jordan's 0.95
     because runs of some hundred steps are better with less; dtype is that of the orthogonalisation.

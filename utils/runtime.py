@@ -183,7 +183,7 @@ def compile_network(model, token_nll, device, try_out):
     return compiled, compiled_nll, result
 
 
-# --- several processes, one a GPU, started by torchrun ------------------------------------------------------------
+# --- several processes, one a GPU, started by torchrun --------------------------------------------
 
 
 class Hardware(NamedTuple):
@@ -313,7 +313,7 @@ def gradient_sync(network, wanted):
     return contextlib.nullcontext() if wanted or not hasattr(network, "no_sync") else network.no_sync()
 
 
-# --- files and signals --------------------------------------------------------------------------------------------
+# --- files and signals ----------------------------------------------------------------------------
 
 
 def on_interrupt(action):

@@ -16,7 +16,7 @@ import re
 from itertools import islice
 from typing import NamedTuple
 
-# --- what a story is made of ------------------------------------------------------------------------------------
+# --- what a story is made of ----------------------------------------------------------------------
 
 GIRLS = "Mia Lily Anna Ruby Nora Ella Rosie Clara".split()
 BOYS = "Tom Ben Max Leo Jack Oscar Finn Hugo".split()
@@ -130,7 +130,7 @@ class Grammar(NamedTuple):
 
 TALES = Grammar(VARIABLES, FORMS, PLOTS)
 
-# --- writing stories --------------------------------------------------------------------------------------------
+# --- writing stories ------------------------------------------------------------------------------
 
 
 def stream(seed, grammar=TALES):
@@ -160,7 +160,7 @@ class _Rendered(dict):
         return form(self.chosen[variable])
 
 
-# --- judging stories --------------------------------------------------------------------------------------------
+# --- judging stories ------------------------------------------------------------------------------
 # A piece of text at a placeholder leaves a set of choices possible for its variable ("she" leaves the girls). A
 # derivation is consistent when the sets of all placeholders of a variable have a choice in common.
 

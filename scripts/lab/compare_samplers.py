@@ -1,4 +1,4 @@
-"""Ways of writing with one trained network, compared: the sampler comparisons of scripts/ablate.py, which runs them.
+"""Ways of writing with one trained network, compared: the sampler comparisons of scripts/lab/ablate.py, which runs them.
 
 Each is a function from ablate.py's options to the settings, and one from them to (the function that measures a setting,
 what its figures depend on besides).
@@ -11,11 +11,11 @@ import torch
 
 import diffusion
 from config import SampleConfig
-from scripts.bench import source_procedure
+from scripts.lab import yardstick
 from utils import canvas, checkpoint, corpus, families, metrics, policies, runtime, tales
 from utils.cli import UserError
 
-# --- on tales, where truth is known ------------------------------------------------------------------------------
+# --- on tales, where truth is known ---------------------------------------------------------------
 
 STEPS = (4, 8, 16, 32, 64)
 MORE_STEPS = (*STEPS, 128, 256)  # for the samplers that gain from more steps than there are tokens
@@ -74,7 +74,7 @@ def generate(model, family, setting, blank, seeds):
     by the micro-dLLMs' procedure ("source"), or with a wrong clock ("notes, misled")."""
     how = setting | {"steps": setting["steps"] or None}
     if how["sampler"] == "source":
-        return source_procedure(model, blank, how["steps"], seeds[0]), torch.full((len(blank),), how["steps"])
+        return yardstick.sampler(model, blank, how["steps"], seeds[0]), torch.full((len(blank),), how["steps"])
     if how["sampler"] == "notes, misled":
         model, how["sampler"] = misled(model, how["steps"]), "notes"
     *_, last = diffusion.sample(family, model, blank, SampleConfig(**how), seeds=seeds)
@@ -106,7 +106,7 @@ def temperature_settings(options):
             for sampler in (SampleConfig.sampler, "first_hitting") for t in (0.0, 0.3, 0.6, 0.8, 0.9, 1.0, 1.1, 1.3)]
 
 
-# --- who comes first ---------------------------------------------------------------------------------------------
+# --- who comes first ------------------------------------------------------------------------------
 
 
 def order_settings(options):
@@ -151,7 +151,7 @@ def measure_order(options):
     return measure, common
 
 
-# --- spelling ----------------------------------------------------------------------------------------------------
+# --- spelling -------------------------------------------------------------------------------------
 
 
 def misled(model, steps):

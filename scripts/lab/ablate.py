@@ -1,10 +1,10 @@
 """Comparisons: one table of differences, one figure, one command each. What is done already is not done again.
 
-    python scripts/ablate.py optimizer                                 trains each variant; likewise weighting, ...
-    python scripts/ablate.py optimizer --base shakespeare --iters 300  the same at a preset's own size
-    python scripts/ablate.py optimizer --data data/stories.txt         the same on another text
-    python scripts/ablate.py samplers                                  the newest tales run
-    python scripts/ablate.py samplers --checkpoint artifacts/models/tales.best.pt --num_samples 200
+    python scripts/lab/ablate.py optimizer                                 trains each variant; likewise weighting, ...
+    python scripts/lab/ablate.py optimizer --base shakespeare --iters 300  the same at a preset's own size
+    python scripts/lab/ablate.py optimizer --data data/stories.txt         the same on another text
+    python scripts/lab/ablate.py samplers                                  the newest tales run
+    python scripts/lab/ablate.py samplers --checkpoint artifacts/models/tales.best.pt --num_samples 200
 
 Writes artifacts/ablations/NAME.csv, .md and .png (NAME_BASE_on_DATA with those). To add a comparison, add a
 function and an entry to COMPARISONS; a comparison of training runs is an entry of TRAINED.
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Callable, NamedTuple
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
 import torch
 
@@ -31,7 +31,7 @@ import config
 import diffusion
 import train
 from config import Config
-from scripts import compare_samplers
+from scripts.lab import compare_samplers
 from utils import cli, plots, runtime
 from utils.cli import UserError, field
 from utils.families import FAMILIES
@@ -63,7 +63,7 @@ class Comparison(NamedTuple):
     summary: Callable = lambda rows: rows  # rows of the table -> those of the Markdown table
 
 
-# --- training runs ----------------------------------------------------------------------------------------------
+# --- training runs --------------------------------------------------------------------------------
 # Each comparison is a dict of variants: name -> differences from the base, in order. All are judged by the same bound,
 # on the same held-out rows with the same masks.
 
@@ -299,7 +299,7 @@ COMPARISONS = {
                       plots.overfitting if name == "ar_vs_diffusion" else plots.bound_over_cost, over_seeds) for name in TRAINED}
 
 
-# --- the runner -------------------------------------------------------------------------------------------------
+# --- the runner -----------------------------------------------------------------------------------
 
 
 def label(setting):
@@ -343,7 +343,7 @@ def main(argv):
         return cli.show_help(AblateConfig, __doc__)
     positional, overrides = cli.parse(argv, AblateConfig)
     if len(positional) != 1:
-        raise UserError(f"say which comparison: python scripts/ablate.py NAME; known: {', '.join(COMPARISONS)}")
+        raise UserError(f"say which comparison: python scripts/lab/ablate.py NAME; known: {', '.join(COMPARISONS)}")
     cli.check_name("comparison", positional[0], COMPARISONS)
     options = cli.merge(AblateConfig, overrides)
     FAMILIES.update(OWN_FAMILIES)

@@ -1,10 +1,10 @@
 """Time what users wait for. Machines are noisy: everything is timed in turn in one run and given as medians.
 
-    python scripts/bench.py train shakespeare               tokens/s of a preset, beside the sources' recipe
-    python scripts/bench.py train tales --rounds 9 --json train.json
-    python scripts/bench.py sample stories --batches 1,16   tokens/s of every sampler, beside the sources' procedure
-    python scripts/bench.py sample artifacts/models/tales.best.pt --samplers confidence,entropy_bounded:0.03
-    python scripts/bench.py video                           seconds to encode 256 tokens x 100 steps as MP4
+    python scripts/lab/bench.py train shakespeare               tokens/s of a preset, beside the sources' recipe
+    python scripts/lab/bench.py train tales --rounds 9 --json train.json
+    python scripts/lab/bench.py sample stories --batches 1,16   tokens/s of every sampler, beside the sources' procedure
+    python scripts/lab/bench.py sample artifacts/models/tales.best.pt --samplers confidence,entropy_bounded:0.03
+    python scripts/lab/bench.py video                           seconds to encode 256 tokens x 100 steps as MP4
 """
 import contextlib
 import dataclasses
@@ -18,7 +18,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
 import torch
 
@@ -27,7 +27,8 @@ import diffusion
 import train
 from config import LONGEST, Config, SampleConfig
 from model import Transformer
-from utils import checkpoint, cli, corpus, families, optim, policies, runtime, tales, tokenizer, trace
+from scripts.lab import yardstick
+from utils import checkpoint, cli, corpus, families, optim, policies, runtime, tales, tokenizer, trace, video
 from utils.cli import UserError, field
 
 
@@ -240,27 +241,6 @@ def bench_train(name, options):
             "variants": figures}
 
 
-@torch.no_grad()
-def source_procedure(model, canvas, steps=101, seed=0):
-    """The micro-dLLMs' sampler as published, the yardstick of `sample`: the ids (B, L) that it ends with.
-
-    Each step computes all positions, draws a token everywhere, keeps the surest by the probability of the token drawn
-    and hides the rest; a last pass takes the likeliest token at every position. (Their network can draw MASK; ours
-    has no logit for it, and is told the true share of masks.)
-    """
-    mask, free = model.vocab_size - 1, canvas == model.vocab_size - 1
-    ids, total = canvas.clone(), free.sum(1)
-    generator = torch.Generator(canvas.device).manual_seed(seed)
-    for t in range(steps - 1, 0, -1):
-        p = model(ids, (ids == mask).float().mean(1)).float().softmax(-1)
-        tokens = torch.multinomial(p.flatten(0, 1), 1, generator=generator).view_as(ids)
-        sure = p.gather(2, tokens[..., None])[..., 0].masked_fill(~free, 2)
-        share = 1 - math.cos(math.pi / 2 * (t - 1) / (steps - 1))  # their cosine schedule
-        hidden = sure.argsort(1).argsort(1) < (share * total).long()[:, None]
-        ids = torch.where(free, torch.where(hidden, mask, tokens), canvas)
-    return torch.where(free, model(ids, (ids == mask).float().mean(1)).argmax(-1), canvas)
-
-
 def bench_sample(name, options):
     """Figures (dict) for every sampler on a network of the preset's shape with random weights, or a checkpoint (.pt).
 
@@ -280,7 +260,7 @@ def bench_sample(name, options):
     for batch in map(int, options.batches.split(",")):
         blank = torch.full((batch, cfg.block_size), model.vocab_size - 1, device=device)
         blank[:, 0] = 0
-        source = lambda: (source_procedure(model, blank), 101)
+        source = lambda: (yardstick.sampler(model, blank), 101)
 
         def ours(sampler, **more):
             found = policies.find_sampler(sampler)
@@ -343,7 +323,7 @@ def bench_video(name, options):
         seconds = []
         for _ in range(options.rounds + options.warm_up):
             start = time.perf_counter()
-            trace.write_mp4(os.path.join(folder, "trace.mp4"), trace.pictures(frames, text, "title"), 100)
+            video.write_mp4(os.path.join(folder, "trace.mp4"), video.pictures(frames, text, "title"), 100)
             seconds.append(time.perf_counter() - start)
     return {"frames": len(frames), "tokens": 256, "rounds": options.rounds, "threads": torch.get_num_threads(),
             "median_seconds": statistics.median(seconds[options.warm_up:])}
@@ -374,7 +354,7 @@ def main(argv):
         return cli.show_help(BenchConfig, __doc__)
     positional, overrides = cli.parse(argv, BenchConfig)
     if not positional or positional[0] not in BENCHES:
-        raise UserError("say what to time: python scripts/bench.py train [preset ...], sample [preset ...] or video")
+        raise UserError("say what to time: python scripts/lab/bench.py train [preset ...], sample [preset ...] or video")
     options, reports = cli.merge(BenchConfig, overrides), []
     bench, show, default = BENCHES[positional[0]]
     for name in positional[1:] or [default]:

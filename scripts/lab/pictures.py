@@ -1,21 +1,21 @@
 """The pictures of learning.md, into artifacts/plots: each a function and an entry of PICTURES.
 
-    python scripts/pictures.py                                             all
-    python scripts/pictures.py schedules weights                           some
-    python scripts/pictures.py samplers_at_work --checkpoint artifacts/models/tales.best.pt
+    python scripts/lab/pictures.py                                             all
+    python scripts/lab/pictures.py schedules weights                           some
+    python scripts/lab/pictures.py samplers_at_work --checkpoint artifacts/models/tales.best.pt
 """
 import os
 import sys
 from dataclasses import dataclass
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
 import torch
 
 import diffusion
 from config import SampleConfig
 from model import waves
-from scripts import compare_samplers
+from scripts.lab import compare_samplers
 from utils import blocks, canvas, cli, families, plots, policies, runtime, tales
 from utils.cli import field
 
