@@ -11,7 +11,7 @@ import os
 import runpy
 from dataclasses import dataclass
 
-from utils.cli import UserError, check, field, merge, nearest, parse, reason
+from utils.cli import UserError, check, field, merge, nearest, reason
 
 VERSION = 2  # of what a checkpoint stores
 
@@ -287,9 +287,9 @@ def preset(name, families=()):
     raise UserError(f"there is no preset {name}{nearest(name, PRESETS)} (--list shows all; a .py file works too)")
 
 
-def load(argv, families):
-    """Command line of train.py -> Config and one line that says what was chosen and why; families: `families.FAMILIES`."""
-    positional, overrides = parse(argv, Config)
+def load(positional, overrides, families):
+    """Command line of train.py (preset, flags) -> Config and one line that says what was chosen and why; families:
+    `families.FAMILIES`."""
     if len(positional) > 1:
         raise UserError(f"one preset at a time, got {' '.join(positional)}")
     if positional:

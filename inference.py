@@ -17,7 +17,6 @@ import time
 import torch
 from tqdm import tqdm
 
-import config
 import diffusion
 from config import SampleConfig
 from utils import canvas, checkpoint, cli, families, page, policies, runtime, terminal, trace, video
@@ -27,14 +26,11 @@ ALTERNATIVES = 5       # likeliest tokens that the page of --viz-html shows
 MOST_WRITTEN = 2**24   # tokens of all texts together: what is kept of each is some 100 bytes
 
 
-def load(argv):
-    """Command line -> (SampleConfig, model, Text, Config, device, path of the checkpoint).
+def load(overrides):
+    """Flags (dict) -> (SampleConfig, model, Text, Config, device, path of the checkpoint).
 
     Settings come from config.py, then from the checkpoint (how its author wanted it sampled), then from the flags.
     """
-    positional, overrides = cli.parse(argv, SampleConfig)
-    if positional:
-        raise UserError(f"what is {positional[0]}? Give text with --prompt \"...\" and a model with --checkpoint PATH")
     check(cli.merge(SampleConfig, overrides))  # complain before the checkpoint is read
     path = overrides.get("checkpoint") or checkpoint.newest()
     state = checkpoint.read(path)
@@ -158,12 +154,8 @@ def generate(model, text, options, cfg, device, dtype):
     return [results[i] for i in range(len(rows))], frames, nfe, total
 
 
-def main(argv):
-    if "--help" in argv or "-h" in argv:
-        return cli.show_help(SampleConfig, __doc__)
-    if "--list" in argv:
-        return cli.show_list(config.PRESETS, policies.SAMPLERS, diffusion.SCHEDULES, families.FAMILIES)
-    options, model, text, cfg, device, path = load(argv)
+def run(positional, overrides):
+    options, model, text, cfg, device, path = load(overrides)
     dtype = runtime.dtype_of_run(options.dtype, cfg.dtype, device, path)
     name = os.path.basename(path).removesuffix(".pt")
     results, frames, nfe, seconds = generate(model, text, options, cfg, device, dtype)
@@ -188,5 +180,7 @@ def main(argv):
             print(f"wrote {options.viz_html}", file=sys.stderr)
 
 
+main = cli.command(SampleConfig, run, __doc__, lists=families.show_list, unexpected=(
+    "Give text with --prompt \"...\" and a model with --checkpoint PATH"))
 if __name__ == "__main__":
     cli.run(main)

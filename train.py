@@ -292,22 +292,17 @@ def train(cfg, state=None, quiet=False):
     return {}
 
 
-def main(argv):
-    if "--help" in argv or "-h" in argv:
-        return cli.show_help(Config, __doc__)
-    if "--list" in argv:
-        return cli.show_list(
-            config.PRESETS, policies.SAMPLERS, diffusion.SCHEDULES, families.FAMILIES
-        )
-    if any(word.split("=")[0] == "--resume" for word in argv):
-        return train(*checkpoint.resumed_config(argv))
-    cfg, why = config.load(argv, families.FAMILIES)
+def run_command(positional, overrides):
+    if "resume" in overrides:
+        return train(*checkpoint.resumed_config(positional, overrides))
+    cfg, why = config.load(positional, overrides, families.FAMILIES)
     if path := checkpoint.interrupted(cfg.out_dir, cfg.name):  # torchrun started this run anew
-        return train(*checkpoint.resumed_config(["--resume", path]))
+        return train(*checkpoint.resumed_config([], {"resume": path}))
     if runtime.is_first():
         print(why)
-    train(cfg)
+    return train(cfg)
 
 
+main = cli.command(Config, run_command, __doc__, lists=families.show_list)
 if __name__ == "__main__":
     cli.run(main)

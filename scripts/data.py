@@ -95,13 +95,7 @@ def documents(cfg):
     return texts.stream_dataset(cfg.dataset, cfg.split, cfg.config, cfg.text_column, cfg.seed, cfg.shuffle_buffer)
 
 
-def main(argv):
-    if "--help" in argv or "-h" in argv:
-        return cli.show_help(DataConfig, __doc__)
-    argv = ["--clean_mojibake=false" if word == "--no-clean-mojibake" else word for word in argv]
-    positional, overrides = cli.parse(argv, DataConfig)
-    if positional:
-        raise UserError(f"what is {positional[0]}? Name a source with --dataset {positional[0]}")
+def run(positional, overrides):
     cfg = cli.merge(DataConfig, SOURCES.get(overrides.get("dataset"), {}),
                     {name: value for name, value in overrides.items() if not (name == "dataset" and value in SOURCES)})
     if cfg.dataset.endswith((*texts.LOCAL, ".txt")) and not os.path.exists(cfg.dataset):
@@ -120,5 +114,6 @@ def main(argv):
     print(f"wrote {count:,} documents, {os.path.getsize(output):,} bytes, to {output}")
 
 
+main = cli.command(DataConfig, run, __doc__, unexpected="Name a source with --dataset {}")
 if __name__ == "__main__":
     cli.run(main)

@@ -118,12 +118,7 @@ def compare(first, second, device):
     return lines
 
 
-def main(argv):
-    if "--help" in argv or "-h" in argv:
-        return cli.show_help(EvaluateConfig, __doc__)
-    positional, overrides = cli.parse(argv, EvaluateConfig)
-    if positional:
-        raise UserError(f"what is {positional[0]}? Name the model with --checkpoint {positional[0]}")
+def run(positional, overrides):
     options = cli.merge(EvaluateConfig, overrides)
     idle = [name for name in ("num_samples", "left_to_right", "judge", "json", "plot", "sampler", "steps", "temperature", "top_p")
             if name in overrides]
@@ -171,5 +166,6 @@ def main(argv):
             raise UserError(f"no plot: {error}; the rest was written") from None
 
 
+main = cli.command(EvaluateConfig, run, __doc__, unexpected="Name the model with --checkpoint {}")
 if __name__ == "__main__":
     cli.run(main)

@@ -58,12 +58,7 @@ def read(folder):
     return state
 
 
-def main(argv):
-    if "--help" in argv or "-h" in argv:
-        return cli.show_help(ExportConfig, __doc__)
-    positional, overrides = cli.parse(argv, ExportConfig)
-    if positional:
-        raise UserError(f"what is {positional[0]}? Name the model with --checkpoint {positional[0]}")
+def run(positional, overrides):
     options = cli.merge(ExportConfig, overrides)
     if options.back:
         if not options.output.endswith(".pt"):
@@ -82,5 +77,6 @@ def main(argv):
     print(f"wrote {folder}/model.safetensors, config.json and tokenizer.json")
 
 
+main = cli.command(ExportConfig, run, __doc__, unexpected="Name the model with --checkpoint {}")
 if __name__ == "__main__":
     cli.run(main)

@@ -23,12 +23,7 @@ class TokenizerConfig:
         cli.check(self)
 
 
-def main(argv):
-    if "--help" in argv or "-h" in argv:
-        return cli.show_help(TokenizerConfig, __doc__)
-    positional, overrides = cli.parse(argv, TokenizerConfig)
-    if positional:
-        raise UserError(f"what is {positional[0]}? Name the corpus with --input {positional[0]}")
+def run(positional, overrides):
     cfg = cli.merge(TokenizerConfig, overrides)
     train, _ = texts.split(texts.read_documents(cfg.input))
     text = tokenizer.train_bpe(train, cfg.vocab_size, cfg.min_frequency)
@@ -38,5 +33,6 @@ def main(argv):
           f"{sum(map(len, train)) / ids:.2f} characters a token on {len(train):,} training documents")
 
 
+main = cli.command(TokenizerConfig, run, __doc__, unexpected="Name the corpus with --input {}")
 if __name__ == "__main__":
     cli.run(main)

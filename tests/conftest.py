@@ -14,7 +14,7 @@ import torch  # noqa: E402
 
 import config  # noqa: E402
 import train  # noqa: E402
-from utils import cli, corpus, families, runs, tales, tokenizer  # noqa: E402
+from utils import checkpoint, cli, corpus, families, runs, tales, tokenizer  # noqa: E402
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
@@ -69,7 +69,12 @@ TINY = ("--n_layer 1 --n_head 2 --n_embd 16 --batch_size 4 --max_iters 6 --eval_
 
 def load(words):
     """(Config, what was chosen and why) of train.py's command line."""
-    return config.load(words, families.FAMILIES)
+    return config.load(*cli.parse(words, config.Config), families.FAMILIES)
+
+
+def resumed(words):
+    """(Config, checkpoint dict) of train.py's command line with --resume."""
+    return checkpoint.resumed_config(*cli.parse(words, config.Config))
 
 
 def run(main, words, monkeypatch, capsys):

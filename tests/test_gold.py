@@ -22,7 +22,6 @@ import torch
 
 sys.path[:0] = [os.path.dirname(os.path.dirname(os.path.abspath(__file__))), os.path.dirname(os.path.abspath(__file__))]
 
-import config
 import conftest
 import inference
 import test_families
@@ -31,7 +30,7 @@ import toy
 import train
 from toy import MASK, Lookup, settings
 from utils import cli, importance, policies
-from utils.families import FAMILIES, family_of
+from utils.families import family_of
 from utils.runtime import generator
 
 PATH = os.path.join(os.path.dirname(os.path.abspath(__file__)), "gold.json")
@@ -183,7 +182,7 @@ def training(name, folder):
     """Entries of the log, the held-out metrics and the metrics of levels of 20 steps; with "resumed" of 10, and 10 more."""
     words = [*RUNS[name].split(), *conftest.TINY, "--max_iters", "20", "--eval_interval", "5", "--dtype", "float32", "--out_dir",
              str(folder), "--short_rows", "0.2", "--batch_size", "8", "--micro_batch", "4"]
-    report = train.train(config.load([*words, "--name", "run", "--final_samples", "2"], FAMILIES)[0], quiet=True)
+    report = train.train(conftest.load([*words, "--name", "run", "--final_samples", "2"])[0], quiet=True)
     keep = lambda entry: {k: v for k, v in entry.items() if "minutes" not in k and "second" not in k}
     log = [keep(json.loads(line)) for line in open(os.path.join(folder, "logs/run.jsonl"))]
     return {"log": log, "report": {k: v for k, v in keep(report).items() if k not in ("samples", "reference")},

@@ -19,7 +19,7 @@ import diffusion
 import toy
 import train
 from config import Config
-from conftest import ROOT, interrupt
+from conftest import ROOT, interrupt, resumed
 from model import Transformer
 from scripts import data as data_script
 from utils import checkpoint, cli, corpus, importance, metrics, optim, plots, runs, runtime, tales, texts, tokenizer
@@ -214,7 +214,7 @@ def test_resuming_is_exact(changes, monkeypatch):
             train.train(cfg, state, quiet=True)
             break
         except Crash:
-            cfg, state = checkpoint.resumed_config(["--resume", "artifacts/models/parts.pt"])
+            cfg, state = resumed(["--resume", "artifacts/models/parts.pt"])
     a, b = (checkpoint.read(f"artifacts/models/{name}.pt") for name in ("whole", "parts"))
     assert_close(a["model"], b["model"], 0)
     if whole.ema:
@@ -240,7 +240,7 @@ def test_a_stop_between_evaluations_leaves_no_trace(monkeypatch):
     train.train(dataclasses.replace(whole, name="parts"))
     assert checkpoint.read("artifacts/models/parts.pt")["step"] == 4
     assert [json.loads(line)["step"] for line in open("artifacts/logs/parts.jsonl")] == [3]
-    train.train(*checkpoint.resumed_config(["--resume", "artifacts/models/parts.pt"]), quiet=True)
+    train.train(*resumed(["--resume", "artifacts/models/parts.pt"]), quiet=True)
     assert_close(weights("whole"), weights("parts"), 0)
     one, two = ([json.loads(line) | {"minutes": 0} for line in open(f"artifacts/logs/{name}.jsonl")] for name in ("whole", "parts"))
     assert one == two
@@ -252,7 +252,7 @@ def test_a_stopped_run_that_ends_where_it_stopped_is_judged(stop, begin, monkeyp
     interrupt(monkeypatch, stop, signal.SIGINT)
     train.train(tiny(eval_interval=3))
     assert len(open("artifacts/logs/tiny.jsonl").readlines()) == begin
-    cfg, state = checkpoint.resumed_config(["--resume", "auto", "--max_iters", str(stop + 1)])
+    cfg, state = resumed(["--resume", "auto", "--max_iters", str(stop + 1)])
     report = train.train(cfg, state, quiet=True)
     last = json.loads(open("artifacts/logs/tiny.jsonl").readlines()[-1])
     assert report["steps"] == stop + 1 == last["step"] and math.isfinite(report["bound_nats_per_token"])
@@ -268,7 +268,7 @@ def test_a_checkpoint_from_before_goes_on():
         del state["config"][name]
     del state["corpus"], state["job"], state["ema"]
     checkpoint.save("artifacts/models/tiny.pt", state)
-    cfg, state = checkpoint.resumed_config(["--resume", "artifacts/models/tiny.pt", "--max_iters", "8", "--micro_batch", "2"])
+    cfg, state = resumed(["--resume", "artifacts/models/tiny.pt", "--max_iters", "8", "--micro_batch", "2"])
     assert train.train(cfg, state, quiet=True)["steps"] == 8
     assert train.train(tiny(name="next", init_from="artifacts/models/tiny.best.pt"), quiet=True)["steps"] == 6
 
@@ -278,7 +278,7 @@ def test_another_text_is_no_way_to_go_on(tmp_path):
     cfg = tiny(data="a.txt", rows="stream", tokenizer="char", block_size=16, name="a")
     train.train(cfg, quiet=True)
     (tmp_path / "a.txt").write_text("to be or not to be, that is the squestion. " * 60)
-    cfg, state = checkpoint.resumed_config(["--resume", "artifacts/models/a.pt", "--max_iters", "9"])
+    cfg, state = resumed(["--resume", "artifacts/models/a.pt", "--max_iters", "9"])
     with pytest.raises(UserError, match="a.txt is not the text that a was trained on"):
         train.train(cfg, state, quiet=True)
 
@@ -335,7 +335,7 @@ def test_a_run_that_is_killed_again_and_again(tmp_path):
         time.sleep(dice.random() * 0.05)
         os.kill(child.pid, signal.SIGKILL)
         child.join()
-        cfg, state = checkpoint.resumed_config(["--resume", path])
+        cfg, state = resumed(["--resume", path])
         assert before < state["step"] < 60
     train.train(cfg, state, quiet=True)
     assert_close(weights("whole"), weights("parts"), 0)
@@ -383,16 +383,16 @@ def test_a_crash_in_the_final_metrics_loses_nothing(monkeypatch):
         with pytest.raises(RuntimeError, match="crash"):
             train.train(tiny(), quiet=True)
     before = weights("tiny")
-    report = train.train(*checkpoint.resumed_config(["--resume", "auto"]), quiet=True)
+    report = train.train(*resumed(["--resume", "auto"]), quiet=True)
     assert report["steps"] == 6 and os.path.exists("artifacts/logs/tiny.json")
     assert_close(before, weights("tiny"), 0)
     with pytest.raises(UserError, match="is finished"):
-        checkpoint.resumed_config(["--resume", "auto"])
+        resumed(["--resume", "auto"])
     with monkeypatch.context() as patch:  # and again at the end of a longer run, whose last metrics are of the shorter
         patch.setattr(metrics, "held_out", crash)
         with pytest.raises(RuntimeError, match="crash"):
-            train.train(*checkpoint.resumed_config(["--resume", "auto", "--max_iters", "8"]), quiet=True)
-    assert train.train(*checkpoint.resumed_config(["--resume", "auto"]), quiet=True)["steps"] == 8
+            train.train(*resumed(["--resume", "auto", "--max_iters", "8"]), quiet=True)
+    assert train.train(*resumed(["--resume", "auto"]), quiet=True)["steps"] == 8
 
 
 @pytest.mark.parametrize("of_last", (4.0, 6.0, math.nan))
@@ -407,7 +407,7 @@ def test_the_best_is_found_anew_at_the_end(of_last, monkeypatch):
     assert report["best_step"] == (6 if last else 3) == checkpoint.read("artifacts/models/tiny.best.pt")["step"]
     if last:
         assert_close(weights("tiny.best"), weights("tiny", "ema"), 0)
-    report = train.train(*checkpoint.resumed_config(["--resume", "auto", "--max_iters", "9"]), quiet=True)
+    report = train.train(*resumed(["--resume", "auto", "--max_iters", "9"]), quiet=True)
     assert report["best_step"] == (9 if last else 3)
 
 

@@ -173,12 +173,11 @@ def restore(state, device, path="the checkpoint"):
     return model.to(device).eval(), text, cfg
 
 
-def resumed_config(argv):
+def resumed_config(positional, overrides):
     """(Config, checkpoint dict) for --resume: the run's own settings, with the allowed changes of the command line.
 
     The run goes on where its checkpoint lies, FOLDER/models/NAME.pt, so that no other run can be overwritten.
     """
-    positional, overrides = cli.parse(argv, Config)
     if positional:
         raise UserError(f"--resume takes its preset from the checkpoint; leave out {positional[0]}")
     folder = os.path.join(overrides.get("out_dir", Config.out_dir), "models")

@@ -62,13 +62,20 @@ def nearest(word, words, prefix=""):
 MOST = 10**12  # of a whole number whose field names no other: beyond, C integers overflow and memory is gone
 
 
-def field(default, help, group=None, choices=None, low=None, high=None, above=None, below=None):
-    """A dataclass field that is a flag. `group` starts a heading of --help, for this field and those after it.
+def field(default, help, group=None, choices=None, low=None, high=None, above=None, below=None, alias=None):
+    """A dataclass field that is a flag. `group` starts a heading of --help, for this field and those after it; alias is an older
+    name of it, which flags, experiments and checkpoints may use.
 
     low <= value <= high, above < value < below: what `check` allows, where given.
     """
     limits = {"low": low, "high": high, "above": above, "below": below}
-    return dataclasses.field(default=default, metadata={"help": help, "group": group, "choices": choices, "limits": limits})
+    return dataclasses.field(default=default, metadata={
+        "help": help, "group": group, "choices": choices, "limits": limits, "alias": alias})
+
+
+def aliases(kind):
+    """{older name: name} of the fields of the dataclass."""
+    return {f.metadata["alias"]: f.name for f in dataclasses.fields(kind) if f.metadata["alias"]}
 
 
 def check(config):
@@ -125,7 +132,7 @@ def convert(f, text):
 
 def parse(argv, kind):
     """Command line -> (positional arguments, overrides): `--key value`, `--key=value`, `--bool`; - and _ are one."""
-    fields = {f.name: f for f in dataclasses.fields(kind)}
+    fields, older = {f.name: f for f in dataclasses.fields(kind)}, aliases(kind)
     positional, overrides, rest = [], {}, list(argv)
     while rest:
         word = rest.pop(0)
@@ -134,6 +141,11 @@ def parse(argv, kind):
             continue
         key, equals, value = word[2:].partition("=")
         key = key.replace("-", "_")
+        key = older.get(key, key)
+        positive = fields.get(key.removeprefix("no_"))
+        if key not in fields and positive and positive.type is bool:  # --no-clean-mojibake
+            overrides[positive.name] = False
+            continue
         if key not in fields:
             raise UserError(f"unknown flag {word.split('=')[0]}{nearest(key, fields, '--')} (--help shows all)")
         if not equals:
@@ -149,10 +161,11 @@ def parse(argv, kind):
 
 def merge(kind, *layers):
     """A `kind` from dicts, later ones first in rank; a name that it does not have is an error."""
-    values, types = {}, {f.name: f.type for f in dataclasses.fields(kind)}
+    values, types, older = {}, {f.name: f.type for f in dataclasses.fields(kind)}, aliases(kind)
     defaults = {f.name: f.default for f in dataclasses.fields(kind)}
     for layer in layers:
         for key, value in layer.items():
+            key = older.get(key, key)
             if key not in types:
                 raise UserError(f"there is no setting {key}{nearest(key, types)}")
             wanted = (int, float) if types[key] is float else types[key]
@@ -196,16 +209,22 @@ def duration(seconds):
     return f"{minutes} min {seconds:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def show_list(presets, samplers, schedules, families):
-    """Print the presets, each with its differences from the defaults, the samplers, schedules and objectives (dicts)."""
-    for name, settings in presets.items():
-        print(f"preset {name}: {', '.join(f'{k}={v}' for k, v in settings.items())}")
-    for name, sampler in samplers.items():
-        number = "" if sampler.value is None else f":{sampler.value:g}"
-        key = f" Key: {sampler.key.__doc__[0].lower()}{sampler.key.__doc__[1:]}" if sampler.key else ""
-        print(f"sampler {name}{number}: {' '.join(sampler.policy.__doc__.split())}{key}")
-    print(f"schedules: {', '.join(schedules)}")
-    print(f"objectives: {', '.join(families)}")
+def command(kind, run, usage, unexpected=None, lists=None):
+    """The main(argv) of a script: calls run(positional arguments, overrides), whose flags are the fields of the dataclass kind.
+
+    unexpected  what to say where there is a positional argument and may be none
+    lists       function that shows what --list does
+    """
+    def main(argv):
+        if "--help" in argv or "-h" in argv:
+            return show_help(kind, usage)
+        if lists and "--list" in argv:
+            return lists()
+        positional, overrides = parse(argv, kind)
+        if positional and unexpected:
+            raise UserError(f"what is {positional[0]}? {unexpected.format(positional[0])}")
+        return run(positional, overrides)
+    return main
 
 
 def run(main):

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
+from config import PRESETS
 from diffusion import (
     SCHEDULES,
     Corruption,
@@ -24,7 +25,7 @@ from diffusion import (
 from utils import blocks, draws, importance, kv_cache, uniform
 from utils.cli import UserError, check_name, check_needs
 from utils.denoisers import Denoiser, MaskNoise, Plain
-from utils.policies import UNIFORM_SAMPLERS
+from utils.policies import SAMPLERS, UNIFORM_SAMPLERS
 
 # what families that generate from left to right need when they do
 LEFT_TO_RIGHT = {"guidance": (0,), "correctors": (0,), "cache": ("auto", "none")}
@@ -293,3 +294,17 @@ def checked(cfg):
     family = family_of(cfg)
     check_needs(family, cfg)
     return family
+
+
+def show_list():
+    """Print the presets, each with its differences from the defaults, the samplers, schedules and
+    objectives."""
+    for name, settings in PRESETS.items():
+        print(f"preset {name}: {', '.join(f'{k}={v}' for k, v in settings.items())}")
+    for name, sampler in SAMPLERS.items():
+        number = "" if sampler.value is None else f":{sampler.value:g}"
+        key = sampler.key.__doc__ if sampler.key else ""
+        key = f" Key: {key[0].lower()}{key[1:]}" if key else ""
+        print(f"sampler {name}{number}: {' '.join(sampler.policy.__doc__.split())}{key}")
+    print(f"schedules: {', '.join(SCHEDULES)}")
+    print(f"objectives: {', '.join(FAMILIES)}")

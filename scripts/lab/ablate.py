@@ -338,10 +338,7 @@ def rounded(value):
     return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
 
 
-def main(argv):
-    if "--help" in argv or "-h" in argv:
-        return cli.show_help(AblateConfig, __doc__)
-    positional, overrides = cli.parse(argv, AblateConfig)
+def run(positional, overrides):
     if len(positional) != 1:
         raise UserError(f"say which comparison: python scripts/lab/ablate.py NAME; known: {', '.join(COMPARISONS)}")
     cli.check_name("comparison", positional[0], COMPARISONS)
@@ -381,5 +378,6 @@ def main(argv):
     print(f"wrote {stem}.csv, {stem}.md" + (f" and {stem}.png" if os.path.exists(f"{stem}.png") else ""))
 
 
+main = cli.command(AblateConfig, run, __doc__)
 if __name__ == "__main__":
     cli.run(main)

@@ -349,10 +349,7 @@ BENCHES = {"train": (bench_train, show_train, "tales"), "sample": (bench_sample,
            "video": (bench_video, show_video, "tales")}
 
 
-def main(argv):
-    if "--help" in argv or "-h" in argv:
-        return cli.show_help(BenchConfig, __doc__)
-    positional, overrides = cli.parse(argv, BenchConfig)
+def run(positional, overrides):
     if not positional or positional[0] not in BENCHES:
         raise UserError("say what to time: python scripts/lab/bench.py train [preset ...], sample [preset ...] or video")
     options, reports = cli.merge(BenchConfig, overrides), []
@@ -364,5 +361,6 @@ def main(argv):
         runtime.write_json(options.json, reports)
 
 
+main = cli.command(BenchConfig, run, __doc__)
 if __name__ == "__main__":
     cli.run(main)

@@ -150,10 +150,7 @@ PICTURES = {picture.__name__: picture for picture in (
     schedules, weights, hiding, replacing, attention, time_embedding, samplers_at_work)}
 
 
-def main(argv):
-    if "--help" in argv or "-h" in argv:
-        return cli.show_help(PictureConfig, __doc__)
-    names, overrides = cli.parse(argv, PictureConfig)
+def run(names, overrides):
     for name in names:
         cli.check_name("picture", name, PICTURES)
     options = cli.merge(PictureConfig, overrides)
@@ -163,5 +160,6 @@ def main(argv):
         print(f"wrote {path}")
 
 
+main = cli.command(PictureConfig, run, __doc__)
 if __name__ == "__main__":
     cli.run(main)
