@@ -51,7 +51,7 @@ class Config:
     n_layer: int = field(6, "transformer blocks", "model", low=1, high=1000)
     n_head: int = field(6, "attention heads", low=1, high=1000)
     n_embd: int = field(384, "channels", low=1, high=2**16)
-    block_size: int = field(256, "tokens in a window", low=2, high=LONGEST)
+    seq_len: int = field(256, "tokens in a window", low=2, high=LONGEST, alias="block_size")
     dropout: float = field(0.0, "share of activations dropped in training", low=0, below=1)
     tie_embeddings: bool = field(True, "one matrix for embedding and head: better for BPE, no matter for characters")
     init: str = field("normal", "normal: N(0, 0.02) as in the sources; zero: projections and head start at zero",
@@ -64,7 +64,7 @@ class Config:
 
     objective: str = field("masked", "masked: diffusion; uniform: diffusion with random tokens instead of masks; ar: the "
                            "same transformer from left to right, to compare", "objective")
-    block_len: int = field(0, "block diffusion: tokens of a block, which sees those to its left (0: block_size, all at once)", low=0)
+    block_len: int = field(0, "block diffusion: tokens of a block, which sees those to its left (0: seq_len, all at once)", low=0)
     schedule: str = field("linear", "masked share over time; --list shows all")
     corruption: str = field("count", "count: an exact number of masks a row; bernoulli: each token by itself",
                             choices=("count", "bernoulli"))
@@ -101,11 +101,11 @@ class Config:
         check(self)
         if os.path.basename(self.name) != self.name or self.name.endswith(".best"):
             raise UserError(f"name={self.name} must not be a path (--out_dir says where to write) nor end in .best")
-        if self.batch_size * self.block_size > MOST_TOKENS:
-            raise UserError(f"batch_size={self.batch_size} with block_size={self.block_size}: {self.batch_size * self.block_size:,} "
+        if self.batch_size * self.seq_len > MOST_TOKENS:
+            raise UserError(f"batch_size={self.batch_size} with seq_len={self.seq_len}: {self.batch_size * self.seq_len:,} "
                             f"tokens a step, more than {MOST_TOKENS:,}; make one of them smaller")
-        if self.final_samples * self.block_size > MOST_TOKENS:
-            raise UserError(f"final_samples={self.final_samples} with block_size={self.block_size}: more than {MOST_TOKENS:,} tokens; "
+        if self.final_samples * self.seq_len > MOST_TOKENS:
+            raise UserError(f"final_samples={self.final_samples} with seq_len={self.seq_len}: more than {MOST_TOKENS:,} tokens; "
                             "make one of them smaller")
         if self.n_embd < 4 and self.time_conditioning in ("sinusoidal", "adaln"):
             raise UserError(f"n_embd={self.n_embd} with time_conditioning={self.time_conditioning}: two waves need 4 channels")
@@ -125,9 +125,9 @@ class Config:
                             + (" and be even, since complementary rows are pairs" if self.complementary else ""))
         if not self.max_iters and not self.max_minutes:
             raise UserError("max_iters=0 with max_minutes=0: the run would never end; set one of them")
-        plain, bos = self.block_len in (0, self.block_size), int(self.rows == "document")
-        if not plain and (self.block_size - bos) % self.block_len:
-            raise UserError(f"block_len={self.block_len}, block_size={self.block_size}: blocks must fill the window"
+        plain, bos = self.block_len in (0, self.seq_len), int(self.rows == "document")
+        if not plain and (self.seq_len - bos) % self.block_len:
+            raise UserError(f"block_len={self.block_len}, seq_len={self.seq_len}: blocks must fill the window"
                             + " but for the <|endoftext|> that a document begins with" * bos)
         if self.time_sampling == "importance" and (self.diffusion_steps or self.complementary
                                                    or self.loss_weighting in ("pooled", "full")):
@@ -205,7 +205,7 @@ MICRO = dict(rows="stream", tie_embeddings=False, schedule="cos", corruption="be
              batch_size=64, max_iters=5000)
 
 NOTES = MICRO | dict(data="data/shakespeare.txt", tokenizer="char", schedule="cos2_s008", time_conditioning="sinusoidal",
-                     loss_weighting="pooled", block_size=128, max_iters=105_000)
+                     loss_weighting="pooled", seq_len=128, max_iters=105_000)
 
 # What the largest presets share, on the cautious side: learning rates that suit 10M parameters are too large for 100M.
 LARGE = dict(tie_embeddings=False, init="zero", rope_base=10_000.0, lr=3e-3, muon_lr=0.02, beta1=0.9, warmup_iters=250)
@@ -213,7 +213,7 @@ LARGE = dict(tie_embeddings=False, init="zero", rope_base=10_000.0, lr=3e-3, muo
 PRESETS = {
     # The built-in stories. A 2-core CPU trains it in minutes, nearly to their entropy: there the bound itself is the
     # better loss, with smaller steps, and large tied embeddings learn to copy names.
-    "tales": dict(data="tales", rows="document", vocab_size=1024, block_size=67, n_layer=4, n_head=4, n_embd=128,
+    "tales": dict(data="tales", rows="document", vocab_size=1024, seq_len=67, n_layer=4, n_head=4, n_embd=128,
                   batch_size=48, tie_embeddings=True, init="zero", rope_base=10_000.0, loss_weighting="elbo", lr=4e-3,
                   muon_lr=0.02, beta1=0.9, warmup_iters=50, max_iters=5000),
     # The standard small benchmark: nanoGPT's size and text, with our recipe. Few rows a step: on a CPU, steps are what
@@ -235,16 +235,16 @@ PRESETS = {
     "notes_300": NOTES | dict(diffusion_steps=300, max_iters=300_000),
     # The "Let's build a diffusion LM" guide: 6.5M parameters there (it says 12.45M), 6.5M here, with rotary positions
     # instead of learned ones and ReLU^2 instead of GELU; 10 of its epochs are 174,000 steps.
-    "guide": dict(data="data/shakespeare.txt", tokenizer="char", n_head=8, n_embd=256, block_size=128, dropout=0.1,
+    "guide": dict(data="data/shakespeare.txt", tokenizer="char", n_head=8, n_embd=256, seq_len=128, dropout=0.1,
                   time_conditioning="adaln", rope_base=10_000.0, corruption="bernoulli", loss_weighting="pooled",
                   optimizer="adamw", lr=3e-4, beta1=0.9, beta2=0.999, weight_decay=0.01, warmup_iters=1000, lr_decay="cosine",
                   decay_share=1.0, short_rows=0.0, max_iters=174_000),
     # GPT-2 small's shape: 85M parameters in blocks. For a GPU; not measured yet, like all that follow.
     "gpt2": LARGE | dict(data="data/fineweb_edu.bin", vocab_size=32768, n_layer=12, n_head=12, n_embd=768,
-                         block_size=1024, batch_size=256, micro_batch=32, max_iters=10_000, eval_interval=500),
+                         seq_len=1024, batch_size=256, micro_batch=32, max_iters=10_000, eval_interval=500),
     # 201M parameters in blocks, for one to many GPUs.
     "speedrun": LARGE | dict(data="data/fineweb_edu.bin", vocab_size=32768, n_layer=16, n_head=8, n_embd=1024,
-                             block_size=1024, batch_size=512, micro_batch=32, max_iters=10_000, eval_interval=500),
+                             seq_len=1024, batch_size=512, micro_batch=32, max_iters=10_000, eval_interval=500),
     # The standard benchmarks in bits per character: 100 MB each, the last tenth is held out (its first half is what the
     # papers call validation, its second half is their test). enwik8 is counted in bytes: a BPE without merges.
     "text8": LARGE | dict(data="data/text8.txt", tokenizer="char", n_layer=12, n_head=12, n_embd=768, batch_size=256,

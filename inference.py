@@ -68,7 +68,7 @@ def canvases(options, text, cfg):
             if not prompts:
                 raise UserError(f"{options.prompt_file} is empty; write a prompt on each line")
         templates = [[p for p in (prompt, options.gen_len, options.suffix) if p != ""] for prompt in prompts]
-    rows = [canvas.build(text, template, cfg.block_size) for template in templates]
+    rows = [canvas.build(text, template, cfg.seq_len) for template in templates]
     if families.family_of(cfg).block_len and any(text.mask in row[:i] for row in rows for i, token in enumerate(row)
                                                  if token != text.mask):
         raise UserError("this model writes from left to right and sees nothing of what comes after; give a --prompt, without "
@@ -96,7 +96,7 @@ def most_states(row, options, cfg, mask):
     if not options.steps or family.block_len == 1 or sampler.policy is policies.first_hitting:  # one token a step
         return masks
     # steps are rounded up in each block
-    blocks = -(-len(row) // (family.block_len or options.decode_block or max(1, cfg.block_size // 4)))
+    blocks = -(-len(row) // (family.block_len or options.decode_block or max(1, cfg.seq_len // 4)))
     return options.steps + blocks if sampler.may_remask else min(masks, options.steps + blocks)
 
 
@@ -122,7 +122,7 @@ def generate(model, text, options, cfg, device, dtype):
         blank = torch.tensor([rows[i][0] for i in members], device=device)
         spent = []
         steps = timed(diffusion.sample(
-            family, model, blank, options, window=cfg.block_size,
+            family, model, blank, options, window=cfg.seq_len,
             stop=None if options.no_stop else text.end,
             top=ALTERNATIVES if options.viz_html and 0 in members else 0, seeds=[rows[i][1] for i in members]), spent)
         if 0 in members:

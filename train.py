@@ -36,7 +36,6 @@ from utils import (
     importance,
     metrics,
     optim,
-    policies,
     runs,
     runtime,
 )
@@ -57,10 +56,10 @@ def draw_batch(family, data, step, hardware, density=None):
     resumed run needs no generator's state.
     """
     cfg = family.cfg
-    generator, L = runtime.generator(cfg.seed, "masks", step), cfg.block_size
+    generator, L = runtime.generator(cfg.seed, "masks", step), cfg.seq_len
     # as LLaDA: canvases can be shorter than the window
     if torch.rand((), generator=generator) < cfg.short_rows:
-        L = family.fit(2 + int(torch.randint(cfg.block_size - 1, (), generator=generator)))
+        L = family.fit(2 + int(torch.randint(cfg.seq_len - 1, (), generator=generator)))
     whole = family.corrupt((cfg.batch_size, L), generator, density)
     seed = int(torch.randint(2**31, (), generator=generator)) + hardware.rank
     share = cfg.batch_size // hardware.world
@@ -84,7 +83,7 @@ def gradients(
     (pieces, seed), cfg = batch, family.cfg
     torch.manual_seed(seed)
     total = torch.zeros((), device=hardware.device)
-    whole = pieces[0][0].size(1) == cfg.block_size  # a shorter row is no reason to compile anew
+    whole = pieces[0][0].size(1) == cfg.seq_len  # a shorter row is no reason to compile anew
     with contextlib.nullcontext() if whole else torch.compiler.set_stance("force_eager"):
         for number, (x0, corruption) in enumerate(pieces, 1):
             with runtime.gradient_sync(network, number == len(pieces)):
@@ -150,7 +149,7 @@ def evaluate(run, progress, so_far, best):
 def show_sample(family, model, text, device):
     """An unconditional sample (str) in at most SHOWN_STEPS NFE, always of the same random
     numbers."""
-    length = family.cfg.block_size
+    length = family.cfg.seq_len
     blank = torch.tensor([canvas.build(text, [None], length)], device=device)
     how = SampleConfig(steps=min(SHOWN_STEPS, length))
     *_, last = diffusion.sample(family, model, blank, how, seeds=[0])
@@ -187,7 +186,7 @@ def show_speed(run, progress, bar):
     so_far = run.hardware.sum(progress.running)
     if not so_far.isfinite():
         check_finite(so_far, run, progress.step)
-    rate = (bar.format_dict["rate"] or 0) * run.cfg.batch_size * run.cfg.block_size
+    rate = (bar.format_dict["rate"] or 0) * run.cfg.batch_size * run.cfg.seq_len
     bar.set_postfix_str(f"loss {so_far.item() / progress.counted:.4f}, {rate:,.0f} tokens/s")
 
 

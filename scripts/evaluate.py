@@ -99,8 +99,8 @@ def compare(first, second, device):
             nll = family.nelbo(model, rows.to(device), cfg.final_masks, cfg.micro_batch or 64).mean(1)
         text = data.text.decode(rows.flatten().tolist())
         lines.append(f"{path}: {'exactly' if family.exact else 'at most'} {nll.mean().item():.4f} nats a token, "
-                     f"{nll.sum().item() * cfg.block_size / math.log(2) / len(text):.4f} bits per character ({len(nll)} rows of "
-                     f"{cfg.block_size} tokens, {len(text):,} characters, of {cfg.data})")
+                     f"{nll.sum().item() * cfg.seq_len / math.log(2) / len(text):.4f} bits per character ({len(nll)} rows of "
+                     f"{cfg.seq_len} tokens, {len(text):,} characters, of {cfg.data})")
         bounds.append(nll)
         texts_of.append(text)
     mine, theirs = first.data, second.data

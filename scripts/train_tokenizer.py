@@ -9,7 +9,7 @@ from dataclasses import dataclass
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from utils import cli, texts, tokenizer
-from utils.cli import UserError, field
+from utils.cli import field
 
 
 @dataclass(frozen=True)

@@ -8,19 +8,32 @@ import signal
 
 import pytest
 import torch
+from conftest import TINY, interrupt, load, run
+from toy import MASKED
 
 import config
 import diffusion
 import inference
 import train
 from config import Config, SampleConfig
-from conftest import TINY, interrupt, load, run
 from model import Transformer
 from scripts import data as data_script
 from scripts import evaluate, export, train_tokenizer
-from scripts.lab import ablate, bench, compare_samplers, yardstick
-from toy import MASKED
-from utils import checkpoint, cli, corpus, metrics, optim, plots, policies, runtime, tales, texts, tokenizer, video
+from scripts.lab import ablate, bench, compare_samplers
+from utils import (
+    checkpoint,
+    cli,
+    corpus,
+    metrics,
+    optim,
+    plots,
+    policies,
+    runtime,
+    tales,
+    texts,
+    tokenizer,
+    video,
+)
 from utils.cli import UserError
 from utils.families import FAMILIES, family_of
 
@@ -43,7 +56,7 @@ def tales_run(tmp_path_factory):
 def short_run(tmp_path_factory):
     """Path of the best checkpoint of a tiny run on tales in windows of 16 tokens, for comparisons of many samplers."""
     folder = tmp_path_factory.mktemp("short")
-    train.train(load(["tales", *TINY, "--rows", "stream", "--block_size", "16", "--out_dir", str(folder)])[0], quiet=True)
+    train.train(load(["tales", *TINY, "--rows", "stream", "--seq_len", "16", "--out_dir", str(folder)])[0], quiet=True)
     return str(folder / "models" / "tales.best.pt")
 
 
@@ -60,6 +73,16 @@ def test_flags_and_presets():
         assert load([name])[0].name == name
     with pytest.raises(dataclasses.FrozenInstanceError):
         cfg.n_layer = 4
+
+
+def test_older_names_of_settings(tales_run):
+    """block_size is seq_len, on the command line, in an experiment and in a checkpoint."""
+    assert load(["tales", "--block-size", "12"])[0].seq_len == load(["tales", "--seq_len=12"])[0].seq_len == 12
+    open("mine.py", "w").write("config = {'preset': 'tales', 'block_size': 33}")
+    assert load(["mine.py"])[0].seq_len == 33
+    state = checkpoint.read(str(tales_run / "models" / "tales.best.pt"))
+    state["config"]["block_size"] = state["config"].pop("seq_len")
+    assert checkpoint.restore(state, torch.device("cpu"))[2].seq_len == 67
 
 
 def test_the_default_preset_is_stories_once_they_are_prepared():
@@ -95,9 +118,9 @@ def test_an_experiment_file_is_a_preset():
     ("text.py", "must be of type int"), ("null.py", "must be of type int"), ("nan.py", "finite number"),
     ("self.py", "there is no preset self.py"), ("--name x.best", "nor end in .best"), ("--name=", "no name"), ("--tokenizer none.json", "there is no tokenizer"), ("--vocab_size 100", "too small"),
     ("--data letter.txt --rows document", "a single character"), ("--batch_size 1000000000", "tokens a step"),
-    ("--tokenizer char --device cpu --batch_size 500000", "a pass of 500000 rows of 256 tokens (micro_batch=0, batch_size=500000, block_size=256) needs at least"),
+    ("--tokenizer char --device cpu --batch_size 500000", "a pass of 500000 rows of 256 tokens (micro_batch=0, batch_size=500000, seq_len=256) needs at least"),
     ("--tokenizer char --n_layer 1000 --n_embd 65536 --n_head 1", "n_embd=65536"), ("--max_iters 9999999999999999", "max_iters=9999999999999999 must be"),
-    ("--block_size 10000000", "must be at most 131,072"), ("--final_samples 9999999", "must be at most 100,000"),
+    ("--seq_len 10000000", "must be at most 131,072"), ("--final_samples 9999999", "must be at most 100,000"),
     ("--tokenizer holes.json", "its ids are not"), ("--tokenizer words.json", "no byte-level BPE")))
 def test_mistakes_in_training(words, message, monkeypatch, capsys):
     if message == "device=cuda" and torch.cuda.is_available():
@@ -172,7 +195,7 @@ def test_a_long_prompt_and_no_checkpoint_at_all(tales_run, monkeypatch, capsys):
 def test_how_many_states_a_trace_can_have(words, family, most, tales_run):
     """No more than that come, which is what a trace is refused by."""
     model, text, cfg = checkpoint.restore(checkpoint.read(str(tales_run / "models" / "tales.best.pt")), torch.device("cpu"))
-    cfg = dataclasses.replace(cfg, **config.family_defaults(family.get("objective"), FAMILIES) | family | {"block_size": 64})
+    cfg = dataclasses.replace(cfg, **config.family_defaults(family.get("objective"), FAMILIES) | family | {"seq_len": 64})
     options = cli.merge(SampleConfig, cli.parse(words.split(), SampleConfig)[1])
     row = [text.end] * 4 + [text.mask] * 60
     assert inference.most_states(row, options, cfg, text.mask) == most
@@ -323,7 +346,7 @@ def test_compiled_training_is_eager_training():
 
 def test_own_text_in_one_command(monkeypatch, capsys):
     open("my.txt", "w").write("To be, or not to be: that is the question.\n" * 100)
-    code, out, err = run(train.main, ["--data", "my.txt", "--tokenizer", "char", "--block_size", "32", *TINY], monkeypatch, capsys)
+    code, out, err = run(train.main, ["--data", "my.txt", "--tokenizer", "char", "--seq_len", "32", *TINY], monkeypatch, capsys)
     assert code == 0 and "your own data" in out, err
     assert os.path.exists("artifacts/models/my.best.pt")
     code, out, _ = run(inference.main, ["--prompt", "To be", "--gen-len", "10"], monkeypatch, capsys)
@@ -436,7 +459,7 @@ def test_a_checkpoint_runs_no_code(tmp_path):
                                    "--loss_weighting flat --dropout 0.1 --tie_embeddings --dtype bfloat16"))
 def test_other_settings_train_and_sample(extra, monkeypatch, capsys):
     texts.write_documents("some.txt", iter(tales.generate(1, 200)))
-    code, out, err = run(train.main, ["--data", "some.txt", "--name", "x", "--tokenizer", "char", "--block_size", "32",
+    code, out, err = run(train.main, ["--data", "some.txt", "--name", "x", "--tokenizer", "char", "--seq_len", "32",
                                       *TINY, *extra.split()], monkeypatch, capsys)
     assert code == 0, err
     code, out, err = run(inference.main, ["--gen-len", "8", "--prompt", "One day", "--dtype", "float32"], monkeypatch, capsys)
@@ -451,7 +474,7 @@ SOURCES = {  # what makes a source's preset small; the rest is as documented
 def test_the_source_systems_from_data_to_video(preset, monkeypatch, capsys):
     """Their settings, but for the sizes, train and write a text and its video."""
     texts.write_documents("some.txt", iter(tales.generate(1, 200)))
-    code, out, err = run(train.main, [preset, "--data", "some.txt", "--block_size", "32", *TINY, "--final_samples", "2",
+    code, out, err = run(train.main, [preset, "--data", "some.txt", "--seq_len", "32", *TINY, "--final_samples", "2",
                                       *SOURCES[preset].split()], monkeypatch, capsys)
     assert code == 0, err
     report = json.load(open(f"artifacts/logs/{preset}.json"))
@@ -465,7 +488,7 @@ def test_the_source_systems_are_what_their_documents_say():
     assert [(cfg(name).diffusion_steps, cfg(name).max_iters) for name in ("notes", "notes_300")] == [(100, 105_000), (300, 300_000)]
     for name, window in (("micro_char", 256), ("micro_bpe", 256), ("notes", 128), ("guide", 128)):
         c = cfg(name)
-        assert (c.block_size, c.batch_size, c.lr, c.optimizer, c.corruption) == (window, 64, 3e-4, "adamw", "bernoulli"), name
+        assert (c.seq_len, c.batch_size, c.lr, c.optimizer, c.corruption) == (window, 64, 3e-4, "adamw", "bernoulli"), name
     count = lambda name, vocab: Transformer(cfg(name), vocab).num_parameters()
     assert (count("micro_char", 66), count("micro_bpe", 2048)) == (10_706_304, 12_228_480)
     assert 6.4e6 < count("guide", 66) < 6.6e6, "not the 12.45M of the document"
@@ -473,14 +496,14 @@ def test_the_source_systems_are_what_their_documents_say():
 
 
 FAMILY = {"ar": "--objective ar", "blocks": "--block_len 8", "uniform": "--objective uniform", "document": "--block_len 9 --rows document "
-          "--block_size 28", "blocks told": "--block_len 8 --time_conditioning adaln", "importance": "--time_sampling importance"}
+          "--seq_len 28", "blocks told": "--block_len 8 --time_conditioning adaln", "importance": "--time_sampling importance"}
 
 
 @pytest.mark.parametrize("name", FAMILY)
 def test_every_family_trains_writes_and_is_judged(name, monkeypatch, capsys):
     """One command each, with short rows, half precision and pieces of a batch; prompts, long texts, viewers, evaluation."""
     texts.write_documents("some.txt", iter(tales.generate(1, 200)))
-    code, out, err = run(train.main, ["--data", "some.txt", "--name", "x", "--tokenizer", "char", "--block_size", "32", *TINY,
+    code, out, err = run(train.main, ["--data", "some.txt", "--name", "x", "--tokenizer", "char", "--seq_len", "32", *TINY,
                                       "--short_rows", "0.5", "--micro_batch", "2", "--dtype", "bfloat16", "--final_samples", "2",
                                       *FAMILY[name].split()],
                          monkeypatch, capsys)
@@ -516,7 +539,7 @@ def test_a_new_objective_is_one_entry(monkeypatch, capsys):
             return super().loss(model, x0, corruption, lambda logits, targets: token_nll(logits, targets) ** 2)
     monkeypatch.setitem(FAMILIES, "focal", Focal)
     texts.write_documents("some.txt", iter(tales.generate(1, 200)))
-    code, out, err = run(train.main, ["--data", "some.txt", "--tokenizer", "char", "--block_size", "32", *TINY, "--objective", "focal",
+    code, out, err = run(train.main, ["--data", "some.txt", "--tokenizer", "char", "--seq_len", "32", *TINY, "--objective", "focal",
                                       "--name", "x"], monkeypatch, capsys)
     assert code == 0, err
     log = [json.loads(line) for line in open("artifacts/logs/x.jsonl")]
@@ -526,7 +549,7 @@ def test_a_new_objective_is_one_entry(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("words, message", (
-    ("--objective gan", "there is no objective gan"), ("--block_len 5", "block_len=5, block_size=32: blocks must fill"),
+    ("--objective gan", "there is no objective gan"), ("--block_len 5", "block_len=5, seq_len=32: blocks must fill"),
     ("--block_len 8 --rows document", "but for the <|endoftext|>"), ("--block_len 8 --corruption bernoulli", "needs corruption=count"),
     ("--objective ar --block_len 8", "block_len=8 with an autoregressive model"), ("--objective ar --time_conditioning adaln", "no noise level"),
     ("--objective uniform --time_conditioning none", "it must be told"), ("--objective uniform --corruption count", "needs corruption=bernoulli"),
@@ -537,14 +560,14 @@ def test_a_new_objective_is_one_entry(monkeypatch, capsys):
 def test_settings_that_a_family_cannot_have(words, message, monkeypatch, capsys):
     open("some.txt", "w").write("to be or not to be\n<|endoftext|>\n" * 200)
     open("one.txt", "w").write("to be or not to be " * 200)
-    code, _, err = run(train.main, ["--data", "some.txt", "--block_size", "32", *TINY, *words.split()], monkeypatch, capsys)
+    code, _, err = run(train.main, ["--data", "some.txt", "--seq_len", "32", *TINY, *words.split()], monkeypatch, capsys)
     assert code == 2 and message in err and err.count("\n") == 1, err
 
 
 def test_what_a_family_cannot_write(monkeypatch, capsys):
     texts.write_documents("some.txt", iter(tales.generate(1, 200)))
     for name in ("ar", "blocks", "uniform"):
-        train.train(dataclasses.replace(load(["--data", "some.txt", "--tokenizer", "char", "--block_size", "32", *TINY, "--name",
+        train.train(dataclasses.replace(load(["--data", "some.txt", "--tokenizer", "char", "--seq_len", "32", *TINY, "--name",
                                                      name, *FAMILY[name].split()])[0]), quiet=True)
     for name, words, message in (("ar", "--suffix end --gen-len 5", "from left to right"), ("blocks", "--infill a[4]b", "from left to right"),
                                  ("ar", "--guidance 1", "guidance=1.0 with an autoregressive model"),
@@ -622,7 +645,7 @@ def test_the_source_documents_commands(monkeypatch, capsys):
     code, out, err = run(train_tokenizer.main, "--input data/stories.txt --output artifacts/tokenizer/tokenizer.json "
                          "--vocab-size 600 --min-frequency 2", monkeypatch, capsys)
     assert code == 0 and "599 tokens and MASK" in out, err
-    code, out, err = run(train.main, ["--block_size", "32", *TINY], monkeypatch, capsys)
+    code, out, err = run(train.main, ["--seq_len", "32", *TINY], monkeypatch, capsys)
     assert code == 0 and "preset stories: data/stories.txt has been prepared" in out, err
     assert "vocabulary 600" in out
     code, out, err = run(train.main, "--resume artifacts/models/stories.pt --max_iters 8", monkeypatch, capsys)
@@ -786,7 +809,7 @@ def test_evaluate_compares_what_compares(tales_run, monkeypatch, capsys):
     assert "the first has -1.0000 ± 0.2887 nats a token" in out, "standard deviation 0.5 over the root of 3"
     code, _, err = against(path, "--json", "x.json")
     assert code == 2 and "leave out --json" in err
-    train.train(dataclasses.replace(load(["tales", *TINY, "--tokenizer", "char", "--block_size", "330"])[0]), quiet=True)
+    train.train(dataclasses.replace(load(["tales", *TINY, "--tokenizer", "char", "--seq_len", "330"])[0]), quiet=True)
     code, out, _ = against("artifacts/models/tales.best.pt")
     assert code == 0 and "the same text in other tokens" in out and "bits per character" in out
     train.train(dataclasses.replace(load(["tales", *TINY, "--seed", "2"])[0]), quiet=True)
@@ -883,7 +906,7 @@ def test_bench_where_the_sources_recipe_does_not_fit(monkeypatch, capsys):
 
 
 def test_bench_samples(monkeypatch, capsys):
-    open("tiny.py", "w").write("config = {'preset': 'tales', 'n_layer': 1, 'n_head': 1, 'n_embd': 8, 'block_size': 16}")
+    open("tiny.py", "w").write("config = {'preset': 'tales', 'n_layer': 1, 'n_head': 1, 'n_embd': 8, 'seq_len': 16}")
     code, out, err = run(bench.main, "sample tiny.py --rounds 1 --steps 4 --batches 1,2 --device cpu --json b.json",
                          monkeypatch, capsys)
     assert code == 0, err
@@ -913,7 +936,7 @@ def test_every_variant_of_a_training_comparison_is_allowed(name):
         variants = [cli.merge(Config, ablate.base_config(options), changes)
                     for changes in ablate.TRAINED[name](options).values()]
         assert {(cfg.data, cfg.rows, cfg.tokenizer) for cfg in variants} == {(plain.data, plain.rows, plain.tokenizer)}
-        assert name == "window" or len({(cfg.block_size, cfg.seed) for cfg in variants}) == 1, "all are judged on the same rows"
+        assert name == "window" or len({(cfg.seq_len, cfg.seed) for cfg in variants}) == 1, "all are judged on the same rows"
         if name == "recipe":
             assert sum(cfg == plain for cfg in variants) == 1, "what the base has already is not compared with it"
 
@@ -949,7 +972,7 @@ def test_ablate_ar_vs_diffusion(monkeypatch, capsys):
     """Training loss and bound of all variants on the first documents alone, in one figure."""
     texts.write_documents("my.txt", tales.generate("tests", 600))
     open("tiny.py", "w").write("config = {'data': 'my.txt', 'tokenizer': 'char', 'rows': 'stream', 'n_layer': 1, 'n_head': 1, 'n_embd': 8, "
-                               "'batch_size': 4, 'block_size': 32}")
+                               "'batch_size': 4, 'seq_len': 32}")
     base, seen, load = ablate.base_config, [], corpus.load
     monkeypatch.setattr(ablate, "base_config", lambda options: base(options) | {"eval_rows": 4, "final_rows": 8})
     monkeypatch.setattr(corpus, "load", lambda *args: seen.append(load(*args)) or seen[-1])
@@ -1032,7 +1055,7 @@ def test_ablate_spelling(tales_run, monkeypatch, capsys):
     code, _, err = run(ablate.main, [*command, str(tales_run / "models" / "tales.best.pt")], monkeypatch, capsys)
     assert code == 2 and "--time_conditioning sinusoidal" in err
     open("my.txt", "w").write("".join(f"\n{who}:\n{what}, sir\n" for who in ("ROMEO", "JULIET", "NURSE") for what in ("ay", "no")) * 60)
-    train.train(load("--data my.txt --tokenizer char --time_conditioning sinusoidal --block_size 32".split() + TINY)[0], quiet=True)
+    train.train(load("--data my.txt --tokenizer char --time_conditioning sinusoidal --seq_len 32".split() + TINY)[0], quiet=True)
     code, _, err = run(ablate.main, [*command, "artifacts/models/my.best.pt"], monkeypatch, capsys)
     rows = {(row["sampler"], row["steps"]): row for row in ablate.read_table("x/spelling.csv")}
     assert code == 0 and len(ablate.read_table("x/spelling.csv")) == 18 and os.path.getsize("x/spelling.png") > 10_000, err

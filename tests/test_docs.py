@@ -8,15 +8,15 @@ import shutil
 import subprocess
 
 import pytest
+import test_maths
 import torch
+import toy
+from conftest import ROOT, TINY, load, run
 
 import config
 import diffusion
 import inference
-import test_maths
-import toy
 import train
-from conftest import ROOT, TINY, load, run
 from model import Transformer
 from scripts import data, evaluate, export, train_tokenizer
 from scripts.lab import ablate, bench, pictures
@@ -57,7 +57,7 @@ SHORT = {  # appended to the words of a command: later flags win
     "scripts/train_tokenizer.py": ["--vocab-size", "400"]}
 INSTEAD = {"--dataset": "local.jsonl", "--num-stories": "300", "--tokens": "20K", "--gen-len": "300",  # these need the hub,
            "--num_samples": "2"}  # or hours
-SHAPE = dict(n_layer=1, n_head=2, n_embd=16, batch_size=4, block_size=67)
+SHAPE = dict(n_layer=1, n_head=2, n_embd=16, batch_size=4, seq_len=67)
 
 
 @pytest.fixture(scope="module")

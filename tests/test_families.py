@@ -8,16 +8,16 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import load
+from test_maths import ENTROPY, SUBSETS, empirical, total_variation
+from toy import CANVASES, MASK, MASKED, SEQUENCES, L, Lookup, P, V, code, family, sample, settings
 
 import config
 import diffusion
-from conftest import load
 from model import Transformer
-from test_maths import ENTROPY, SUBSETS, empirical, total_variation
-from toy import CANVASES, MASK, MASKED, P, SEQUENCES, L, Lookup, V, code, family, sample, settings
-from utils import blocks, draws, importance, uniform
-from utils.families import FAMILIES, family_of
+from utils import blocks, importance, uniform
 from utils.cli import UserError
+from utils.families import FAMILIES, family_of
 from utils.runtime import generator
 
 ROWS = ("stream", "document")  # without and with a BOS token
@@ -129,7 +129,7 @@ def test_bound_of_blocks(n, expected):
 @pytest.mark.parametrize("n", (1, 2))
 @pytest.mark.parametrize("name", ("linear", "cos", "poly2"))
 def test_block_training_loss_is_an_unbiased_bound(n, name):
-    cfg, model = settings(block_len=n, block_size=L, schedule=name), Blocks(n, 0.2)
+    cfg, model = settings(block_len=n, seq_len=L, schedule=name), Blocks(n, 0.2)
     x0 = SEQUENCES[[ROW]].expand(2000, L)
     draw = lambda i: family_of(cfg).corrupt((2000, L), generator(name, i))
     means = torch.stack([family_of(cfg).loss(model, x0, draw(i)).mean() * L for i in range(8)])
@@ -144,13 +144,13 @@ def test_block_training_loss_is_an_unbiased_bound(n, name):
 
 
 def test_block_bound_estimator():
-    cfg = settings(block_len=2, block_size=L)
+    cfg = settings(block_len=2, seq_len=L)
     nll = family_of(cfg).nelbo(Blocks(2, 0.2), SEQUENCES.repeat(30, 1), 4).double().mean(1).view(30, 81).mean(0) * L
     assert (P * nll).sum().item() == pytest.approx(3.7333134174, abs=0.01)
 
 
 def test_a_block_as_large_as_the_window_is_plain_diffusion():
-    cfg = settings(block_len=12, block_size=12)
+    cfg = settings(block_len=12, seq_len=12)
     assert family_of(cfg).block_len == 0
     model, x0 = network(), torch.randint(5, (4, 12), generator=torch.Generator().manual_seed(1))
     corruption = family_of(settings()).corrupt((4, 12), generator(1))
@@ -495,7 +495,7 @@ def test_gradients_of_the_training_loss_are_those_of_the_exact_bound(n):
     else:
         exact = sum(MASKED.weighted_ce(model, x0, diffusion.Corruption(s.expand(4, L), torch.full((4,), 1 / int(s.sum()) / math.comb(
             L, int(s.sum())), dtype=torch.float64))).mean() for s in SUBSETS)
-    exact, cfg, R = gradient(model, exact), settings(block_len=n, block_size=L), 1000 if n == 1 else 12_000
+    exact, cfg, R = gradient(model, exact), settings(block_len=n, seq_len=L), 1000 if n == 1 else 12_000
     drawn = family_of(cfg).corrupt((R, L), generator(6))
     drawn = drawn._replace(weight=drawn.weight.double())
     rows = x0.repeat(R // 4, 1)[torch.randperm(R, generator=generator(7))]  # strata are fixed to rows
@@ -574,7 +574,7 @@ def prefixes(rows):
 
 @pytest.mark.parametrize("changes, model", (
     ({}, Lookup()), ({"schedule": "cos"}, Lookup()), ({"corruption": "bernoulli"}, Lookup()),
-    ({"block_len": 2, "block_size": L}, Blocks(2)), ({"block_len": 1, "block_size": L}, Blocks(1)), ({"objective": "ar"}, Causal())))
+    ({"block_len": 2, "seq_len": L}, Blocks(2)), ({"block_len": 1, "seq_len": L}, Blocks(1)), ({"objective": "ar"}, Causal())))
 def test_given_tokens_are_never_noised_and_cost_nothing(changes, model):
     """Loss and bound are -log p of the rest given them, in the mean over masks, with the perfect network; whatever other rows are
     given."""

@@ -7,12 +7,11 @@ import random
 
 import pytest
 import torch
+from conftest import TINY, load, run
 
-import config
 import inference
 import train
 from config import Config, SampleConfig
-from conftest import TINY, load, run
 from scripts import data, evaluate, export, train_tokenizer
 from utils import checkpoint, runs, tales, texts
 from utils.cli import UserError
@@ -159,7 +158,7 @@ def test_command_lines_of_training(monkeypatch, capsys):
     texts.write_documents("some.txt", iter(tales.generate(1, 50)))
     for _ in range(120):
         corpus = ["--data", "some.txt"] if dice.random() < 0.5 else ["tales"]
-        words = [*corpus, *TINY, "--name", "x", "--block_size", "67", *command(Config, dice, ("data", "out_dir", "compile"))]
+        words = [*corpus, *TINY, "--name", "x", "--seq_len", "67", *command(Config, dice, ("data", "out_dir", "compile"))]
         result = run(train.main, words, monkeypatch, capsys)
         ends_well(result, words)
         codes.append("reached" in result[2])

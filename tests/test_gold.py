@@ -23,12 +23,13 @@ import torch
 sys.path[:0] = [os.path.dirname(os.path.dirname(os.path.abspath(__file__))), os.path.dirname(os.path.abspath(__file__))]
 
 import conftest
-import inference
 import test_families
 import test_maths
 import toy
-import train
 from toy import MASK, Lookup, settings
+
+import inference
+import train
 from utils import cli, importance, policies
 from utils.families import family_of
 from utils.runtime import generator
@@ -141,9 +142,9 @@ def families():
     yield "masked, pairs", settings(complementary=True), sure()
     yield "masked, documents", settings(rows="document"), sure()
     for weighting in ("elbo", "flat", "clip", "pooled"):
-        yield f"blocks, {weighting}", settings(block_len=4, block_size=16, loss_weighting=weighting), sure()
-    yield "blocks, documents", settings(block_len=5, block_size=16, rows="document", schedule="poly2"), sure()
-    yield "blocks of one", settings(block_len=1, block_size=16), sure(time_conditioning="sinusoidal")
+        yield f"blocks, {weighting}", settings(block_len=4, seq_len=16, loss_weighting=weighting), sure()
+    yield "blocks, documents", settings(block_len=5, seq_len=16, rows="document", schedule="poly2"), sure()
+    yield "blocks of one", settings(block_len=1, seq_len=16), sure(time_conditioning="sinusoidal")
     for rows in ("stream", "document"):
         yield f"ar, {rows}", settings(objective="ar", rows=rows), sure()
         yield f"uniform, {rows}", settings(objective="uniform", corruption="bernoulli", schedule="poly2", rows=rows), sure(

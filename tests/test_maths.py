@@ -7,16 +7,30 @@ import math
 
 import pytest
 import torch
+from toy import (
+    CANVASES,
+    MASK,
+    MASKED,
+    SEQUENCES,
+    L,
+    Lookup,
+    P,
+    V,
+    code,
+    conditionals,
+    empirical,
+    family,
+    sample,
+    settings,
+    total_variation,
+)
 
-import diffusion
 from diffusion import SCHEDULES, Corruption, mask_ratio, mask_ratio_slope, time_of
 from model import Transformer
-from toy import (CANVASES, MASK, MASKED, P, SEQUENCES, L, Lookup, V, code, conditionals, empirical, family, sample, settings,
-                 total_variation)
 from utils import draws, metrics, policies
+from utils.cli import UserError
 from utils.families import family_of
 from utils.policies import SAMPLERS
-from utils.cli import UserError
 from utils.runtime import generator
 
 ENTROPY = 3.6957438948
@@ -748,9 +762,9 @@ def test_alternatives_are_the_likeliest():
     assert p[0, 1].sum() == 0, "not asked for"
 
 
-def network(block_size=24, vocab_size=11, **changes):
+def network(seq_len=24, vocab_size=11, **changes):
     """A small real network whose predictions depend on the whole canvas."""
-    cfg = settings(**{"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": block_size, "init": "normal"} | changes)
+    cfg = settings(**{"n_layer": 2, "n_head": 2, "n_embd": 16, "seq_len": seq_len, "init": "normal"} | changes)
     torch.manual_seed(3)
     model = Transformer(cfg, vocab_size).eval()
     for p in model.parameters():

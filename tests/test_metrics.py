@@ -10,12 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from toy import settings
 
-import diffusion
 from config import Config, SampleConfig, family_defaults
 from model import Transformer
-from toy import settings
-from utils import corpus, metrics, page as pages, plots, runtime, tales, terminal, trace, video
+from utils import corpus, metrics, plots, runtime, tales, terminal, trace, video
+from utils import page as pages
 from utils.families import FAMILIES, family_of
 from utils.tokenizer import train_bpe, train_char
 
@@ -42,7 +42,7 @@ def test_bits_of_a_network_that_knows_nothing():
     """ln V nats a token, and from it log2 V bits a character for a character model."""
     text = train_char(["abcdefgh"], documents=False)
     cfg = settings(n_layer=1, n_head=1, n_embd=8, init="zero", tie_embeddings=False, final_rows=4, final_masks=2, data="x",
-                   block_size=16)
+                   seq_len=16)
     rows = torch.randint(8, (6, 16))
     data = corpus.Corpus(None, rows, text, 0, "", None)
     report = metrics.held_out(Transformer(cfg, text.vocab_size), family_of(cfg), data, torch.device("cpu"))
@@ -307,7 +307,7 @@ def test_runs_that_the_training_text_has():
 
 
 def tiny_model(objective, **changes):
-    cfg = settings(n_layer=1, n_head=2, n_embd=8, tie_embeddings=False, final_rows=6, final_masks=2, data="x", block_size=16,
+    cfg = settings(n_layer=1, n_head=2, n_embd=8, tie_embeddings=False, final_rows=6, final_masks=2, data="x", seq_len=16,
                    objective=objective, final_samples=4, **(family_defaults(objective, FAMILIES) | changes))
     torch.manual_seed(1)
     return Config(**vars(cfg)), Transformer(cfg, 9).eval()

@@ -2,10 +2,10 @@ import math
 
 import pytest
 import torch
+from toy import MASKED, family, sample, settings
 
 import diffusion
 from model import ShortAttention, Transformer, rotary_table
-from toy import MASKED, family, sample, settings
 from utils import runtime
 from utils.optim import Muon, lr_scale, make_optimizers
 
@@ -200,7 +200,7 @@ def test_overfits_one_sequence(kind):
 def test_learns_the_toy_chain():
     """Two layers on samples of the toy reach E[NELBO] - H < 0.02 nats, judged on all 81 sequences with their weights."""
     from test_maths import ENTROPY, exact_nelbo
-    from toy import P, SEQUENCES
+    from toy import SEQUENCES, P
     torch.manual_seed(0)
     model = Transformer(shape(init="zero"), 4).train()
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3, betas=(0.9, 0.99))

@@ -130,7 +130,7 @@ def test_mojibake_is_repaired_and_real_quotes_stay():
 
 
 def small(**changes):
-    return Config(**{"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "batch_size": 4, "vocab_size": 300} | changes)
+    return Config(**{"n_layer": 1, "n_head": 2, "n_embd": 16, "seq_len": 16, "batch_size": 4, "vocab_size": 300} | changes)
 
 
 def test_stream_batches_are_windows_of_the_text(tmp_path):
@@ -153,14 +153,14 @@ def test_documents_are_joined_by_the_end_token(tmp_path):
     rows = torch.cat([data.batch(i) for i in range(20)])
     assert (rows == data.text.end).any() and (data.held_out == data.text.end).any()
     for size in (8, 64):  # documents shorter and longer than the window
-        table = corpus.load(small(data=str(path), rows="document", block_size=size)).held_out
+        table = corpus.load(small(data=str(path), rows="document", seq_len=size)).held_out
         assert (table[:, 0] == data.text.end).all() and (table != data.text.end).any(1).all()
         found = "".join(data.text.decode(row) for row in table.tolist())
         assert found == "".join(texts.split(texts.read_documents(str(path)))[1])
 
 
 def test_tales_batches_are_whole_fresh_stories():
-    cfg = small(data="tales", rows="document", block_size=67, vocab_size=1024)
+    cfg = small(data="tales", rows="document", seq_len=67, vocab_size=1024)
     data = corpus.load(cfg)
     written = [canvas.finished(data.text, row) for step in range(5) for row in data.batch(step).tolist()]
     assert len(set(written)) == 20 and all(tales.log_prob(text) > -1e9 for text in written)
@@ -169,14 +169,14 @@ def test_tales_batches_are_whole_fresh_stories():
     assert corpus.tales_held_out(cfg)[0] in held_out
     stories = tales.generate(f"train {cfg.seed} 0", 4)
     for rows, size in (("document", 67), ("stream", 200)):
-        batch = corpus.tales_batch(data.text, small(data="tales", rows=rows, block_size=size), {stories[1]}, 0)
+        batch = corpus.tales_batch(data.text, small(data="tales", rows=rows, seq_len=size), {stories[1]}, 0)
         assert batch.shape == (4, size)
         known = "".join(map(data.text.decode, batch.tolist()))
         assert stories[2][20:] in known and stories[1][20:] not in known, "a held-out story is never trained on"
 
 
 def test_tales_as_a_stream():
-    cfg = small(data="tales", rows="stream", block_size=256, vocab_size=1024)
+    cfg = small(data="tales", rows="stream", seq_len=256, vocab_size=1024)
     data = corpus.load(cfg)
     assert torch.equal(data.batch(3), data.batch(3)) and not torch.equal(data.batch(3), data.batch(4))
     rows = [*data.batch(0).tolist(), *data.held_out[:4].tolist()]

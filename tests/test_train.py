@@ -13,22 +13,34 @@ import time
 
 import pytest
 import torch
+import toy
+from conftest import ROOT, interrupt, resumed
 
 import config
-import diffusion
-import toy
 import train
 from config import Config
-from conftest import ROOT, interrupt, resumed
 from model import Transformer
 from scripts import data as data_script
-from utils import checkpoint, cli, corpus, importance, metrics, optim, plots, runs, runtime, tales, texts, tokenizer
+from utils import (
+    checkpoint,
+    cli,
+    corpus,
+    importance,
+    metrics,
+    optim,
+    plots,
+    runs,
+    runtime,
+    tales,
+    texts,
+    tokenizer,
+)
 from utils.cli import UserError
 from utils.families import FAMILIES, family_of
 
 CPU = runtime.Hardware(torch.device("cpu"))
 UNIFORM = config.family_defaults("uniform", FAMILIES) | {"objective": "uniform"}
-TINY = dict(data="tales", rows="document", vocab_size=1024, block_size=67, n_layer=1, n_head=2, n_embd=16, batch_size=4,
+TINY = dict(data="tales", rows="document", vocab_size=1024, seq_len=67, n_layer=1, n_head=2, n_embd=16, batch_size=4,
             tie_embeddings=True, max_iters=6, eval_interval=3, eval_rows=4, final_rows=4, final_masks=2, final_samples=0, compile="off",
             device="cpu", dtype="float32", name="tiny")
 
@@ -56,7 +68,7 @@ def assert_close(a, b, tolerance):
 
 
 @pytest.mark.parametrize("changes", ({}, {"complementary": True, "optimizer": "adamw"}, {"loss_weighting": "pooled"},
-                                     {"corruption": "bernoulli", "rows": "stream", "block_size": 32}, {"block_len": 11},
+                                     {"corruption": "bernoulli", "rows": "stream", "seq_len": 32}, {"block_len": 11},
                                      {"objective": "ar"}, UNIFORM))
 def test_micro_batches_are_the_batch(changes):
     """Ten steps in fp32: two rows at a time, or all at once. With the sum of gradients instead of the mean, or other masks,
@@ -95,7 +107,7 @@ def test_ranks_share_the_batch():
 def test_a_layout_has_a_static_bound(B, L, given, size, changes):
     """All pieces of a batch have an index of one length at every step; it lists the masked positions, then -1; and it is
     hardly longer than needed."""
-    cfg = toy.settings(**{"block_size": L, "rows": "document" if given else "stream"} | changes)
+    cfg = toy.settings(**{"seq_len": L, "rows": "document" if given else "stream"} | changes)
     complementary, n = cfg.complementary, cfg.block_len or L - given
     units = B * (L - given) // n
     lengths, most = set(), 0
@@ -275,7 +287,7 @@ def test_a_checkpoint_from_before_goes_on():
 
 def test_another_text_is_no_way_to_go_on(tmp_path):
     (tmp_path / "a.txt").write_text("to be or not to be, that is the question. " * 60)
-    cfg = tiny(data="a.txt", rows="stream", tokenizer="char", block_size=16, name="a")
+    cfg = tiny(data="a.txt", rows="stream", tokenizer="char", seq_len=16, name="a")
     train.train(cfg, quiet=True)
     (tmp_path / "a.txt").write_text("to be or not to be, that is the squestion. " * 60)
     cfg, state = resumed(["--resume", "artifacts/models/a.pt", "--max_iters", "9"])
@@ -651,7 +663,7 @@ def test_shards_are_written_in_flat_memory(stories):
 def test_training_on_shards(stories, monkeypatch):
     shards(COMMAND + "s.bin", monkeypatch)
     documents, text = stories
-    cfg = tiny(data="s.bin", rows="stream", block_size=32, batch_size=8)
+    cfg = tiny(data="s.bin", rows="stream", seq_len=32, batch_size=8)
     data = corpus.load(cfg)
     assert data.text.to_json() == text.to_json() and data.tokens == corpus.read_index("s.bin")["tokens"]
     known = "".join(t + "|" for t in documents if not texts.is_held_out(t, 0.05))
@@ -680,7 +692,7 @@ def test_a_shard_that_was_cut_off_is_named(stories, monkeypatch):
     shards(COMMAND + "s.bin", monkeypatch)
     os.truncate("s.bin/train_00001.bin", 100)
     with pytest.raises(UserError, match="train_00001.bin has 100 bytes"):
-        corpus.load(tiny(data="s.bin", rows="stream", block_size=32))
+        corpus.load(tiny(data="s.bin", rows="stream", seq_len=32))
 
 
 def test_a_folder_is_no_corpus(tmp_path):

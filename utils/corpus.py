@@ -22,8 +22,8 @@ PIECE = 300_000  # characters that are encoded at once, some 20 bytes each; long
 
 
 class Corpus(NamedTuple):
-    batch: Callable          # step (int), rows (slice) of the global batch -> (rows, block_size) long, always the same
-    held_out: torch.Tensor   # (R, block_size) long
+    batch: Callable          # step (int), rows (slice) of the global batch -> (rows, seq_len) long, always the same
+    held_out: torch.Tensor   # (R, seq_len) long
     text: tokenizer.Text
     tokens: int              # training tokens; 0: without end
     fingerprint: str         # of the training tokens: changes when the corpus does
@@ -76,8 +76,8 @@ def token_stream(documents, text):
     return torch.from_numpy(np.concatenate([end] + [part for ids in encode(documents, text) for part in (ids, end)]))
 
 
-def document_rows(documents, text, block_size):
-    """(rows, block_size) long: `<|endoftext|>`, the document, `<|endoftext|>` to the end.
+def document_rows(documents, text, seq_len):
+    """(rows, seq_len) long: `<|endoftext|>`, the document, `<|endoftext|>` to the end.
 
     A document that is longer than the window takes several rows, each with an `<|endoftext|>` in front: every row
     starts with one, which is what `diffusion.bos_tokens` relies on.
@@ -87,9 +87,9 @@ def document_rows(documents, text, block_size):
                         "(a line <|endoftext|> between them); or use --rows stream")
     rows = []
     for ids in text.encode(documents, "the corpus"):
-        pieces = [ids[i:i + block_size - 1] for i in range(0, len(ids), block_size - 1)]
+        pieces = [ids[i:i + seq_len - 1] for i in range(0, len(ids), seq_len - 1)]
         rows += [[text.end, *piece] for piece in pieces]
-    table = np.full((len(rows), block_size), text.end, dtype=np.int64)
+    table = np.full((len(rows), seq_len), text.end, dtype=np.int64)
     for row, ids in zip(table, rows):
         row[:len(ids)] = ids
     return torch.from_numpy(table)
@@ -98,17 +98,17 @@ def document_rows(documents, text, block_size):
 def held_out_rows(documents, text, cfg):
     """The held-out documents as non-overlapping windows; what is left over at the end is dropped."""
     if cfg.rows == "document":
-        return document_rows(documents, text, cfg.block_size)
+        return document_rows(documents, text, cfg.seq_len)
     return windows(token_stream(documents, text), cfg)
 
 
 def windows(ids, cfg):
-    """The held-out ids (N,) as rows (R, block_size) long."""
-    rows = len(ids) // cfg.block_size
+    """The held-out ids (N,) as rows (R, seq_len) long."""
+    rows = len(ids) // cfg.seq_len
     if not rows:
         raise UserError(f"the held-out part of {cfg.data} has {len(ids)} tokens, less than one window of "
-                        f"block_size={cfg.block_size}; use more text or a smaller --block_size")
-    return ids[: rows * cfg.block_size].view(rows, cfg.block_size).long()
+                        f"seq_len={cfg.seq_len}; use more text or a smaller --seq_len")
+    return ids[: rows * cfg.seq_len].view(rows, cfg.seq_len).long()
 
 
 def row_lengths(rows, text):
@@ -121,8 +121,8 @@ def row_lengths(rows, text):
 
 def stream_batch(ids, cfg, step, rows=slice(None)):
     """Windows at uniformly random places of the token stream `ids` (N,), one gather for all."""
-    start = torch.randint(len(ids) - cfg.block_size + 1, (cfg.batch_size, 1), generator=generator(cfg.seed, "rows", step))
-    return ids[start[rows] + torch.arange(cfg.block_size)].long()
+    start = torch.randint(len(ids) - cfg.seq_len + 1, (cfg.batch_size, 1), generator=generator(cfg.seed, "rows", step))
+    return ids[start[rows] + torch.arange(cfg.seq_len)].long()
 
 
 def pool_batch(table, cfg, step, rows=slice(None)):
@@ -138,24 +138,24 @@ def tales_held_out(cfg):
 def tales_batch(text, cfg, held_out, step, rows=slice(None)):
     """A batch of stories that nobody has seen, none of them in the set `held_out`: one a row, or (rows=stream) windows
     of stories that follow each other."""
-    size = cfg.batch_size * cfg.block_size
+    size = cfg.batch_size * cfg.seq_len
     n = cfg.batch_size if cfg.rows == "document" else size // SHORTEST_TALE + 2
     stories = tales.generate(f"train {cfg.seed} {step}", n)
     fresh = [story for story in stories if story not in held_out]
     stories = (fresh * n)[:n]
     if cfg.rows == "document":
-        return document_rows(stories[rows], text, cfg.block_size)
+        return document_rows(stories[rows], text, cfg.seq_len)
     ids = token_stream(stories, text)
     if len(ids) < size:
         raise UserError(f"tokenizer={cfg.tokenizer} joins words; rows=stream of the tales needs one that does not: bpe "
                         "or char")
     start = torch.randint(len(ids) - size + 1, (), generator=generator(cfg.seed, "rows", step))
-    return ids[start:start + size].view(cfg.batch_size, cfg.block_size)[rows].long()
+    return ids[start:start + size].view(cfg.batch_size, cfg.seq_len)[rows].long()
 
 
 def latest(batch, cfg, steps, limit):
     """The rows of the last batches of a run of so many steps, about `limit` tokens together: (N, L) int."""
-    first = steps - max(1, limit // (cfg.batch_size * cfg.block_size))
+    first = steps - max(1, limit // (cfg.batch_size * cfg.seq_len))
     return torch.cat([batch(step).int() for step in range(max(0, first), max(1, steps))])
 
 
@@ -170,7 +170,7 @@ def load(cfg, text=None):
             text = make_tokenizer(cfg, tales.generate(f"tokenizer {cfg.seed}", 4000), documents=True)
         rows = held_out_rows(held_out, text, cfg)
         if cfg.rows == "document" and len(rows) != len(held_out):
-            raise UserError(f"block_size={cfg.block_size} is shorter than a tale with tokenizer={cfg.tokenizer}; "
+            raise UserError(f"seq_len={cfg.seq_len} is shorter than a tale with tokenizer={cfg.tokenizer}; "
                             "use at least 67 with bpe, 320 with char")
         batch = partial(tales_batch, text, cfg, seen)
         return Corpus(batch, rows, text, 0, fingerprint(rows), partial(latest, batch, cfg))
@@ -187,13 +187,13 @@ def load(cfg, text=None):
         text = make_tokenizer(cfg, documents if cfg.tokenizer == "char" else train, documents=len(documents) > 1)
     rows, train = held_out_rows(held_out, text, cfg), train[: cfg.max_documents or None]
     if cfg.rows == "document":
-        pool = document_rows(train, text, cfg.block_size)
+        pool = document_rows(train, text, cfg.seq_len)
         return Corpus(partial(pool_batch, pool, cfg), rows, text, int((pool != text.end).sum()), fingerprint(pool),
-                      lambda steps, limit: pool[:max(1, limit // cfg.block_size)])
+                      lambda steps, limit: pool[:max(1, limit // cfg.seq_len)])
     ids = token_stream(train, text)
-    if len(ids) < cfg.block_size:
+    if len(ids) < cfg.seq_len:
         raise UserError(f"{cfg.data} has {len(ids)} training tokens, less than one window of "
-                        f"block_size={cfg.block_size}; use more text or a smaller --block_size")
+                        f"seq_len={cfg.seq_len}; use more text or a smaller --seq_len")
     return Corpus(partial(stream_batch, ids, cfg), rows, text, len(ids), fingerprint(ids),
                   lambda steps, limit: ids[None, :limit])
 
@@ -317,15 +317,15 @@ def load_shards(cfg, text=None):
             size = os.path.getsize(path) if os.path.exists(path) else 0
             if size != shard[part] * np.dtype(index["dtype"]).itemsize:
                 raise UserError(f"{path} has {size:,} bytes, not what index.json says; copy it again")
-            if shard[part] >= cfg.block_size:
+            if shard[part] >= cfg.seq_len:
                 found.append(np.memmap(path, dtype=index["dtype"], mode="r"))
         return found
     shards = maps("train")
     if not shards:
-        raise UserError(f"{cfg.data} has no shard as long as a window of block_size={cfg.block_size}")
+        raise UserError(f"{cfg.data} has no shard as long as a window of seq_len={cfg.seq_len}")
     held_out, rows = maps("held_out"), max(cfg.eval_rows, cfg.final_rows)
-    held_out = np.concatenate([part[: rows * cfg.block_size] for part in held_out] or [[]])[: rows * cfg.block_size]
-    starts = np.cumsum([0] + [len(shard) - cfg.block_size + 1 for shard in shards])  # windows before each shard
+    held_out = np.concatenate([part[: rows * cfg.seq_len] for part in held_out] or [[]])[: rows * cfg.seq_len]
+    starts = np.cumsum([0] + [len(shard) - cfg.seq_len + 1 for shard in shards])  # windows before each shard
     return Corpus(partial(shard_batch, shards, starts, cfg), windows(torch.from_numpy(held_out.astype(np.int64)), cfg), own,
                   index["tokens"], hashlib.sha256(repr(index["shards"]).encode()).hexdigest()[:16],
                   lambda steps, limit: torch.from_numpy(shards[0][:limit].astype(np.int32))[None])
@@ -335,5 +335,5 @@ def shard_batch(shards, starts, cfg, step, rows=slice(None)):
     """Windows at uniformly random places of the shards."""
     places = torch.randint(int(starts[-1]), (cfg.batch_size,), generator=generator(cfg.seed, "rows", step))[rows].numpy()
     owner = np.searchsorted(starts, places, side="right") - 1
-    return torch.from_numpy(np.stack([shards[k][p:p + cfg.block_size] for k, p in zip(owner, places - starts[owner])])
+    return torch.from_numpy(np.stack([shards[k][p:p + cfg.seq_len] for k, p in zip(owner, places - starts[owner])])
                             .astype(np.int64))

@@ -278,7 +278,7 @@ FAMILIES = {"masked": Masked, "uniform": Uniform, "ar": Autoregressive}
 
 def block_len(cfg):
     """Tokens of a block of block diffusion; 0: the window is one block, plain diffusion."""
-    return 0 if cfg.block_len in (0, cfg.block_size) else cfg.block_len
+    return 0 if cfg.block_len in (0, cfg.seq_len) else cfg.block_len
 
 
 def family_of(cfg):

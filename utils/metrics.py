@@ -11,7 +11,6 @@ import torch
 import diffusion
 from utils import canvas, corpus, families, runtime, tales, tokenizer
 
-
 SEARCHED = 5_000_000  # training tokens that copies are looked for in
 
 
@@ -51,8 +50,8 @@ def held_out(model, family, data, device):
               "perplexity_of_bound": perplexity(mean), "held_out_rows": len(rows), "masks_a_row": 0 if exact else cfg.final_masks}
     if cfg.data == "tales" and cfg.rows == "document":
         truth = -sum(map(tales.log_prob, corpus.tales_held_out(cfg)[: len(rows)])) / len(rows)
-        report |= {"bound_nats_per_story": mean * cfg.block_size, "exact_nats_per_story": truth,
-                   "excess_over_exact": mean * cfg.block_size / truth - 1, "entropy_nats_per_story": tales.entropy()}
+        report |= {"bound_nats_per_story": mean * cfg.seq_len, "exact_nats_per_story": truth,
+                   "excess_over_exact": mean * cfg.seq_len / truth - 1, "entropy_nats_per_story": tales.entropy()}
     return report
 
 
@@ -152,12 +151,12 @@ def left_to_right(model, family, rows):
 
 
 def sample_rows(generate, family, text, count, device):
-    """`count` unconditional samples (count, block_size) with the seeds 0, 1, ..., and what else generate returns for each
+    """`count` unconditional samples (count, seq_len) with the seeds 0, 1, ..., and what else generate returns for each
     (count,), all on the CPU.
 
-    generate(blank (b, block_size), seeds (list of b)) returns the ids and the rest for 50 rows at a time, or as many as fit.
+    generate(blank (b, seq_len), seeds (list of b)) returns the ids and the rest for 50 rows at a time, or as many as fit.
     """
-    parts, window = [], family.cfg.block_size
+    parts, window = [], family.cfg.seq_len
     for seeds in torch.arange(count).split(min(50, runtime.rows_at_once(family, text.vocab_size, window, device))):
         blank = torch.tensor([canvas.build(text, [None], window)] * len(seeds), device=device)
         parts.append([part.cpu() for part in generate(blank, seeds.tolist())])
@@ -165,7 +164,7 @@ def sample_rows(generate, family, text, count, device):
 
 
 def generate_rows(model, family, text, count, device, how):
-    """(`count` unconditional samples (count, block_size) long, figures of how they were written).
+    """(`count` unconditional samples (count, seq_len) long, figures of how they were written).
 
     change_rate  share of the tokens to write that a step changes, hides or writes; under uniform noise the first step shows
                  all, which counts as a change of all
@@ -178,7 +177,7 @@ def generate_rows(model, family, text, count, device, how):
             changes += (step.fresh | step.remasked).sum(1)
         return step.ids, step.row_nfe, changes / (blank == text.mask).sum(1)
     rows, nfe, changes = sample_rows(generate, family, text, count, device)
-    generated = count * canvas.build(text, [None], family.cfg.block_size).count(text.mask)
+    generated = count * canvas.build(text, [None], family.cfg.seq_len).count(text.mask)
     return rows, {"change_rate": (changes / nfe).mean().item(), "evaluations_a_sample": nfe.float().mean().item(),
                   "tokens_per_second": generated / (time.perf_counter() - start)}
 
@@ -236,7 +235,7 @@ class Judge(NamedTuple):
 def judge_texts(texts, judge, device):
     """Nats per character of texts (list of str) under an autoregressive model: generative NLL. Texts are cut in windows."""
     model, family, text, dtype = judge
-    total, characters, window = 0.0, 0, family.cfg.block_size
+    total, characters, window = 0.0, 0, family.cfg.seq_len
     begin = [] if text.end is None else [text.end]
     for ids in text.encode([t for t in texts if t], "the samples"):
         for start in range(0, len(ids), window - len(begin)):

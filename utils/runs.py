@@ -170,9 +170,9 @@ def check_size(cfg, vocab_size, hardware):
         )
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # that share this machine's memory
         runtime.check_memory(
-            processes * rows * cfg.block_size * a_token,
-            f"a pass of {rows} rows of {cfg.block_size} tokens (micro_batch={cfg.micro_batch}, "
-            f"batch_size={cfg.batch_size}, block_size={cfg.block_size})",
+            processes * rows * cfg.seq_len * a_token,
+            f"a pass of {rows} rows of {cfg.seq_len} tokens (micro_batch={cfg.micro_batch}, "
+            f"batch_size={cfg.batch_size}, seq_len={cfg.seq_len})",
         )
 
 
@@ -259,7 +259,7 @@ def introduce(run, progress, minutes):
     tokens = f"{data.tokens:,} training tokens" if data.tokens else "fresh stories every step"
     run.say(
         f"{cfg.name}: {parameters:,} parameters, vocabulary {data.text.vocab_size:,} | {tokens}, "
-        f"{len(data.held_out):,} held-out rows of {cfg.block_size}"
+        f"{len(data.held_out):,} held-out rows of {cfg.seq_len}"
     )
     run.say(
         f"{cfg.device} {cfg.dtype}{', compiled' if cfg.compile == 'on' else ''}"
@@ -307,7 +307,7 @@ def finish(run, progress, seconds_a_step):
         report |= metrics.final(
             model, run.family, data, run.hardware, best_step, cfg.final_samples, SampleConfig()
         )
-    rate = cfg.batch_size * cfg.block_size / seconds_a_step if seconds_a_step else None
+    rate = cfg.batch_size * cfg.seq_len / seconds_a_step if seconds_a_step else None
     report = {
         "name": cfg.name,
         "dtype": cfg.dtype,

@@ -67,7 +67,7 @@ class Comparison(NamedTuple):
 # Each comparison is a dict of variants: name -> differences from the base, in order. All are judged by the same bound,
 # on the same held-out rows with the same masks.
 
-SMALL = dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=64, lr=0.01)
+SMALL = dict(n_layer=4, n_head=4, n_embd=128, seq_len=64, batch_size=64, lr=0.01)
 
 
 def recipe(options):
@@ -124,9 +124,9 @@ def batch_size(options):
 def families(options):
     """Autoregressive, blocks, masked and uniform at equal size, on the same rows. In windows of blocks of 64."""
     base = cli.merge(Config, base_config(options))
-    bos, tokens = diffusion.bos_tokens(base), base.block_size * base.batch_size
-    window = max(128, -(-base.block_size // 64) * 64) + bos
-    common = {"block_size": window}
+    bos, tokens = diffusion.bos_tokens(base), base.seq_len * base.batch_size
+    window = max(128, -(-base.seq_len // 64) * 64) + bos
+    common = {"seq_len": window}
     if not bos:  # as many tokens a step; documents stay as many
         common["batch_size"] = max(1, tokens // window)
     uniform = config.family_defaults("uniform", FAMILIES) | {"objective": "uniform", "time_conditioning": "sinusoidal"}  # adaln is larger
@@ -155,7 +155,7 @@ OWN_FAMILIES = {"masked, causal": CausalMasked}  # of `attention` alone
 def window(options):
     """Windows of other lengths, with as many tokens a step; each judged on its own windows of the same text."""
     base = cli.merge(Config, base_config(options))
-    return {f"{size} tokens": {"block_size": size, "batch_size": max(1, base.batch_size * base.block_size // size),
+    return {f"{size} tokens": {"seq_len": size, "batch_size": max(1, base.batch_size * base.seq_len // size),
                                "eval_rows": 16_384 // size, "final_rows": 65_536 // size}
             for size in (16, 32, 64, 128, 256)}
 
@@ -163,10 +163,10 @@ def window(options):
 def expected_loss(options):
     """The beginnings of the guide's and the notes' runs, whose documents say which loss to expect when, at the base's shape, and
     ours. Their learning rates do not decay yet; their losses are their own. Windows of 128, as theirs."""
-    shape = ("data", "tokenizer", "rows", "n_layer", "n_head", "n_embd", "block_size")
+    shape = ("data", "tokenizer", "rows", "n_layer", "n_head", "n_embd", "seq_len")
     theirs = {f"the recipe of the {name}": {key: value for key, value in config.PRESETS[name].items() if key not in shape} | {
         "lr_decay": "constant", "max_iters": options.iters} for name in ("guide", "notes")}
-    return {name: changes | {"block_size": 128, "final_samples": 1} for name, changes in (
+    return {name: changes | {"seq_len": 128, "final_samples": 1} for name, changes in (
         theirs | {"our recipe": {}, "our recipe, a fifth of the steps": {"max_iters": max(1, options.iters // 5)}}).items()}
 
 
@@ -215,13 +215,14 @@ def variant_config(comparison, options, variant, seed):
     return dataclasses.replace(cfg, eval_interval=max(1, cfg.max_iters // 15), save_interval=10**9)
 
 
+TABLES = {"seq_len": "block_size"}  # as the tables that are there call it
 LATER = {"objective": "masked", "time_sampling": "uniform"}  # what all was before these were settings
 
 
 def train_settings(comparison, options):
     """One training run each. "config" tells runs apart that differ in anything but their names and seeds."""
     def fingerprint(cfg):  # of what is switched on, so that a setting which is added to config.py changes nothing
-        on = [(k, v) for k, v in dataclasses.asdict(cfg).items() if v and k != "seed" and LATER.get(k) != v]
+        on = [(TABLES.get(k, k), v) for k, v in dataclasses.asdict(cfg).items() if v and k != "seed" and LATER.get(k) != v]
         return hashlib.sha256(repr(on).encode()).hexdigest()[:8]
 
     def setting(name, seed):
@@ -256,7 +257,7 @@ def train_variants(comparison, options):
                 "curve": " ".join(f"{e['step']}:{minutes(e['step']):.4g}:{e['bound']:.4f}:{e['loss']:.4f}" for e in entries)}
     variants = [cli.merge(Config, base_config(options), changes) for changes in TRAINED[comparison](options).values()]
     cfg = variants[0]
-    what = {name: getattr(cfg, name) for name in ("data", "n_layer", "n_embd", "block_size")
+    what = {TABLES.get(name, name): getattr(cfg, name) for name in ("data", "n_layer", "n_embd", "seq_len")
             if len({getattr(variant, name) for variant in variants}) == 1}
     return measure, what | {"device": runtime.choose_device(cfg.device).type}
 

@@ -28,9 +28,20 @@ import train
 from config import LONGEST, Config, SampleConfig
 from model import Transformer
 from scripts.lab import yardstick
-from utils import checkpoint, cli, corpus, families, optim, policies, runtime, tales, tokenizer, trace, video
+from utils import (
+    checkpoint,
+    cli,
+    corpus,
+    families,
+    optim,
+    policies,
+    runtime,
+    tales,
+    tokenizer,
+    trace,
+    video,
+)
 from utils.cli import UserError, field
-
 
 SOURCE = "the sources' recipe, float32 eager"
 
@@ -66,7 +77,7 @@ def training_step(cfg, vocab_size, device, dtype=torch.float32, compiled=False, 
     optimizers, numbers, hardware = optim.make_optimizers(model, cfg, dtype), iter(range(10**9)), runtime.Hardware(device, dtype)
     if torchs_muon:
         optimizers[1] = torch.optim.Muon(optimizers[1].param_groups[0]["params"], cfg.muon_lr)
-    x0 = torch.randint(vocab_size - 1, (cfg.batch_size, cfg.block_size))
+    x0 = torch.randint(vocab_size - 1, (cfg.batch_size, cfg.seq_len))
     data = corpus.Corpus(batch=lambda step, rows: x0[rows], held_out=None, text=None, tokens=0, fingerprint="", training=None)
 
     def step(network, token_nll=diffusion.token_nll):
@@ -158,14 +169,14 @@ def matrix_rate(device, dtype, size):
 def model_flops(cfg, vocab_size, scored):
     """FLOPs of a forward and backward pass of a batch: 6 a parameter of the blocks and token, attention, and the head at
     the `scored` positions; nothing for embeddings, norms or what is computed twice."""
-    tokens = cfg.batch_size * cfg.block_size
+    tokens = cfg.batch_size * cfg.seq_len
     blocks = sum(p.numel() for p in Transformer(cfg, vocab_size).blocks.parameters())
-    return (6 * blocks + 12 * cfg.n_layer * cfg.n_embd * cfg.block_size) * tokens + 6 * cfg.n_embd * (vocab_size - 1) * scored
+    return (6 * blocks + 12 * cfg.n_layer * cfg.n_embd * cfg.seq_len) * tokens + 6 * cfg.n_embd * (vocab_size - 1) * scored
 
 
 def training_variants(cfg, dtype):
     """Label -> (whether memory is kept, Config, dtype, whether compiled, whether with torch.optim.Muon), in order."""
-    shape = {name: getattr(cfg, name) for name in ("n_layer", "n_head", "n_embd", "block_size", "micro_batch")}
+    shape = {name: getattr(cfg, name) for name in ("n_layer", "n_head", "n_embd", "seq_len", "micro_batch")}
     recipe = cli.merge(Config, config.MICRO, shape, {"loss_weighting": "full"})  # head and loss at all positions
     label, full = runtime.dtype_name(dtype), torch.float32
     variants = {SOURCE: (False, recipe, full, False, False),
@@ -205,7 +216,7 @@ def bench_train(name, options):
     labels = [label for label in variants if label != SOURCE and options.variants in label]
     if not labels:
         raise UserError(f"variants={options.variants}: no variant's name holds this; known: {', '.join(variants)}")
-    tokens = lambda label: variants[label][1].batch_size * variants[label][1].block_size
+    tokens = lambda label: variants[label][1].batch_size * variants[label][1].seq_len
     own, timed = f"{runtime.dtype_name(dtype)} compiled", {}
     for label in [SOURCE, *labels] if device.type == "cuda" else labels:
         # beside the sources' recipe, since a machine's speed drifts (torch's Muon beside ours, from which it hardly
@@ -236,7 +247,7 @@ def bench_train(name, options):
     if not figures:
         raise failed
     return {"preset": name, "device": device_name(device), "torch": torch.__version__, "threads": torch.get_num_threads(),
-            "block_size": cfg.block_size, "vocab_size": vocab_size, "rounds": options.rounds,
+            "seq_len": cfg.seq_len, "vocab_size": vocab_size, "rounds": options.rounds,
             "matrix_product_dtype": runtime.dtype_name(dtype), "matrix_product_size": matrices[1],
             "variants": figures}
 
@@ -258,7 +269,7 @@ def bench_sample(name, options):
         torch.nn.init.normal_(model.head.weight, std=0.02)
     rows = []
     for batch in map(int, options.batches.split(",")):
-        blank = torch.full((batch, cfg.block_size), model.vocab_size - 1, device=device)
+        blank = torch.full((batch, cfg.seq_len), model.vocab_size - 1, device=device)
         blank[:, 0] = 0
         source = lambda: (yardstick.sampler(model, blank), 101)
 
@@ -273,7 +284,7 @@ def bench_sample(name, options):
                 return last.ids, last.nfe
             return run
 
-        block = cfg.block_size // 8
+        block = cfg.seq_len // 8
         variants = {"source procedure, float32": source} | {name: ours(name) for name in options.sampler_names()} | {
             f"confidence, blocks of {block}": ours("confidence", decode_block=block),
             f"confidence, blocks of {block}, prefix cache": ours("confidence", decode_block=block, cache="prefix"),
@@ -291,12 +302,12 @@ def bench_sample(name, options):
         base = times["source procedure, float32"]
         rows += [{"batch": batch, "sampler": label, "evaluations": evaluations[label],
                   "median_seconds": statistics.median(seconds),
-                  "tokens_per_second": batch * (cfg.block_size - 1) / statistics.median(seconds),
+                  "tokens_per_second": batch * (cfg.seq_len - 1) / statistics.median(seconds),
                   "speed_up": statistics.median(b / s for b, s in zip(base, seconds)),
                   "peak_memory_gb": peak[label] / 2**30}  # on a CPU: of the process so far
                  for label, seconds in times.items()]
     return {"model": name, "device": device_name(device), "dtype": runtime.dtype_name(dtype), "torch": torch.__version__,
-            "threads": torch.get_num_threads(), "window": cfg.block_size, "parameters": model.num_parameters(),
+            "threads": torch.get_num_threads(), "window": cfg.seq_len, "parameters": model.num_parameters(),
             "rounds": options.rounds, "rows": rows}
 
 
@@ -311,7 +322,7 @@ def show_sample(report):
 
 def bench_video(name, options):
     """Seconds to encode a trace of 256 tokens and 100 steps, written by a network of the preset's shape."""
-    cfg = dataclasses.replace(cli.merge(Config, config.preset(name)), block_size=256)
+    cfg = dataclasses.replace(cli.merge(Config, config.preset(name)), seq_len=256)
     text = tokenizer.train_bpe(tales.generate("video", 500), 512)
     torch.manual_seed(0)
     model = Transformer(cfg, text.vocab_size).eval()

@@ -124,7 +124,7 @@ def samplers_at_work(options, path):
     """Who gets revealed when: a story by every sampler, steps from top to bottom, tokens from left to right."""
     device = runtime.choose_device(options.device)
     model, text, cfg, _ = compare_samplers.masked_model(options.checkpoint, device)
-    blank = torch.tensor([canvas.build(text, [None], cfg.block_size)], device=device)
+    blank = torch.tensor([canvas.build(text, [None], cfg.seq_len)], device=device)
     height = -(-len(policies.SAMPLERS) // 4)
     figure, axes = plots.pyplot().subplots(height, 4, figsize=(12, 2.5 * height), layout="constrained")
     colours = {"hidden": (0.2, 0.25, 0.33), "written": (0.84, 0.9, 0.96), "fresh": (1.0, 0.75, 0.2),
@@ -133,7 +133,7 @@ def samplers_at_work(options, path):
         states = []
         how = SampleConfig(sampler=name, steps=32)
         for step in diffusion.sample(families.family_of(cfg), model, blank, how, seeds=[1]):
-            state = torch.tensor(colours["written"]).repeat(cfg.block_size, 1)
+            state = torch.tensor(colours["written"]).repeat(cfg.seq_len, 1)
             for kind, where in (("hidden", step.masked), ("fresh", step.fresh), ("hidden again", step.remasked)):
                 state[where[0].cpu()] = torch.tensor(colours[kind])
             states.append(state)
