@@ -27,7 +27,7 @@ MOST_WRITTEN = 2**24   # tokens of all texts together: what is kept of each is s
 
 
 def load(overrides):
-    """Flags (dict) -> (SampleConfig, model, Text, Config, device, path of the checkpoint).
+    """Flags (dict) -> (SampleConfig, model, Tokenizer, Config, device, path of the checkpoint).
 
     Settings come from config.py, then from the checkpoint (how its author wanted it sampled), then from the flags.
     """
@@ -40,12 +40,12 @@ def load(overrides):
         if target:  # rather now than after the work
             trace.check(target, ending)
     device = runtime.choose_device(options.device)
-    model, text, cfg = checkpoint.restore(state, device, path)
+    model, tokenizer, cfg = checkpoint.restore(state, device, path)
     family = families.family_of(cfg)
     if "sampler" in overrides and options.sampler.partition(":")[0] not in family.samplers:
         raise UserError(f"sampler={options.sampler} with {family.name}, which has one of its own: --steps says how long "
                         "it works")
-    return options, model, text, cfg, device, path
+    return options, model, tokenizer, cfg, device, path
 
 
 def check(options):
@@ -53,7 +53,7 @@ def check(options):
     cli.check_name("schedule", options.schedule, diffusion.SCHEDULES)
 
 
-def canvases(options, text, cfg):
+def canvases(options, tokenizer, cfg):
     """Rows to fill: list of (canvas, a list of ids; seed). What is given differs, the rest is MASK."""
     if options.infill:
         templates = [canvas.parse_infill(options.infill)]
@@ -68,9 +68,9 @@ def canvases(options, text, cfg):
             if not prompts:
                 raise UserError(f"{options.prompt_file} is empty; write a prompt on each line")
         templates = [[p for p in (prompt, options.gen_len, options.suffix) if p != ""] for prompt in prompts]
-    rows = [canvas.build(text, template, cfg.seq_len) for template in templates]
-    if families.family_of(cfg).block_len and any(text.mask in row[:i] for row in rows for i, token in enumerate(row)
-                                                 if token != text.mask):
+    rows = [canvas.build(tokenizer, template, cfg.seq_len) for template in templates]
+    if families.family_of(cfg).block_len and any(tokenizer.mask in row[:i] for row in rows for i, token in enumerate(row)
+                                                 if token != tokenizer.mask):
         raise UserError("this model writes from left to right and sees nothing of what comes after; give a --prompt, without "
                         "--suffix and --infill, or train a masked model (--objective masked, without --block_len)")
     if sum(map(len, rows)) * options.num_samples > MOST_WRITTEN:
@@ -100,14 +100,14 @@ def most_states(row, options, cfg, mask):
     return options.steps + blocks if sampler.may_remask else min(masks, options.steps + blocks)
 
 
-def generate(model, text, options, cfg, device, dtype):
+def generate(model, tokenizer, options, cfg, device, dtype):
     """Write all rows of `options`; returns (results, frames of the first row, network evaluations, seconds).
 
     A result is a dict: text, seed, sampler, evaluations, tokens, confidence and step (when each token settled; 0: given)
     of its own row; seconds and tokens_per_second of the rows that are written together with it (`batches`), counting the
     tokens of the finished texts and not the time of viewers.
     """
-    rows, results, frames, nfe, total = canvases(options, text, cfg), {}, [], 0, 0.0
+    rows, results, frames, nfe, total = canvases(options, tokenizer, cfg), {}, [], 0, 0.0
     family = families.family_of(cfg)
 
     def timed(steps, spent):
@@ -118,21 +118,21 @@ def generate(model, text, options, cfg, device, dtype):
             yield step
             start = time.perf_counter()
 
-    for members in batches(rows, cfg, text.vocab_size, device):
+    for members in batches(rows, cfg, tokenizer.vocab_size, device):
         blank = torch.tensor([rows[i][0] for i in members], device=device)
         spent = []
         steps = timed(diffusion.sample(
             family, model, blank, options, window=cfg.seq_len,
-            stop=None if options.no_stop else text.end,
+            stop=None if options.no_stop else tokenizer.end,
             top=ALTERNATIVES if options.viz_html and 0 in members else 0, seeds=[rows[i][1] for i in members]), spent)
         if 0 in members:
             if options.viz_video or options.viz_gif or options.viz_html:
-                trace.check_states(most_states(rows[0][0], options, cfg, text.mask), blank.size(1), options.trace_every,
+                trace.check_states(most_states(rows[0][0], options, cfg, tokenizer.mask), blank.size(1), options.trace_every,
                                    bool(options.viz_html))
-                frames, steps = trace.record(steps, blank, text.mask, options.trace_every)
+                frames, steps = trace.record(steps, blank, tokenizer.mask, options.trace_every)
             if options.live:
-                steps = terminal.live(steps, text, (blank[0] != text.mask).tolist(), options.frame_ms)
-        settled, masks = torch.zeros_like(blank), int((blank == text.mask).sum())
+                steps = terminal.live(steps, tokenizer, (blank[0] != tokenizer.mask).tolist(), options.frame_ms)
+        settled, masks = torch.zeros_like(blank), int((blank == tokenizer.mask).sum())
         number = torch.zeros_like(blank[:, :1])  # of steps in which something happened in each row
         with contextlib.closing(steps), runtime.autocast(device, dtype), tqdm(
                 total=masks, unit="token", leave=False, disable=True if options.live and 0 in members else None) as bar:
@@ -142,23 +142,23 @@ def generate(model, text, options, cfg, device, dtype):
                 bar.update(round(masks * (1 - step.t.mean().item())) - bar.n)
         seconds, final = sum(spent), step.ids.tolist()
         nfe, total = nfe + step.nfe, total + seconds
-        ends = [len(ids) if options.no_stop else canvas.end(text, ids, rows[i][0]) for ids, i in zip(final, members)]
-        written = sum(rows[i][0][:end].count(text.mask) for end, i in zip(ends, members))
+        ends = [len(ids) if options.no_stop else canvas.end(tokenizer, ids, rows[i][0]) for ids, i in zip(final, members)]
+        written = sum(rows[i][0][:end].count(tokenizer.mask) for end, i in zip(ends, members))
         for row, (i, ids) in enumerate(zip(members, final)):
             results[i] = {
-                "text": canvas.finished(text, ids, rows[i][0], not options.no_stop), "seed": rows[i][1],
+                "text": canvas.finished(tokenizer, ids, rows[i][0], not options.no_stop), "seed": rows[i][1],
                 "sampler": family.procedure or options.sampler,
                 "evaluations": int(step.row_nfe[row]), "seconds": seconds,
-                "tokens_per_second": written / seconds, "tokens": text.pieces(ids),
+                "tokens_per_second": written / seconds, "tokens": tokenizer.pieces(ids),
                 "confidence": [round(c, 4) for c in step.confidence[row].tolist()], "step": settled[row].tolist()}
     return [results[i] for i in range(len(rows))], frames, nfe, total
 
 
 def run(positional, overrides):
-    options, model, text, cfg, device, path = load(overrides)
+    options, model, tokenizer, cfg, device, path = load(overrides)
     dtype = runtime.dtype_of_run(options.dtype, cfg.dtype, device, path)
     name = os.path.basename(path).removesuffix(".pt")
-    results, frames, nfe, seconds = generate(model, text, options, cfg, device, dtype)
+    results, frames, nfe, seconds = generate(model, tokenizer, options, cfg, device, dtype)
     for result in results:
         if options.json:
             print(json.dumps(result, ensure_ascii=False))
@@ -173,10 +173,10 @@ def run(positional, overrides):
         title = f"{name} · {procedure} · temperature {options.temperature:g} · {frames[-1].nfe} evaluations"
         for target, write in ((options.viz_video, video.write_mp4), (options.viz_gif, video.write_gif)):
             if target:
-                write(target, video.pictures(frames, text, title), options.gif_frame_ms)
+                write(target, video.pictures(frames, tokenizer, title), options.gif_frame_ms)
                 print(f"wrote {target}", file=sys.stderr)
         if options.viz_html:
-            page.write_html(options.viz_html, frames, text, title)
+            page.write_html(options.viz_html, frames, tokenizer, title)
             print(f"wrote {options.viz_html}", file=sys.stderr)
 
 

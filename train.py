@@ -129,7 +129,7 @@ def evaluate(run, progress, so_far, best):
     with hardware.autocast():
         rows = run.data.held_out[: cfg.eval_rows].to(hardware.device)
         nll = run.family.nelbo(judged, rows, 1, cfg.micro_batch or 64)
-        text = "" if run.quiet else show_sample(run.family, judged, run.data.text, hardware.device)
+        text = "" if run.quiet else show_sample(run.family, judged, run.data.tokenizer, hardware.device)
     run.model.train()
     progress.nll, error, _ = metrics.mean_and_errors(nll)
     progress.running, progress.counted = torch.zeros_like(progress.running), 0
@@ -146,14 +146,14 @@ def evaluate(run, progress, so_far, best):
     return min(best, progress.nll)
 
 
-def show_sample(family, model, text, device):
+def show_sample(family, model, tokenizer, device):
     """An unconditional sample (str) in at most SHOWN_STEPS NFE, always of the same random
     numbers."""
     length = family.cfg.seq_len
-    blank = torch.tensor([canvas.build(text, [None], length)], device=device)
+    blank = torch.tensor([canvas.build(tokenizer, [None], length)], device=device)
     how = SampleConfig(steps=min(SHOWN_STEPS, length))
     *_, last = diffusion.sample(family, model, blank, how, seeds=[0])
-    return canvas.finished(text, last.ids[0].tolist())
+    return canvas.finished(tokenizer, last.ids[0].tolist())
 
 
 def check_finite(loss, run, step):

@@ -19,7 +19,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from tqdm import tqdm
 
 from config import SEEDS
-from utils import cli, corpus, tales, texts, tokenizer
+from utils import cli, corpus, tales, texts, tokenizer as tokenizers
 from utils.cli import UserError, field
 
 
@@ -71,14 +71,14 @@ def write_shards(cfg, output, given):
     if cfg.dataset in (*texts.DOWNLOADS, "tales") or cfg.dataset.endswith(".txt"):
         raise UserError(f"dataset={cfg.dataset} with tokens={cfg.tokens}: shards are made from .jsonl, .parquet and hub "
                         "datasets; others fit into memory")
-    wanted, text = number(cfg.tokens), tokenizer.load(cfg.tokenizer)
+    wanted, tokenizer = number(cfg.tokens), tokenizers.load(cfg.tokenizer)
     clean = texts.repair_mojibake if cfg.clean_mojibake else lambda document: document
     read = lambda dataset: map(clean, texts.documents_of(dataset, cfg.dataset, cfg.text_column))
     settings = {name: getattr(cfg, name) for name in ("dataset", "split", "config", "text_column", "clean_mojibake")}
-    settings["tokenizer"] = hashlib.sha256(text.to_json().encode()).hexdigest()[:16]
+    settings["tokenizer"] = hashlib.sha256(tokenizer.to_json().encode()).hexdigest()[:16]
     done = corpus.read_index(output)["tokens"] if os.path.exists(os.path.join(output, "index.json")) else 0
     with tqdm(total=wanted, initial=done, unit="token", unit_scale=True, disable=None) as bar:
-        index = corpus.write_shards(output, (texts.open_dataset(cfg.dataset, cfg.split, cfg.config), read), text, wanted,
+        index = corpus.write_shards(output, (texts.open_dataset(cfg.dataset, cfg.split, cfg.config), read), tokenizer, wanted,
                                     settings, lambda tokens: bar.update(tokens - bar.n))
     print(f"{output} has {index['tokens']:,} training tokens of {index['documents']:,} documents in {len(index['shards'])} "
           f"shards" + (", and the source has no more" if index["ended"] else ""))

@@ -64,7 +64,7 @@ class Loaded(NamedTuple):
 def load(path, options, device):
     """The checkpoint at `path` as `Loaded`."""
     state = checkpoint.read(path)
-    model, text, cfg = checkpoint.restore(state, device, path)
+    model, tokenizer, cfg = checkpoint.restore(state, device, path)
     loaded = Loaded(path, model, cfg, None, state["step"], runtime.dtype_of_run(options.dtype, cfg.dtype, device, path),
                     checkpoint.sample_defaults() | checkpoint.sampling(state, path))
     cfg = dataclasses.replace(cfg, final_rows=options.rows or cfg.final_rows)
@@ -74,11 +74,11 @@ def load(path, options, device):
         training = None
         if cfg.data == "tales" or os.path.exists(cfg.data):  # what the run was trained on need not be at hand, nor be whole
             with contextlib.suppress(UserError):
-                training = corpus.load(cfg, text).training
+                training = corpus.load(cfg, tokenizer).training
         cfg = dataclasses.replace(cfg, data=options.data)
-        rows = corpus.held_out_rows(texts.read_documents(options.data), text, cfg)
-        return loaded._replace(cfg=cfg, data=corpus.Corpus(None, rows, text, 0, "", training))
-    data = corpus.load(cfg, text)
+        rows = corpus.held_out_rows(texts.read_documents(options.data), tokenizer, cfg)
+        return loaded._replace(cfg=cfg, data=corpus.Corpus(None, rows, tokenizer, 0, "", training))
+    data = corpus.load(cfg, tokenizer)
     if state.get("corpus") not in (None, data.fingerprint):
         print(f"{cfg.data} is not the text that {path} was trained on, so its figures are others than those of its training",
               file=sys.stderr)
@@ -97,7 +97,7 @@ def compare(first, second, device):
         with runtime.autocast(device, dtype):
             family = families.family_of(cfg)
             nll = family.nelbo(model, rows.to(device), cfg.final_masks, cfg.micro_batch or 64).mean(1)
-        text = data.text.decode(rows.flatten().tolist())
+        text = data.tokenizer.decode(rows.flatten().tolist())
         lines.append(f"{path}: {'exactly' if family.exact else 'at most'} {nll.mean().item():.4f} nats a token, "
                      f"{nll.sum().item() * cfg.seq_len / math.log(2) / len(text):.4f} bits per character ({len(nll)} rows of "
                      f"{cfg.seq_len} tokens, {len(text):,} characters, of {cfg.data})")
@@ -105,7 +105,7 @@ def compare(first, second, device):
         texts_of.append(text)
     mine, theirs = first.data, second.data
     n = min(map(len, bounds))
-    if mine.text.to_json() == theirs.text.to_json() and torch.equal(mine.held_out[:n], theirs.held_out[:n]):
+    if mine.tokenizer.to_json() == theirs.tokenizer.to_json() and torch.equal(mine.held_out[:n], theirs.held_out[:n]):
         difference = bounds[0][:n] - bounds[1][:n]
         error = difference.std().item() / math.sqrt(n) if n > 1 else math.nan
         lines.append(f"on the {n} rows that both have: the first has {difference.mean().item():+.4f} ± {error:.4f} nats a token "

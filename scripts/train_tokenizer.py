@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from utils import cli, texts, tokenizer
+from utils import cli, texts, tokenizer as tokenizers
 from utils.cli import field
 
 
 @dataclass(frozen=True)
 class TokenizerConfig:
     input: str = field("data/stories.txt", "prepared text file, .jsonl or .parquet")
-    output: str = field(tokenizer.DEFAULT, "tokenizer file to write")
+    output: str = field(tokenizers.DEFAULT, "tokenizer file to write")
     vocab_size: int = field(2048, "MASK included, as in a model's vocabulary: the file has one less", low=2, high=2**20)
     min_frequency: int = field(2, "pairs that are rarer are not merged", low=0)
 
@@ -26,10 +26,10 @@ class TokenizerConfig:
 def run(positional, overrides):
     cfg = cli.merge(TokenizerConfig, overrides)
     train, _ = texts.split(texts.read_documents(cfg.input))
-    text = tokenizer.train_bpe(train, cfg.vocab_size, cfg.min_frequency)
-    tokenizer.save(text, cfg.output)
-    ids = sum(map(len, text.encode(train)))
-    print(f"wrote {cfg.output}: {text.mask:,} tokens and MASK, "
+    tokenizer = tokenizers.train_bpe(train, cfg.vocab_size, cfg.min_frequency)
+    tokenizers.save(tokenizer, cfg.output)
+    ids = sum(map(len, tokenizer.encode(train)))
+    print(f"wrote {cfg.output}: {tokenizer.mask:,} tokens and MASK, "
           f"{sum(map(len, train)) / ids:.2f} characters a token on {len(train):,} training documents")
 
 

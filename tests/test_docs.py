@@ -259,7 +259,7 @@ def test_parameter_counts(row):
     """The table of presets, with the vocabularies of its corpora."""
     for name, count in zip(re.findall(r"`(\w+)`", row[0]), row[1].split("; ")):
         cfg = config.Config(**config.PRESETS[name])
-        vocab_size = corpus.load(cfg).text.vocab_size if name == "tales" else 66 if "shakespeare" in cfg.data else 28 if (
+        vocab_size = corpus.load(cfg).tokenizer.vocab_size if name == "tales" else 66 if "shakespeare" in cfg.data else 28 if (
             name == "text8") else cfg.vocab_size  # of the grammar, of the 65 and 27 characters, of BPE
         with torch.device("meta"):
             assert Transformer(cfg, vocab_size).num_parameters() == int(count.replace(",", ""))

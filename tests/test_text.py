@@ -141,9 +141,9 @@ def test_stream_batches_are_windows_of_the_text(tmp_path):
     assert batch.shape == (4, 16) and batch.dtype == torch.long
     assert torch.equal(batch, data.batch(3)) and not torch.equal(batch, data.batch(4))
     for row in batch.tolist():
-        assert data.text.decode(row) in path.read_text()[:1800]
+        assert data.tokenizer.decode(row) in path.read_text()[:1800]
     assert data.held_out.shape == (200 // 16, 16) and data.tokens == 1800
-    assert corpus.row_lengths(data.held_out, data.text).tolist() == [[16, 16]] * 12 and data.text.end is None
+    assert corpus.row_lengths(data.held_out, data.tokenizer).tolist() == [[16, 16]] * 12 and data.tokenizer.end is None
 
 
 def test_documents_are_joined_by_the_end_token(tmp_path):
@@ -151,27 +151,27 @@ def test_documents_are_joined_by_the_end_token(tmp_path):
     texts.write_documents(str(path), (f"Document {i} has some words in it." for i in range(80)))
     data = corpus.load(small(data=str(path), tokenizer="bpe"))
     rows = torch.cat([data.batch(i) for i in range(20)])
-    assert (rows == data.text.end).any() and (data.held_out == data.text.end).any()
+    assert (rows == data.tokenizer.end).any() and (data.held_out == data.tokenizer.end).any()
     for size in (8, 64):  # documents shorter and longer than the window
         table = corpus.load(small(data=str(path), rows="document", seq_len=size)).held_out
-        assert (table[:, 0] == data.text.end).all() and (table != data.text.end).any(1).all()
-        found = "".join(data.text.decode(row) for row in table.tolist())
+        assert (table[:, 0] == data.tokenizer.end).all() and (table != data.tokenizer.end).any(1).all()
+        found = "".join(data.tokenizer.decode(row) for row in table.tolist())
         assert found == "".join(texts.split(texts.read_documents(str(path)))[1])
 
 
 def test_tales_batches_are_whole_fresh_stories():
     cfg = small(data="tales", rows="document", seq_len=67, vocab_size=1024)
     data = corpus.load(cfg)
-    written = [canvas.finished(data.text, row) for step in range(5) for row in data.batch(step).tolist()]
+    written = [canvas.finished(data.tokenizer, row) for step in range(5) for row in data.batch(step).tolist()]
     assert len(set(written)) == 20 and all(tales.log_prob(text) > -1e9 for text in written)
-    held_out = {canvas.finished(data.text, row) for row in data.held_out.tolist()}
+    held_out = {canvas.finished(data.tokenizer, row) for row in data.held_out.tolist()}
     assert len(held_out) == corpus.TALES_HELD_OUT and not held_out & set(written)
     assert corpus.tales_held_out(cfg)[0] in held_out
     stories = tales.generate(f"train {cfg.seed} 0", 4)
     for rows, size in (("document", 67), ("stream", 200)):
-        batch = corpus.tales_batch(data.text, small(data="tales", rows=rows, seq_len=size), {stories[1]}, 0)
+        batch = corpus.tales_batch(data.tokenizer, small(data="tales", rows=rows, seq_len=size), {stories[1]}, 0)
         assert batch.shape == (4, size)
-        known = "".join(map(data.text.decode, batch.tolist()))
+        known = "".join(map(data.tokenizer.decode, batch.tolist()))
         assert stories[2][20:] in known and stories[1][20:] not in known, "a held-out story is never trained on"
 
 
@@ -180,7 +180,7 @@ def test_tales_as_a_stream():
     data = corpus.load(cfg)
     assert torch.equal(data.batch(3), data.batch(3)) and not torch.equal(data.batch(3), data.batch(4))
     rows = [*data.batch(0).tolist(), *data.held_out[:4].tolist()]
-    stories = [story for row in rows for story in canvas.documents(data.text, row, "stream")]
+    stories = [story for row in rows for story in canvas.documents(data.tokenizer, row, "stream")]
     assert len(stories) >= 2 * len(rows) and all(tales.log_prob(story) > -1e9 for story in stories)
     assert len({row[0] for row in data.batch(0).tolist()}) > 1, "windows start anywhere"
 
@@ -196,7 +196,7 @@ def test_tokenizer_never_sees_held_out_text(tmp_path):
     path = str(tmp_path / "x.txt")
     texts.write_documents(path, documents)
     data = corpus.load(small(data=path, vocab_size=600))
-    assert len(data.text.encode(["qqqq"])[0]) == 4, "no merge of a pair that only the held-out part has"
+    assert len(data.tokenizer.encode(["qqqq"])[0]) == 4, "no merge of a pair that only the held-out part has"
 
 
 @pytest.mark.parametrize("content, message", ((b"", "is empty"), (b" \n ", "is empty"), (b"\xff\xfe\x00", "not UTF-8"),

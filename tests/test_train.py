@@ -665,7 +665,7 @@ def test_training_on_shards(stories, monkeypatch):
     documents, text = stories
     cfg = tiny(data="s.bin", rows="stream", seq_len=32, batch_size=8)
     data = corpus.load(cfg)
-    assert data.text.to_json() == text.to_json() and data.tokens == corpus.read_index("s.bin")["tokens"]
+    assert data.tokenizer.to_json() == text.to_json() and data.tokens == corpus.read_index("s.bin")["tokens"]
     known = "".join(t + "|" for t in documents if not texts.is_held_out(t, 0.05))
     for row in data.batch(0).tolist():
         assert "".join("|" if i == text.end else text.decode([i]) for i in row) in known

@@ -3,7 +3,7 @@ the MASKs are."""
 import re
 
 from config import LONGEST
-from utils import tokenizer
+from utils import tokenizer as tokenizers
 from utils.cli import UserError
 
 HOLE = re.compile(r"\\([\[\]\\])|\[(?:(\d+)|_+)\]|(\[[^\]]*\]?)")  # an escape, a hole, or a bracket that is neither
@@ -32,15 +32,15 @@ def parse_infill(template):
     return [part for part in parts if part]
 
 
-def build(text, parts, window):
+def build(tokenizer, parts, window):
     """One row (list of ids) from parts: str is given, int a number of MASKs, None MASKs to the end of the window.
 
     A model of documents starts with a given `<|endoftext|>`: a document begins here. A token of BPE carries the space
     in front of a word, so the space before a hole is left to the hole.
     """
-    row = [] if text.end is None else [text.end]
-    ids = iter(text.encode([
-        part.rstrip(" ") if not text.is_char and i + 1 < len(parts) else part
+    row = [] if tokenizer.end is None else [tokenizer.end]
+    ids = iter(tokenizer.encode([
+        part.rstrip(" ") if not tokenizer.is_char and i + 1 < len(parts) else part
         for i, part in enumerate(parts) if isinstance(part, str)], "the prompt"))
     pieces = [next(ids) if isinstance(part, str) else part for part in parts]
     asked = len(row) + sum(len(piece) if isinstance(piece, list) else piece or 0 for piece in pieces)
@@ -51,38 +51,38 @@ def build(text, parts, window):
         raise UserError(f"the prompt takes {window - room} of the window's {window} tokens, which leaves no room to "
                         "write: shorten it, or say with --gen-len how many tokens to write beyond the window")
     for piece in pieces:
-        row += piece if isinstance(piece, list) else [text.mask] * (room if piece is None else piece)
+        row += piece if isinstance(piece, list) else [tokenizer.mask] * (room if piece is None else piece)
     return row
 
 
-def end(text, ids, blank=None):
+def end(tokenizer, ids, blank=None):
     """Where the text of a sampled row (list of ids) ends: at the first `<|endoftext|>` that the model wrote after all
     given text. blank is the canvas (list of ids) that the row began as; None is an unconditional one."""
-    given = [i for i, token in enumerate(blank or ()) if token != text.mask]
+    given = [i for i, token in enumerate(blank or ()) if token != tokenizer.mask]
     after = given[-1] + 1 if given else 1
-    return ids.index(text.end, after) if text.end in ids[after:] else len(ids)
+    return ids.index(tokenizer.end, after) if tokenizer.end in ids[after:] else len(ids)
 
 
-def finished(text, ids, blank=None, stop=True):
+def finished(tokenizer, ids, blank=None, stop=True):
     """Text (str) of a sampled row (list of ids): from after the `<|endoftext|>` that starts it to its `end`; with
     stop=False all of it, each `<|endoftext|>` as in a prepared file, on a line of its own."""
-    if text.end is None:
-        return text.decode(ids)
+    if tokenizer.end is None:
+        return tokenizer.decode(ids)
     if stop:
-        ids = ids[:end(text, ids, blank)]
+        ids = ids[:end(tokenizer, ids, blank)]
     parts = [[]]
-    for token in ids[1:] if ids[:1] == [text.end] else ids:
-        if token == text.end:
+    for token in ids[1:] if ids[:1] == [tokenizer.end] else ids:
+        if token == tokenizer.end:
             parts.append([])
         else:
             parts[-1].append(token)
-    return f"\n{tokenizer.END}\n".join(map(text.decode, parts))
+    return f"\n{tokenizers.END}\n".join(map(tokenizer.decode, parts))
 
 
-def documents(text, ids, rows):
+def documents(tokenizer, ids, rows):
     """Texts (list of str) of an unconditional sample: one where rows (of the config) is "document", and where it is
     "stream" all that stand whole between two `<|endoftext|>`."""
     if rows == "document":
-        return [finished(text, ids)]
-    ends = [i for i, token in enumerate(ids) if token == text.end]
-    return [text.decode(ids[start + 1:end]) for start, end in zip(ends, ends[1:])]
+        return [finished(tokenizer, ids)]
+    ends = [i for i, token in enumerate(ids) if token == tokenizer.end]
+    return [tokenizer.decode(ids[start + 1:end]) for start, end in zip(ends, ends[1:])]

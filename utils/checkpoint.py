@@ -15,7 +15,7 @@ import torch
 import config
 from config import Config, SampleConfig
 from model import Transformer, count_parameters
-from utils import cli, families, policies, runtime, tokenizer
+from utils import cli, families, policies, runtime, tokenizer as tokenizers
 from utils.cli import UserError, reason
 
 # what a resumed run may change; everything else would make it another run
@@ -135,7 +135,7 @@ def interrupted(out_dir, name):
 def snapshot(cfg, data, model, step, nll, **more):
     """State for `save`: what inference needs, and `more` for a resumed run. data is its Corpus, nll the last held-out bound."""
     return {"version": config.VERSION, "config": dataclasses.asdict(cfg), "sample": sample_defaults(), "corpus": data.fingerprint,
-            "tokenizer": data.text.to_json(), "step": step, "nll": nll, "model": model.state_dict(), **more}
+            "tokenizer": data.tokenizer.to_json(), "step": step, "nll": nll, "model": model.state_dict(), **more}
 
 
 def sample_defaults():
@@ -158,19 +158,19 @@ def sampling(state, path):
 
 
 def restore(state, device, path="the checkpoint"):
-    """(model on `device` in evaluation mode, Text, Config) of what `read` gave."""
+    """(model on `device` in evaluation mode, Tokenizer, Config) of what `read` gave."""
     sampling(state, path)  # complains of what inference would
     with fitting(path):
         cfg = cli.merge(Config, state["config"])
         families.checked(cfg)
-        text = tokenizer.from_json(state["tokenizer"])
+        tokenizer = tokenizers.from_json(state["tokenizer"])
         weights = state.get("ema") or state["model"]
         held = sum(w.numel() for name, w in weights.items() if not (cfg.tie_embeddings and name == "head.weight"))
-        if held != (count := count_parameters(cfg, text.vocab_size)):  # before as much memory is taken
+        if held != (count := count_parameters(cfg, tokenizer.vocab_size)):  # before as much memory is taken
             raise UserError(f"it holds {held:,} weights, and the network of its config has {count:,}")
-        model = Transformer(cfg, text.vocab_size)
+        model = Transformer(cfg, tokenizer.vocab_size)
         model.load_state_dict(weights)
-    return model.to(device).eval(), text, cfg
+    return model.to(device).eval(), tokenizer, cfg
 
 
 def resumed_config(positional, overrides):

@@ -11,7 +11,7 @@ from typing import Callable, NamedTuple
 import numpy as np
 import torch
 
-from utils import tales, texts, tokenizer
+from utils import tales, texts, tokenizer as tokenizers
 from utils.cli import UserError, reason
 from utils.runtime import generator, is_first, write_json
 
@@ -24,7 +24,7 @@ PIECE = 300_000  # characters that are encoded at once, some 20 bytes each; long
 class Corpus(NamedTuple):
     batch: Callable          # step (int), rows (slice) of the global batch -> (rows, seq_len) long, always the same
     held_out: torch.Tensor   # (R, seq_len) long
-    text: tokenizer.Text
+    tokenizer: tokenizers.Tokenizer
     tokens: int              # training tokens; 0: without end
     fingerprint: str         # of the training tokens: changes when the corpus does
     training: Callable       # steps of a run, limit -> (N, L) int: tokens that it was trained on, about `limit` at most
@@ -58,48 +58,48 @@ def in_batches(texts):
         yield batch
 
 
-def encode(documents, text):
+def encode(documents, tokenizer):
     """Ids of each of the documents (list of str): list of (n,) int32. Long ones are cut, so that memory stays flat."""
     pieces = [list(cut(document)) for document in documents]
-    ids = (np.array(i, np.int32) for batch in in_batches(chain(*pieces)) for i in text.encode(batch, "the corpus"))
+    ids = (np.array(i, np.int32) for batch in in_batches(chain(*pieces)) for i in tokenizer.encode(batch, "the corpus"))
     return [np.concatenate([np.zeros(0, np.int32), *islice(ids, len(part))]) for part in pieces]
 
 
-def end_of(text):
+def end_of(tokenizer):
     """`<|endoftext|>`, or nothing where the tokenizer has none: (1,) or (0,) int32."""
-    return np.array([] if text.end is None else [text.end], np.int32)
+    return np.array([] if tokenizer.end is None else [tokenizer.end], np.int32)
 
 
-def token_stream(documents, text):
+def token_stream(documents, tokenizer):
     """The documents one after the other, (N,) int32; with an end token, one before the first and one after each."""
-    end = end_of(text)
-    return torch.from_numpy(np.concatenate([end] + [part for ids in encode(documents, text) for part in (ids, end)]))
+    end = end_of(tokenizer)
+    return torch.from_numpy(np.concatenate([end] + [part for ids in encode(documents, tokenizer) for part in (ids, end)]))
 
 
-def document_rows(documents, text, seq_len):
+def document_rows(documents, tokenizer, seq_len):
     """(rows, seq_len) long: `<|endoftext|>`, the document, `<|endoftext|>` to the end.
 
     A document that is longer than the window takes several rows, each with an `<|endoftext|>` in front: every row
     starts with one, which is what `diffusion.bos_tokens` relies on.
     """
-    if text.end is None:
+    if tokenizer.end is None:
         raise UserError("rows=document needs a tokenizer with <|endoftext|>, and so a corpus of several documents "
                         "(a line <|endoftext|> between them); or use --rows stream")
     rows = []
-    for ids in text.encode(documents, "the corpus"):
+    for ids in tokenizer.encode(documents, "the corpus"):
         pieces = [ids[i:i + seq_len - 1] for i in range(0, len(ids), seq_len - 1)]
-        rows += [[text.end, *piece] for piece in pieces]
-    table = np.full((len(rows), seq_len), text.end, dtype=np.int64)
+        rows += [[tokenizer.end, *piece] for piece in pieces]
+    table = np.full((len(rows), seq_len), tokenizer.end, dtype=np.int64)
     for row, ids in zip(table, rows):
         row[:len(ids)] = ids
     return torch.from_numpy(table)
 
 
-def held_out_rows(documents, text, cfg):
+def held_out_rows(documents, tokenizer, cfg):
     """The held-out documents as non-overlapping windows; what is left over at the end is dropped."""
     if cfg.rows == "document":
-        return document_rows(documents, text, cfg.seq_len)
-    return windows(token_stream(documents, text), cfg)
+        return document_rows(documents, tokenizer, cfg.seq_len)
+    return windows(token_stream(documents, tokenizer), cfg)
 
 
 def windows(ids, cfg):
@@ -111,9 +111,9 @@ def windows(ids, cfg):
     return ids[: rows * cfg.seq_len].view(rows, cfg.seq_len).long()
 
 
-def row_lengths(rows, text):
+def row_lengths(rows, tokenizer):
     """(R, 2) characters and UTF-8 bytes that the rows stand for."""
-    return torch.tensor([[len(text.decode(row)), text.num_bytes(row)] for row in rows.tolist()])
+    return torch.tensor([[len(tokenizer.decode(row)), tokenizer.num_bytes(row)] for row in rows.tolist()])
 
 
 # --- corpora --------------------------------------------------------------------------------------
@@ -135,7 +135,7 @@ def tales_held_out(cfg):
     return tales.generate(f"held out {cfg.seed}", TALES_HELD_OUT)
 
 
-def tales_batch(text, cfg, held_out, step, rows=slice(None)):
+def tales_batch(tokenizer, cfg, held_out, step, rows=slice(None)):
     """A batch of stories that nobody has seen, none of them in the set `held_out`: one a row, or (rows=stream) windows
     of stories that follow each other."""
     size = cfg.batch_size * cfg.seq_len
@@ -144,8 +144,8 @@ def tales_batch(text, cfg, held_out, step, rows=slice(None)):
     fresh = [story for story in stories if story not in held_out]
     stories = (fresh * n)[:n]
     if cfg.rows == "document":
-        return document_rows(stories[rows], text, cfg.seq_len)
-    ids = token_stream(stories, text)
+        return document_rows(stories[rows], tokenizer, cfg.seq_len)
+    ids = token_stream(stories, tokenizer)
     if len(ids) < size:
         raise UserError(f"tokenizer={cfg.tokenizer} joins words; rows=stream of the tales needs one that does not: bpe "
                         "or char")
@@ -159,42 +159,42 @@ def latest(batch, cfg, steps, limit):
     return torch.cat([batch(step).int() for step in range(max(0, first), max(1, steps))])
 
 
-def load(cfg, text=None):
+def load(cfg, tokenizer=None):
     """Corpus of cfg.data. `text` is the tokenizer of a checkpoint to go on with; else cfg.tokenizer decides."""
     if cfg.max_documents and (cfg.data == "tales" or os.path.isdir(cfg.data)):
         raise UserError(f"max_documents={cfg.max_documents} with {cfg.data}: only a text file is cut to its first documents")
     if cfg.data == "tales":
         held_out = tales_held_out(cfg)
         seen = set(held_out)
-        if text is None:
-            text = make_tokenizer(cfg, tales.generate(f"tokenizer {cfg.seed}", 4000), documents=True)
-        rows = held_out_rows(held_out, text, cfg)
+        if tokenizer is None:
+            tokenizer = make_tokenizer(cfg, tales.generate(f"tokenizer {cfg.seed}", 4000), documents=True)
+        rows = held_out_rows(held_out, tokenizer, cfg)
         if cfg.rows == "document" and len(rows) != len(held_out):
             raise UserError(f"seq_len={cfg.seq_len} is shorter than a tale with tokenizer={cfg.tokenizer}; "
                             "use at least 67 with bpe, 320 with char")
-        batch = partial(tales_batch, text, cfg, seen)
-        return Corpus(batch, rows, text, 0, fingerprint(rows), partial(latest, batch, cfg))
+        batch = partial(tales_batch, tokenizer, cfg, seen)
+        return Corpus(batch, rows, tokenizer, 0, fingerprint(rows), partial(latest, batch, cfg))
     if not os.path.exists(cfg.data):
         texts.prepare(cfg.data)
     if os.path.isdir(cfg.data):
-        return load_shards(cfg, text)
+        return load_shards(cfg, tokenizer)
     documents = texts.read_documents(cfg.data)
     if cfg.max_documents and len(documents) == 1:
         raise UserError(f"max_documents={cfg.max_documents} with {cfg.data}: it is one document; separate documents by a line "
-                        f"{tokenizer.END}")
+                        f"{tokenizers.END}")
     train, held_out = texts.split(documents)
-    if text is None:
-        text = make_tokenizer(cfg, documents if cfg.tokenizer == "char" else train, documents=len(documents) > 1)
-    rows, train = held_out_rows(held_out, text, cfg), train[: cfg.max_documents or None]
+    if tokenizer is None:
+        tokenizer = make_tokenizer(cfg, documents if cfg.tokenizer == "char" else train, documents=len(documents) > 1)
+    rows, train = held_out_rows(held_out, tokenizer, cfg), train[: cfg.max_documents or None]
     if cfg.rows == "document":
-        pool = document_rows(train, text, cfg.seq_len)
-        return Corpus(partial(pool_batch, pool, cfg), rows, text, int((pool != text.end).sum()), fingerprint(pool),
+        pool = document_rows(train, tokenizer, cfg.seq_len)
+        return Corpus(partial(pool_batch, pool, cfg), rows, tokenizer, int((pool != tokenizer.end).sum()), fingerprint(pool),
                       lambda steps, limit: pool[:max(1, limit // cfg.seq_len)])
-    ids = token_stream(train, text)
+    ids = token_stream(train, tokenizer)
     if len(ids) < cfg.seq_len:
         raise UserError(f"{cfg.data} has {len(ids)} training tokens, less than one window of "
                         f"seq_len={cfg.seq_len}; use more text or a smaller --seq_len")
-    return Corpus(partial(stream_batch, ids, cfg), rows, text, len(ids), fingerprint(ids),
+    return Corpus(partial(stream_batch, ids, cfg), rows, tokenizer, len(ids), fingerprint(ids),
                   lambda steps, limit: ids[None, :limit])
 
 
@@ -213,24 +213,24 @@ def check_same(data, recorded, cfg):
 
 
 def make_tokenizer(cfg, sample, documents):
-    """Text for cfg.tokenizer: characters of `sample` (list of str), a BPE trained on it, or a tokenizer file."""
+    """Tokenizer for cfg.tokenizer: characters of `sample` (list of str), a BPE trained on it, or a tokenizer file."""
     say = print if is_first() else lambda line: None
     if cfg.tokenizer == "char":
-        return tokenizer.train_char(sample, documents)
+        return tokenizers.train_char(sample, documents)
     if cfg.tokenizer == "bpe":
-        return tokenizer.train_bpe(sample, cfg.vocab_size)
-    if cfg.tokenizer == tokenizer.DEFAULT and not os.path.exists(cfg.tokenizer):
+        return tokenizers.train_bpe(sample, cfg.vocab_size)
+    if cfg.tokenizer == tokenizers.DEFAULT and not os.path.exists(cfg.tokenizer):
         say(f"training the tokenizer {cfg.tokenizer} ({cfg.vocab_size:,} tokens)")
-        tokenizer.save(tokenizer.train_bpe(sample, cfg.vocab_size), cfg.tokenizer)
-    text = tokenizer.load(cfg.tokenizer)
-    say(f"tokenizer {cfg.tokenizer}: {text.mask:,} tokens and MASK (--tokenizer bpe trains one for this run)")
-    return text
+        tokenizers.save(tokenizers.train_bpe(sample, cfg.vocab_size), cfg.tokenizer)
+    tokenizer = tokenizers.load(cfg.tokenizer)
+    say(f"tokenizer {cfg.tokenizer}: {tokenizer.mask:,} tokens and MASK (--tokenizer bpe trains one for this run)")
+    return tokenizer
 
 
 # --- corpora larger than memory: a folder of memory-mapped shards ---------------------------------
 
 
-def write_shards(folder, source, text, wanted, settings, progress=lambda tokens: None):
+def write_shards(folder, source, tokenizer, wanted, settings, progress=lambda tokens: None):
     """Write documents as token shards into `folder`; returns its index (dict). Goes on where an earlier call stopped.
 
     source    `open_dataset` and its texts as a function: (dataset with state_dict, dataset -> iterator of str)
@@ -242,8 +242,8 @@ def write_shards(folder, source, text, wanted, settings, progress=lambda tokens:
     uint16 or uint32, `<|endoftext|>` between documents. One document in 200 is held out, by a hash of its text. A shard
     counts when index.json names it, which is written last, with the source's place: an interruption costs one shard.
     """
-    (dataset, read), end = source, end_of(text)
-    dtype = np.uint16 if text.vocab_size <= 2**16 else np.uint32
+    (dataset, read), end = source, end_of(tokenizer)
+    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
     index = {"settings": settings, "dtype": np.dtype(dtype).name, "shards": [], "tokens": 0, "documents": 0, "state": None,
              "ended": False}
     path = os.path.join(folder, "index.json")
@@ -258,7 +258,7 @@ def write_shards(folder, source, text, wanted, settings, progress=lambda tokens:
             if index["state"]:
                 dataset.load_state_dict(index["state"])
         else:
-            tokenizer.save(text, os.path.join(folder, "tokenizer.json"))
+            tokenizers.save(tokenizer, os.path.join(folder, "tokenizer.json"))
         batches = in_batches(() if index["ended"] else read(dataset))
         while index["tokens"] < wanted and not index["ended"]:
             name, counts = f"{len(index['shards']):05d}.bin", {"train": 0, "held_out": 0}
@@ -268,7 +268,7 @@ def write_shards(folder, source, text, wanted, settings, progress=lambda tokens:
                 while counts["train"] < goal and (documents := next(batches, None)):
                     index["documents"] += len(documents)
                     documents = [document for document in documents if document and not document.isspace()]
-                    for document, ids in zip(documents, encode(documents, text)):
+                    for document, ids in zip(documents, encode(documents, tokenizer)):
                         part = "held_out" if texts.is_held_out(document, SHARD_HELD_OUT) else "train"
                         ids = np.append(ids, end).astype(dtype)
                         ids.tofile(files[part])
@@ -301,11 +301,11 @@ def read_index(folder):
                         "--tokens makes some") from None
 
 
-def load_shards(cfg, text=None):
+def load_shards(cfg, tokenizer=None):
     """Corpus of a folder that `write_shards` made, by memory map: each batch reads its own windows only."""
     index = read_index(cfg.data)
-    own = tokenizer.load(os.path.join(cfg.data, "tokenizer.json"))
-    if text is not None and text.to_json() != own.to_json():
+    own = tokenizers.load(os.path.join(cfg.data, "tokenizer.json"))
+    if tokenizer is not None and tokenizer.to_json() != own.to_json():
         raise UserError(f"{cfg.data} was made with another tokenizer than the checkpoint's")
     if cfg.rows == "document":
         raise UserError(f"rows=document with {cfg.data}: shards are a stream of tokens; use --rows stream")

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 import diffusion
-from utils import canvas, corpus, families, runtime, tales, tokenizer
+from utils import canvas, corpus, families, runtime, tales, tokenizer as tokenizers
 
 SEARCHED = 5_000_000  # training tokens that copies are looked for in
 
@@ -25,11 +25,11 @@ def final(model, family, data, hardware, steps, samples, how, judge=None):
         report = levels_of(model, family, data, hardware.device)
         if not samples:
             return report
-        rows, figures = generate_rows(model, family, data.text, samples, hardware.device, how)
+        rows, figures = generate_rows(model, family, data.tokenizer, samples, hardware.device, how)
     searched = data.training(steps, SEARCHED) if data.training else None  # what it was trained on need not be at hand
-    rest = dict(text=data.text, cfg=family.cfg, training=searched, judge=judge, device=hardware.device)
+    rest = dict(tokenizer=data.tokenizer, cfg=family.cfg, training=searched, judge=judge, device=hardware.device)
     return report | {"samples": judge_rows(rows, **rest) | figures,
-                     "reference": judge_rows(reference_rows(data.held_out, data.text, samples), **rest),
+                     "reference": judge_rows(reference_rows(data.held_out, data.tokenizer, samples), **rest),
                      "copies_looked_for_in_tokens": 0 if searched is None else searched.numel()}
 
 
@@ -41,7 +41,7 @@ def held_out(model, family, data, device):
     """
     cfg = family.cfg
     rows = data.held_out[: cfg.final_rows].to(device)
-    lengths = corpus.row_lengths(rows, data.text)
+    lengths = corpus.row_lengths(rows, data.tokenizer)
     mean, se_rows, se_masks = mean_and_errors(family.nelbo(model, rows, cfg.final_masks, cfg.micro_batch or 64))
     nats, exact = mean * rows.numel(), family.exact
     report = {"bound_nats_per_token": mean, "bound_se_rows": se_rows, "bound_se_masks": 0.0 if exact else se_masks,
@@ -150,20 +150,20 @@ def left_to_right(model, family, rows):
 # --- samples --------------------------------------------------------------------------------------
 
 
-def sample_rows(generate, family, text, count, device):
+def sample_rows(generate, family, tokenizer, count, device):
     """`count` unconditional samples (count, seq_len) with the seeds 0, 1, ..., and what else generate returns for each
     (count,), all on the CPU.
 
     generate(blank (b, seq_len), seeds (list of b)) returns the ids and the rest for 50 rows at a time, or as many as fit.
     """
     parts, window = [], family.cfg.seq_len
-    for seeds in torch.arange(count).split(min(50, runtime.rows_at_once(family, text.vocab_size, window, device))):
-        blank = torch.tensor([canvas.build(text, [None], window)] * len(seeds), device=device)
+    for seeds in torch.arange(count).split(min(50, runtime.rows_at_once(family, tokenizer.vocab_size, window, device))):
+        blank = torch.tensor([canvas.build(tokenizer, [None], window)] * len(seeds), device=device)
         parts.append([part.cpu() for part in generate(blank, seeds.tolist())])
     return tuple(map(torch.cat, zip(*parts)))
 
 
-def generate_rows(model, family, text, count, device, how):
+def generate_rows(model, family, tokenizer, count, device, how):
     """(`count` unconditional samples (count, seq_len) long, figures of how they were written).
 
     change_rate  share of the tokens to write that a step changes, hides or writes; under uniform noise the first step shows
@@ -175,19 +175,19 @@ def generate_rows(model, family, text, count, device, how):
         changes = torch.zeros(len(blank), device=device)
         for step in diffusion.sample(family, model, blank, how, seeds=seeds):
             changes += (step.fresh | step.remasked).sum(1)
-        return step.ids, step.row_nfe, changes / (blank == text.mask).sum(1)
-    rows, nfe, changes = sample_rows(generate, family, text, count, device)
-    generated = count * canvas.build(text, [None], family.cfg.seq_len).count(text.mask)
+        return step.ids, step.row_nfe, changes / (blank == tokenizer.mask).sum(1)
+    rows, nfe, changes = sample_rows(generate, family, tokenizer, count, device)
+    generated = count * canvas.build(tokenizer, [None], family.cfg.seq_len).count(tokenizer.mask)
     return rows, {"change_rate": (changes / nfe).mean().item(), "evaluations_a_sample": nfe.float().mean().item(),
                   "tokens_per_second": generated / (time.perf_counter() - start)}
 
 
-def reference_rows(held_out, text, count):
+def reference_rows(held_out, tokenizer, count):
     """Up to `count` held-out windows (R, L) that begin as samples do: where there is an `<|endoftext|>`, with one."""
     L, flat = held_out.size(1), held_out.flatten()
     starts, free = [], 0  # that do not overlap: text that stands in two windows would be less varied
-    if text.end is not None:
-        begins = (flat[:-1] == text.end) & (flat[1:] != text.end)  # and not what fills up a row
+    if tokenizer.end is not None:
+        begins = (flat[:-1] == tokenizer.end) & (flat[1:] != tokenizer.end)  # and not what fills up a row
         for start in begins[: len(flat) - L + 1].nonzero()[:, 0].tolist():
             if start >= free:
                 starts, free = [*starts, start], start + L
@@ -196,30 +196,30 @@ def reference_rows(held_out, text, count):
     return torch.stack([flat[start:start + L] for start in starts[:count]]) if starts else held_out[:count]
 
 
-def judge_rows(rows, *, text, cfg, training, judge, device):
+def judge_rows(rows, *, tokenizer, cfg, training, judge, device):
     """Figures (dict) of samples or real text, rows (R, L) long: diversity, copies from the `training` rows (N, L), validity
     on tales, and the judge's nats per character."""
-    between = f"\n{tokenizer.END}\n"  # documents of a stream
-    texts = [canvas.finished(text, row, stop=cfg.rows == "document").replace(between, "\n") for row in rows.tolist()]
+    between = f"\n{tokenizers.END}\n"  # documents of a stream
+    texts = [canvas.finished(tokenizer, row, stop=cfg.rows == "document").replace(between, "\n") for row in rows.tolist()]
     report = {"texts": len(texts)} | diversity(texts)
     if training is not None:
-        own = without_filling(rows, text, cfg)
+        own = without_filling(rows, tokenizer, cfg)
         copies = longest_copies(own, training)
         report |= {"longest_copy_mean": copies.float().mean().item(), "longest_copy_max": copies.max().item(),
                    "shared_8_grams": shared_runs(own, training, 8)}
     if cfg.data == "tales":
-        report |= judge_tales([story for row in rows.tolist() for story in canvas.documents(text, row, cfg.rows)])
+        report |= judge_tales([story for row in rows.tolist() for story in canvas.documents(tokenizer, row, cfg.rows)])
     if judge:
         report["judge_nats_per_character"] = judge_texts(texts, judge, device)
     return report
 
 
-def without_filling(rows, text, cfg):
+def without_filling(rows, tokenizer, cfg):
     """rows (R, L) with -1 for the `<|endoftext|>` that fill up what follows the end of a document, where a row is one."""
     rows = rows.clone()
     if cfg.rows == "document":
         for row in rows:
-            row[canvas.end(text, row.tolist()) + 1:] = -1
+            row[canvas.end(tokenizer, row.tolist()) + 1:] = -1
     return rows
 
 
@@ -227,17 +227,17 @@ class Judge(NamedTuple):
     """An autoregressive checkpoint that scores texts."""
     model: torch.nn.Module
     family: object
-    text: tokenizer.Text
+    tokenizer: tokenizers.Tokenizer
     dtype: torch.dtype
 
 
 @torch.no_grad()
 def judge_texts(texts, judge, device):
     """Nats per character of texts (list of str) under an autoregressive model: generative NLL. Texts are cut in windows."""
-    model, family, text, dtype = judge
+    model, family, tokenizer, dtype = judge
     total, characters, window = 0.0, 0, family.cfg.seq_len
-    begin = [] if text.end is None else [text.end]
-    for ids in text.encode([t for t in texts if t], "the samples"):
+    begin = [] if tokenizer.end is None else [tokenizer.end]
+    for ids in tokenizer.encode([t for t in texts if t], "the samples"):
         for start in range(0, len(ids), window - len(begin)):
             piece = begin + ids[start:start + window - len(begin)]
             row = torch.tensor([piece], device=device)
@@ -245,7 +245,7 @@ def judge_texts(texts, judge, device):
             with runtime.autocast(device, dtype):
                 logits = family.logits(model, row, index)
             total += diffusion.token_nll(logits, row[0, index]).sum().item()
-            characters += len(text.decode(piece[len(begin):]))
+            characters += len(tokenizer.decode(piece[len(begin):]))
     return total / max(1, characters)
 
 

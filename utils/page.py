@@ -6,14 +6,14 @@ import os
 from utils import cli
 
 
-def write_html(path, frames, text, title):
+def write_html(path, frames, tokenizer, title):
     """One self-contained page (no network, no dependency): trace.html with the recorded frames in
     it.
 
     Frames are stored as differences: what changed in a step, and the alternatives that were
     computed in it.
     """
-    mask, steps, seen = text.mask, [], {}
+    mask, steps, seen = tokenizer.mask, [], {}
     for before, frame in zip([None, *frames], frames):
         changed = [
             i for i in range(len(frame.ids)) if before is None or frame.ids[i] != before.ids[i]
@@ -39,14 +39,14 @@ def write_html(path, frames, text, title):
     for entry in steps:
         seen.update({token: None for _, token in entry["ids"]})
         seen.update({token: None for _, top in entry["top"] for token, _ in top})
-    tokens = {token: "" if token in (mask, text.end) else text.pieces([token])[0] for token in seen}
+    tokens = {token: "" if token in (mask, tokenizer.end) else tokenizer.pieces([token])[0] for token in seen}
     data = {
         "title": title,
         "mask": mask,
-        "end": text.end,
+        "end": tokenizer.end,
         "tokens": tokens,
         "steps": steps,
-        "final": text.pieces(frames[-1].ids),
+        "final": tokenizer.pieces(frames[-1].ids),
     }
     with open(
         os.path.join(os.path.dirname(os.path.abspath(__file__)), "trace.html"), encoding="utf-8"

@@ -23,7 +23,7 @@ from utils import (
     optim,
     plots,
     runtime,
-    tokenizer,
+    tokenizer as tokenizers,
 )
 from utils.cli import UserError
 
@@ -103,9 +103,9 @@ def set_up(cfg, state=None, quiet=False):
         )
     given = state or (checkpoint.read(cfg.init_from) if cfg.init_from else None)
     with runtime.first_rank_first(hardware):  # it prepares the corpus where need be
-        data = corpus.load(cfg, tokenizer.from_json(given["tokenizer"]) if given else None)
-    check_size(cfg, data.text.vocab_size, hardware)
-    model = make_model(cfg, data.text, None if state else given).to(hardware.device)
+        data = corpus.load(cfg, tokenizers.from_json(given["tokenizer"]) if given else None)
+    check_size(cfg, data.tokenizer.vocab_size, hardware)
+    model = make_model(cfg, data.tokenizer, None if state else given).to(hardware.device)
     ema = copy.deepcopy(model).requires_grad_(False).eval() if cfg.ema else None
     optimizers = optim.make_optimizers(model, cfg, hardware.dtype)
     scaler = torch.amp.GradScaler(hardware.device.type, enabled=hardware.dtype == torch.float16)
@@ -176,10 +176,10 @@ def check_size(cfg, vocab_size, hardware):
         )
 
 
-def make_model(cfg, text, given):
+def make_model(cfg, tokenizer, given):
     """The network, new or with the weights of the checkpoint dict `given`, that of --init_from."""
     torch.manual_seed(cfg.seed)
-    model = Transformer(cfg, text.vocab_size)
+    model = Transformer(cfg, tokenizer.vocab_size)
     if given:
         theirs = cli.merge(Config, given["config"])
         table = ("diffusion_steps",) * (cfg.time_conditioning == "table")
@@ -258,7 +258,7 @@ def introduce(run, progress, minutes):
     memory = runtime.peak_memory(hardware.device) + 8 * parameters  # and the optimizers' averages
     tokens = f"{data.tokens:,} training tokens" if data.tokens else "fresh stories every step"
     run.say(
-        f"{cfg.name}: {parameters:,} parameters, vocabulary {data.text.vocab_size:,} | {tokens}, "
+        f"{cfg.name}: {parameters:,} parameters, vocabulary {data.tokenizer.vocab_size:,} | {tokens}, "
         f"{len(data.held_out):,} held-out rows of {cfg.seq_len}"
     )
     run.say(
@@ -329,7 +329,7 @@ def finish(run, progress, seconds_a_step):
     idle = () if "levels" in report else ("levels",)  # of an earlier run, perhaps
     files = [file for kind, file in path.items() if kind not in idle and os.path.exists(file)]
     say("wrote " + ", ".join(files))
-    prompt = "" if data.text.is_char or cfg.data != "tales" else ' --prompt "Once upon a time"'
+    prompt = "" if data.tokenizer.is_char or cfg.data != "tales" else ' --prompt "Once upon a time"'
     say(
         f"next: python inference.py --checkpoint {path['best']}{prompt} --viz-video "
         f"{cfg.out_dir}/media/trace.mp4"

@@ -16,7 +16,7 @@ STYLES_WITHOUT_COLOUR = {"fresh": "1", "unsure": "2", "hidden again": "7", "give
 UNSURE_BELOW = 0.5  # confidence
 
 
-def live(steps, text, given, frame_ms=0, out=None):
+def live(steps, tokenizer, given, frame_ms=0, out=None):
     """Wrap the stream of `sampling.Step`s: shows row 0 in the terminal `out` after each, and yields
     the same steps.
 
@@ -56,7 +56,7 @@ def live(steps, text, given, frame_ms=0, out=None):
                     head.append(
                         "  ".join(f"\x1b[{code}m{state}\x1b[0m" for state, code in styles.items())
                     )
-                shown = _terminal_lines(step, text, given, columns, empty, styles)
+                shown = _terminal_lines(step, tokenizer, given, columns, empty, styles)
                 out.write(
                     "\x1b[H\x1b[2J"
                     + "\n".join([*head, "", *shown[-max(1, lines - len(head) - 2) :]])
@@ -81,18 +81,18 @@ def _cells(text):
     )
 
 
-def _terminal_lines(step, text, given, columns, empty, styles):
+def _terminal_lines(step, tokenizer, given, columns, empty, styles):
     """Lines of at most `columns` characters, each token of row 0 styled by its state. A hidden
     token of BPE begins with a space, as most words do."""
     ids, lines, line, width = step.ids[0].tolist(), [], "", 0
     sure, fresh, again = (part[0].tolist() for part in (step.confidence, step.fresh, step.remasked))
-    for i, (token, piece) in enumerate(zip(ids, text.pieces(ids))):
-        hidden = token == text.mask
-        if token == text.end:
+    for i, (token, piece) in enumerate(zip(ids, tokenizer.pieces(ids))):
+        hidden = token == tokenizer.mask
+        if token == tokenizer.end:
             piece = "" if i == 0 else "|" if empty == "_" else "¶"
         broken = piece.endswith("\n")
         shown = (
-            (empty if text.is_char else " " + 2 * empty)
+            (empty if tokenizer.is_char else " " + 2 * empty)
             if hidden
             else "".join(c for c in piece if c.isprintable())
         )

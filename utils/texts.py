@@ -15,7 +15,7 @@ import re
 import zipfile
 from itertools import islice
 
-from utils import cli, tokenizer
+from utils import cli, tokenizer as tokenizers
 from utils.cli import UserError, reason
 
 HELD_OUT = 0.1  # share of the documents, or of the text of a single one
@@ -132,7 +132,7 @@ def repair_mojibake(text):
 
 def write_documents(path, documents, separator=None):
     """Write documents (iterable of str) as a prepared text file, all or nothing; returns how many."""
-    separator, count = separator or f"\n{tokenizer.END}\n", 0
+    separator, count = separator or f"\n{tokenizers.END}\n", 0
     with cli.replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         for document in documents:
             if document and not document.isspace():
@@ -157,7 +157,7 @@ def prepare(path):
 
 def split_documents(text):
     """The text of a prepared file -> its documents."""
-    parts = re.split(rf"(?m)^{re.escape(tokenizer.END)}$", text)
+    parts = re.split(rf"(?m)^{re.escape(tokenizers.END)}$", text)
     return [part.removeprefix("\n" * (i > 0)).removesuffix("\n" * (i < len(parts) - 1)) for i, part in enumerate(parts)]
 
 

@@ -5,7 +5,8 @@ documents have a real token `<|endoftext|>` between documents; the same letters 
 """
 import os
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Backend
 
 from utils import cli
 from utils.cli import UserError
@@ -14,7 +15,7 @@ END = "<|endoftext|>"
 DEFAULT = "artifacts/tokenizer/tokenizer.json"
 
 
-class Text:
+class Tokenizer:
     """Thin interface over a `tokenizers.Tokenizer`.
 
     vocab_size  V + 1: the real tokens and MASK
@@ -109,10 +110,10 @@ def train_char(texts, documents):
     """A token for every character of `texts` (iterable of str), sorted; `documents` adds `<|endoftext|>`."""
     characters = sorted(set().union(*map(set, texts)))
     vocab = {c: i for i, c in enumerate(characters + [END] * documents)}
-    tokenizer = Tokenizer(models.WordLevel(vocab))
+    tokenizer = Backend(models.WordLevel(vocab))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
-    return Text(tokenizer)
+    return Tokenizer(tokenizer)
 
 
 def train_bpe(texts, vocab_size, min_frequency=2):
@@ -122,25 +123,25 @@ def train_bpe(texts, vocab_size, min_frequency=2):
     """
     if vocab_size < 258:
         raise UserError(f"vocab_size={vocab_size} is too small: 256 bytes, {END} and MASK need 258")
-    tokenizer = Tokenizer(models.BPE())
+    tokenizer = Backend(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=vocab_size - 1, min_frequency=min_frequency, special_tokens=[END], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    return Text(tokenizer)
+    return Tokenizer(tokenizer)
 
 
 def from_json(text):
-    """Text of what `Text.to_json` gave; anything else is a UserError."""
+    """Tokenizer of what `Tokenizer.to_json` gave; anything else is a UserError."""
     try:
-        return Text(Tokenizer.from_str(text))
+        return Tokenizer(Backend.from_str(text))
     except Exception as error:  # noqa: BLE001 - `tokenizers` raises plain Exception
         raise UserError(f"no tokenizer that this program can use: {cli.reason(error)}") from None
 
 
 def load(path):
-    """Tokenizer file -> Text."""
+    """Tokenizer file -> Tokenizer."""
     if not os.path.exists(path):
         raise UserError(f"there is no tokenizer {path}; make it with: python scripts/train_tokenizer.py "
                         f"--input YOUR.txt --output {path}")

@@ -255,21 +255,21 @@ def _draw_legend(pen, prompted):
     )
 
 
-def pictures(frames, text, title):
+def pictures(frames, tokenizer, title):
     """Yield (PIL.Image, seconds or None) for recorded `frames`: None is the normal time, the last
     picture is held.
 
-    text is the tokenizer (utils.tokenizer.Text). A text of several pages is shown on the page where
+    text is the tokenizer (utils.tokenizers.Tokenizer). A text of several pages is shown on the page where
     it is being written, and page by page at the end.
     """
-    mask = text.mask
+    mask = tokenizer.mask
     shown = lambda ids: [
-        None if i == mask else "¶" if i == text.end else piece
-        for i, piece in zip(ids, text.pieces(ids))
+        None if i == mask else "¶" if i == tokenizer.end else piece
+        for i, piece in zip(ids, tokenizer.pieces(ids))
     ]
     pieces = [shown(frame.ids) for frame in frames]
     plan = layout([[piece or "" for piece in column] for column in pieces])
-    given = [i not in (mask, text.end) for i in frames[0].ids]
+    given = [i not in (mask, tokenizer.end) for i in frames[0].ids]
     counts = [frame.ids.count(mask) for frame in frames]
     sure = []
     for frame in frames:

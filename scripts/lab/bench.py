@@ -37,7 +37,7 @@ from utils import (
     policies,
     runtime,
     tales,
-    tokenizer,
+    tokenizer as tokenizers,
     trace,
     video,
 )
@@ -78,7 +78,7 @@ def training_step(cfg, vocab_size, device, dtype=torch.float32, compiled=False, 
     if torchs_muon:
         optimizers[1] = torch.optim.Muon(optimizers[1].param_groups[0]["params"], cfg.muon_lr)
     x0 = torch.randint(vocab_size - 1, (cfg.batch_size, cfg.seq_len))
-    data = corpus.Corpus(batch=lambda step, rows: x0[rows], held_out=None, text=None, tokens=0, fingerprint="", training=None)
+    data = corpus.Corpus(batch=lambda step, rows: x0[rows], held_out=None, tokenizer=None, tokens=0, fingerprint="", training=None)
 
     def step(network, token_nll=diffusion.token_nll):
         batch = train.draw_batch(family, data, next(numbers), hardware)
@@ -323,18 +323,18 @@ def show_sample(report):
 def bench_video(name, options):
     """Seconds to encode a trace of 256 tokens and 100 steps, written by a network of the preset's shape."""
     cfg = dataclasses.replace(cli.merge(Config, config.preset(name)), seq_len=256)
-    text = tokenizer.train_bpe(tales.generate("video", 500), 512)
+    tokenizer = tokenizers.train_bpe(tales.generate("video", 500), 512)
     torch.manual_seed(0)
-    model = Transformer(cfg, text.vocab_size).eval()
-    blank = torch.full((1, 256), text.mask)
+    model = Transformer(cfg, tokenizer.vocab_size).eval()
+    blank = torch.full((1, 256), tokenizer.mask)
     how = SampleConfig(steps=100, sampler="confidence", top_p=1.0)
-    frames, steps = trace.record(diffusion.sample(families.family_of(cfg), model, blank, how), blank, text.mask)
+    frames, steps = trace.record(diffusion.sample(families.family_of(cfg), model, blank, how), blank, tokenizer.mask)
     list(steps)
     with tempfile.TemporaryDirectory() as folder:
         seconds = []
         for _ in range(options.rounds + options.warm_up):
             start = time.perf_counter()
-            video.write_mp4(os.path.join(folder, "trace.mp4"), video.pictures(frames, text, "title"), 100)
+            video.write_mp4(os.path.join(folder, "trace.mp4"), video.pictures(frames, tokenizer, "title"), 100)
             seconds.append(time.perf_counter() - start)
     return {"frames": len(frames), "tokens": 256, "rounds": options.rounds, "threads": torch.get_num_threads(),
             "median_seconds": statistics.median(seconds[options.warm_up:])}

@@ -45,26 +45,26 @@ def sampler_settings(options):
 
 
 def masked_model(path, device):
-    """(model, Text, Config, checkpoint dict) of a masked model of the whole window, whose sampler is a choice.
+    """(model, Tokenizer, Config, checkpoint dict) of a masked model of the whole window, whose sampler is a choice.
 
     path "": the newest run's best. A UserError refuses other families.
     """
     path = path or checkpoint.newest()
     state = checkpoint.read(path)
-    model, text, cfg = checkpoint.restore(state, device, path)
+    model, tokenizer, cfg = checkpoint.restore(state, device, path)
     family = families.family_of(cfg)
     if family.block_len or family.procedure:
         raise UserError(f"{path} writes {family.procedure or 'block by block'}; samplers are compared with a masked model of the "
                         "whole window")
-    return model, text, cfg, state
+    return model, tokenizer, cfg, state
 
 
 def trained(options):
-    """(model, family, Text, its step, Hardware, what figures of it depend on) of the checkpoint that is meant."""
+    """(model, family, Tokenizer, its step, Hardware, what figures of it depend on) of the checkpoint that is meant."""
     device = runtime.choose_device(options.device)
-    model, text, cfg, state = masked_model(options.checkpoint, device)
+    model, tokenizer, cfg, state = masked_model(options.checkpoint, device)
     dtype = runtime.dtype_of_run(options.dtype, cfg.dtype, device, options.checkpoint or "the newest checkpoint")
-    return model, families.family_of(cfg), text, state["step"], runtime.Hardware(device, dtype), {
+    return model, families.family_of(cfg), tokenizer, state["step"], runtime.Hardware(device, dtype), {
         "num_samples": options.num_samples, "model": f"{cfg.name} {state['step']} {state['nll']:.4f}",
         "dtype": runtime.dtype_name(dtype)}
 
@@ -83,7 +83,7 @@ def generate(model, family, setting, blank, seeds):
 
 def judge_samplers(options):
     """(function from a setting to its figures, with one tales model for all; what the figures depend on besides)."""
-    model, family, text, _, hardware, common = trained(options)
+    model, family, tokenizer, _, hardware, common = trained(options)
     cfg = family.cfg
     if cfg.data != "tales":
         raise UserError(f"{cfg.name} was trained on {cfg.data}; samplers are judged on tales: python train.py tales")
@@ -91,9 +91,9 @@ def judge_samplers(options):
     def measure(setting):
         start = time.perf_counter()
         with hardware.autocast():
-            rows, nfe = metrics.sample_rows(partial(generate, model, family, setting), family, text, options.num_samples, hardware.device)
+            rows, nfe = metrics.sample_rows(partial(generate, model, family, setting), family, tokenizer, options.num_samples, hardware.device)
         seconds = time.perf_counter() - start
-        stories = [story for row in rows.tolist() for story in canvas.documents(text, row, cfg.rows)]
+        stories = [story for row in rows.tolist() for story in canvas.documents(tokenizer, row, cfg.rows)]
         figures = metrics.judge_tales(stories) | metrics.diversity(stories)
         return {"evaluations": nfe.float().mean().item()} | figures | {
             "entropy": tales.entropy(), "seconds_a_sample": seconds / options.num_samples}
@@ -122,10 +122,10 @@ def measure_order(options):
     early, all    share of frequent ones among the first tenth that is written, and among all
     correlation   of a token's place with its frequency in the training text: negative where frequent ones come first
     """
-    model, family, text, steps, hardware, common = trained(options)
+    model, family, tokenizer, steps, hardware, common = trained(options)
     cfg, device = family.cfg, hardware.device
-    training = metrics.without_filling(corpus.load(cfg, text).training(steps, metrics.SEARCHED), text, cfg)
-    counts = torch.bincount(training[training >= 0].long(), minlength=text.mask).double()
+    training = metrics.without_filling(corpus.load(cfg, tokenizer).training(steps, metrics.SEARCHED), tokenizer, cfg)
+    counts = torch.bincount(training[training >= 0].long(), minlength=tokenizer.mask).double()
     share = counts / counts.sum()
     cumulative = torch.zeros_like(share)
     order = share.argsort(descending=True)
@@ -140,8 +140,8 @@ def measure_order(options):
                     place[step.fresh] = k
             last = place.amax(1, keepdim=True)  # a row that is finished early has had its last step
             return step.ids, torch.where(place > 0, (place - 1) / (last - 1).clamp(min=1), -1)
-        ids, place = metrics.sample_rows(places, family, text, options.num_samples, device)
-        written = (place >= 0) & (metrics.without_filling(ids, text, cfg) >= 0)
+        ids, place = metrics.sample_rows(places, family, tokenizer, options.num_samples, device)
+        written = (place >= 0) & (metrics.without_filling(ids, tokenizer, cfg) >= 0)
         rank, place, frequency = cumulative[ids[written]], place[written].double(), share[ids[written]]
         share_of_frequent = lambda some: (rank[some] < 0.25).double().mean().item()
         return {"early": share_of_frequent(place < 0.1), "all": share_of_frequent(place >= 0),
@@ -183,25 +183,25 @@ def measure_spelling(options):
     words     share of the samples' words that the training text has
     speakers  share of their lines that end in a colon, and so name a speaker, that the training text has; None without such
     """
-    model, family, text, steps, hardware, common = trained(options)
+    model, family, tokenizer, steps, hardware, common = trained(options)
     cfg = family.cfg
     if cfg.time_conditioning == "none":
         raise UserError(f"{cfg.name} is not told the time, so that a wrong clock would do nothing; train one that is: "
                         "--time_conditioning sinusoidal")
-    data = corpus.load(cfg, text)
+    data = corpus.load(cfg, tokenizer)
     words_of = lambda string: re.findall(r"[^\W\d_]+(?:'[^\W\d_]+)*", string)
     speakers_of = lambda string: re.findall(r"\n(.+:)\n", string)
-    training = text.decode(data.training(steps, metrics.SEARCHED).flatten().tolist())
+    training = tokenizer.decode(data.training(steps, metrics.SEARCHED).flatten().tolist())
     share = lambda found, known: sum(one in known for one in found) / len(found) if found else None
     known_words, known_speakers = set(words_of(training)), set(speakers_of(training))
 
     def measure(setting):
-        rows, nfe = metrics.reference_rows(data.held_out, text, options.num_samples), torch.zeros(1)
+        rows, nfe = metrics.reference_rows(data.held_out, tokenizer, options.num_samples), torch.zeros(1)
         if setting["sampler"] != "held-out text":
             with hardware.autocast():
-                rows, nfe = metrics.sample_rows(partial(generate, model, family, setting), family, text, options.num_samples,
+                rows, nfe = metrics.sample_rows(partial(generate, model, family, setting), family, tokenizer, options.num_samples,
                                                 hardware.device)
-        texts = [canvas.finished(text, row, stop=cfg.rows == "document") for row in rows.tolist()]
+        texts = [canvas.finished(tokenizer, row, stop=cfg.rows == "document") for row in rows.tolist()]
         words = [word for one in texts for word in words_of(one)[1:-1]]  # windows cut the first and the last
         speakers = [speaker for one in texts for speaker in speakers_of(one)]
         return {"evaluations": nfe.float().mean().item(), "words": share(words, known_words),

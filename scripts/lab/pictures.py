@@ -123,8 +123,8 @@ def time_embedding(options, path):
 def samplers_at_work(options, path):
     """Who gets revealed when: a story by every sampler, steps from top to bottom, tokens from left to right."""
     device = runtime.choose_device(options.device)
-    model, text, cfg, _ = compare_samplers.masked_model(options.checkpoint, device)
-    blank = torch.tensor([canvas.build(text, [None], cfg.seq_len)], device=device)
+    model, tokenizer, cfg, _ = compare_samplers.masked_model(options.checkpoint, device)
+    blank = torch.tensor([canvas.build(tokenizer, [None], cfg.seq_len)], device=device)
     height = -(-len(policies.SAMPLERS) // 4)
     figure, axes = plots.pyplot().subplots(height, 4, figsize=(12, 2.5 * height), layout="constrained")
     colours = {"hidden": (0.2, 0.25, 0.33), "written": (0.84, 0.9, 0.96), "fresh": (1.0, 0.75, 0.2),
