@@ -1,4 +1,4 @@
-"""All hyperparameters: what to train (`Config`), how to write (`SampleConfig`), and named settings (`PRESETS`).
+"""All hyperparameters: what to train (`Config`), how to sample (`SampleConfig`), and named settings (`PRESETS`).
 
 Edit the defaults here, or override them on the command line of train.py and inference.py: every field is a flag.
 A preset is a dict of differences from the defaults. An experiment file is the same in a file of its own:
@@ -56,7 +56,7 @@ class Config:
     tie_embeddings: bool = field(True, "one matrix for embedding and head: better for BPE, no matter for characters")
     init: str = field("normal", "normal: N(0, 0.02) as in the sources; zero: projections and head start at zero",
                       choices=("normal", "zero"))
-    time_conditioning: str = field("none", "how the network is told the masked share",
+    time_conditioning: str = field("none", "how the network is told the mask ratio",
                                    choices=("none", "table", "sinusoidal", "adaln"))
     rope_base: float = field(100.0, "longest rotary wavelength, in units of 2 pi tokens: with short ones a network finds "
                              "its near neighbours sooner", low=1)
@@ -65,7 +65,7 @@ class Config:
     objective: str = field("masked", "masked: diffusion; uniform: diffusion with random tokens instead of masks; ar: the "
                            "same transformer from left to right, to compare", "objective")
     block_len: int = field(0, "block diffusion: tokens of a block, which sees those to its left (0: seq_len, all at once)", low=0)
-    schedule: str = field("linear", "masked share over time; --list shows all")
+    schedule: str = field("linear", "mask ratio over time; --list shows all")
     corruption: str = field("count", "count: an exact number of masks a row; bernoulli: each token by itself",
                             choices=("count", "bernoulli"))
     diffusion_steps: int = field(0, "0: continuous time; T: T discrete times (and rows of the time table)", low=0, high=10**6)
@@ -143,24 +143,24 @@ class SampleConfig:
     suffix: str = field("", "text that the result ends with")
     infill: str = field("", "text with holes: 'Tom [8] a boat.' has one of 8 tokens, [___] one of 5, \\[ is a bracket")
     prompt_file: str = field("", "a file with a prompt on each line; one result each")
-    gen_len: int = field(None, "tokens to write (default: to the end of the window); may go beyond the window", low=1, high=LONGEST)
-    no_stop: bool = field(False, "write all tokens asked for, beyond <|endoftext|> too")
+    gen_len: int = field(None, "tokens to generate (default: to the end of the window); may go beyond it", low=1, high=LONGEST)
+    no_stop: bool = field(False, "generate all tokens asked for, beyond <|endoftext|> too")
     num_samples: int = field(1, "how many of each", low=1, high=10**5)
     seed: int = field(1337, "of the first sample; the next has the next number", low=0, high=SEEDS)
 
-    # chosen by scripts/lab/ablate.py samplers on tales: as good as one token at a time, in a third of the evaluations
-    sampler: str = field("entropy_bounded", "rule that picks which tokens to write next, NAME or NAME:NUMBER; --list "
+    # chosen by scripts/lab/ablate.py samplers on tales: as good as one token at a time, in a third of the NFE
+    sampler: str = field("entropy_bounded", "policy that says which tokens are unmasked next, NAME or NAME:NUMBER; --list "
                          "shows all", "how")
-    steps: int = field(None, "most steps; more is better and slower (default: as many as there are tokens to write, "
+    steps: int = field(None, "most steps; more is better and slower (default: as many as there are tokens to generate, "
                        "or, under uniform noise, in the text)", low=1, high=LONGEST)
-    schedule: str = field("linear", "masked share over the steps")
-    min_tokens: int = field(1, "least number of tokens a step, for rules with a count", low=1)
+    schedule: str = field("linear", "mask ratio over the steps")
+    min_tokens: int = field(1, "least number of tokens a step, for policies with a count", low=1)
     temperature: float = field(1.0, "of the token distribution; 0: always the likeliest token", low=0)
     top_k: int = field(0, "draw from the k likeliest tokens (0: all)", low=0)
     # 0.98 leaves the text as varied, and cuts off the many tokens that a small network gives a little too much
     top_p: float = field(0.98, "draw from the likeliest tokens that sum to this (1: all)", above=0, high=1)
     guidance: float = field(0.0, "classifier-free guidance by masking the prompt; twice the work (0: off)", low=0)
-    decode_block: int = field(0, "write left to right in blocks of so many tokens (0: all at once; beyond the window "
+    decode_block: int = field(0, "generate left to right in blocks of so many tokens (0: all at once; beyond the window "
                               "a quarter of it)", low=0)
     cache: str = field("auto", "keep keys and values: prefix, dual: around the block, faster, approximate; auto: only those that "
                        "stay exact (ar and block models)", choices=("auto", "none", "prefix", "dual"))
@@ -183,7 +183,7 @@ class SampleConfig:
     def __post_init__(self):
         check(self)
         if self.infill and (self.prompt or self.suffix or self.prompt_file or self.gen_len):
-            raise UserError("infill says itself what is given and how much to write; leave out --prompt, --suffix, "
+            raise UserError("infill says itself what is given and how much to generate; leave out --prompt, --suffix, "
                             "--prompt-file and --gen-len")
         if self.prompt_file and self.prompt:
             raise UserError(f"prompt_file={self.prompt_file} with prompt={self.prompt!r}: give one of them")
@@ -222,14 +222,14 @@ PRESETS = {
     # TinyStories, or any text of one's own: python scripts/data.py, then this.
     "stories": dict(data="data/stories.txt", tokenizer="artifacts/tokenizer/tokenizer.json", max_iters=5000),
     # The character micro-dLLM: 10,706,304 parameters with Tiny Shakespeare's 65 characters, loss at all positions. Its
-    # mean masked share is 0.368.
+    # mean mask ratio is 0.368.
     "micro_char": MICRO | dict(data="data/shakespeare.txt", tokenizer="char", loss_weighting="full"),
     # The BPE micro-dLLM: 12,228,480 parameters (its README has those of the character one), loss at masked positions.
     # Its published code has the schedule cos2, not the cos of its README, and 20,000 iterations.
     "micro_bpe": MICRO | dict(data="data/stories.txt", tokenizer="artifacts/tokenizer/tokenizer.json",
                               loss_weighting="pooled"),
-    # The masked-text-diffusion notes: 11.0M parameters; "30 to 40 tokens at once in the last step" is not what their rule
-    # does (sampler "notes": at most 2). Their clip of the masked share at .999 is left out: no time would hide all. Sinusoidal
+    # The masked-text-diffusion notes: 11.0M parameters; "30 to 40 tokens at once in the last step" is not what their sampler
+    # does (sampler "notes": at most 2). Their clip of the mask ratio at .999 is left out: no time would mask all. Sinusoidal
     # time, AdamW as PyTorch has it; 300 steps and 300,000 iterations in notes_300.
     "notes": NOTES,
     "notes_300": NOTES | dict(diffusion_steps=300, max_iters=300_000),

@@ -23,7 +23,7 @@ from utils import canvas, checkpoint, cli, families, page, policies, runtime, te
 from utils.cli import UserError
 
 ALTERNATIVES = 5       # likeliest tokens that the page of --viz-html shows
-MOST_WRITTEN = 2**24   # tokens of all texts together: what is kept of each is some 100 bytes
+MOST_GENERATED = 2**24   # tokens of all texts together: what is kept of each is some 100 bytes
 
 
 def load(overrides):
@@ -73,9 +73,9 @@ def canvases(options, tokenizer, cfg):
                                                  if token != tokenizer.mask):
         raise UserError("this model writes from left to right and sees nothing of what comes after; give a --prompt, without "
                         "--suffix and --infill, or train a masked model (--objective masked, without --block_len)")
-    if sum(map(len, rows)) * options.num_samples > MOST_WRITTEN:
+    if sum(map(len, rows)) * options.num_samples > MOST_GENERATED:
         raise UserError(f"{len(rows) * options.num_samples:,} texts of up to {max(map(len, rows)):,} tokens are more than "
-                        f"{MOST_WRITTEN:,} tokens together; ask for fewer at a time")
+                        f"{MOST_GENERATED:,} tokens together; ask for fewer at a time")
     return [(row, options.seed + i) for row in rows for i in range(options.num_samples)]
 
 
@@ -101,7 +101,7 @@ def most_states(row, options, cfg, mask):
 
 
 def generate(model, tokenizer, options, cfg, device, dtype):
-    """Write all rows of `options`; returns (results, frames of the first row, network evaluations, seconds).
+    """Generate all rows of `options`; returns (results, frames of the first row, NFE, seconds).
 
     A result is a dict: text, seed, sampler, evaluations, tokens, confidence and step (when each token settled; 0: given)
     of its own row; seconds and tokens_per_second of the rows that are written together with it (`batches`), counting the
@@ -143,13 +143,13 @@ def generate(model, tokenizer, options, cfg, device, dtype):
         seconds, final = sum(spent), step.ids.tolist()
         nfe, total = nfe + step.nfe, total + seconds
         ends = [len(ids) if options.no_stop else canvas.end(tokenizer, ids, rows[i][0]) for ids, i in zip(final, members)]
-        written = sum(rows[i][0][:end].count(tokenizer.mask) for end, i in zip(ends, members))
+        generated = sum(rows[i][0][:end].count(tokenizer.mask) for end, i in zip(ends, members))
         for row, (i, ids) in enumerate(zip(members, final)):
             results[i] = {
                 "text": canvas.finished(tokenizer, ids, rows[i][0], not options.no_stop), "seed": rows[i][1],
                 "sampler": family.procedure or options.sampler,
                 "evaluations": int(step.row_nfe[row]), "seconds": seconds,
-                "tokens_per_second": written / seconds, "tokens": tokenizer.pieces(ids),
+                "tokens_per_second": generated / seconds, "tokens": tokenizer.pieces(ids),
                 "confidence": [round(c, 4) for c in step.confidence[row].tolist()], "step": settled[row].tolist()}
     return [results[i] for i in range(len(rows))], frames, nfe, total
 

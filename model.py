@@ -123,7 +123,7 @@ class Block(nn.Module):
 
 
 class NoiseEmbedding(nn.Module):
-    """Noise level (...,) in [0, 1] -> (..., C). The level is always the share of masked tokens, never a time.
+    """Noise level (...,) in [0, 1] -> (..., C). The level is always the mask ratio, never a time.
 
     table       the micro-dLLMs' learned Embedding(T + 1, C); row max(1, round(T m)), row 0 only for clean text.
                 With more rows than the window has tokens, some rows are hardly trained
@@ -207,8 +207,8 @@ class Transformer(nn.Module):
     def forward(self, ids, noise_level=None, *, attention=None, positions=None, cache=None, select=None):
         """Logits for every position, or for the selected ones.
 
-        ids          (B, L) long, MASK = V where the token is hidden
-        noise_level  (B,) or (B, L) in [0, 1], the share of masked tokens; needed if and only if
+        ids          (B, L) long, MASK = V where the token is masked
+        noise_level  (B,) or (B, L) in [0, 1], the mask ratio; needed if and only if
                      time_conditioning is not "none"
         attention    None (all see all), "causal", or a bool tensor (L, L) or (B, 1, L, L), True = row may look at column
         positions    (L,) or (B, L) long for the rotary embedding; 0..L-1 by default
@@ -220,13 +220,13 @@ class Transformer(nn.Module):
         if positions is None:
             positions = torch.arange(ids.size(1), device=ids.device)
         cos, sin = rotary_table(positions, self.cfg.n_embd // self.cfg.n_head, self.cfg.rope_base)
-        x, condition = self.enter(self.embedding(ids), noise_level)
+        x, condition = self.embed(self.embedding(ids), noise_level)
         for layer, block in enumerate(self.blocks):
             run = partial(checkpoint, block, use_reentrant=False) if self.cfg.activation_checkpointing else block
             x = run(x, cos, sin, attention, condition, cache and partial(cache, layer))
-        return self.leave(x, select)
+        return self.unembed(x, select)
 
-    def enter(self, x, noise_level):
+    def embed(self, x, noise_level):
         """What the first block reads, (B, L, C), and what adaLN is told, (B, 1 or L, C) or None."""
         condition = None
         if self.noise is not None:
@@ -238,7 +238,7 @@ class Transformer(nn.Module):
                 x = x + condition
         return self.dropout(norm(x)), condition
 
-    def leave(self, x, select):
+    def unembed(self, x, select):
         """Logits of what the last block wrote."""
         x = norm(x)
         if select is not None:

@@ -138,7 +138,7 @@ def evaluate(run, progress, so_far, best):
         runtime.write_line(run.path["log"], entry | {"minutes": progress.minutes})
     run.say(
         f"step {progress.step:,} | training loss {loss:.4f} | held-out bound {progress.nll:.4f} "
-        f"± {error:.4f} nats a token | {cli.duration(60 * progress.minutes)}\n    {text[:300]!r}"
+        f"± {error:.4f} nats per token | {cli.duration(60 * progress.minutes)}\n    {text[:300]!r}"
     )
     if progress.nll < best and not hardware.rank:
         state = checkpoint.snapshot(cfg, run.data, judged, progress.step, progress.nll)

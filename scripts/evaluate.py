@@ -30,13 +30,13 @@ class EvaluateConfig:
     data: str = field("", "a text of your own instead of the run's held-out part")
     rows: int = field(None, "held-out rows (default: the run's final_rows)", low=1)
     num_samples: int = field(None, "unconditional samples, seeds 0, 1, ...; 0: none (default: the run's final_samples)", low=0, high=10**5)
-    left_to_right: int = field(0, "rows whose exact likelihood is computed, written from left to right: one evaluation a token",
+    left_to_right: int = field(0, "rows whose exact likelihood is computed, from left to right: one NFE a token",
                               low=0)
     judge: str = field("", "autoregressive checkpoint that scores the samples too")
     against: str = field("", "a checkpoint to compare with, on the same held-out text")
     json: str = field("", "write the report to this file too")
     plot: str = field("", "write loss, entropy and accuracy over the noise level to this PNG")
-    sampler: str = field(None, "rule that picks what to write next (default of this and the next three: the checkpoint's)", "how")
+    sampler: str = field(None, "policy that says what is unmasked next (default of this and the next three: the checkpoint's)", "how")
     steps: int = field(None, "most steps; uniform noise takes as many", low=1, high=LONGEST)
     temperature: float = field(None, "of the token distribution", low=0)
     top_p: float = field(None, "draw from the likeliest tokens that sum to this (1: all)", above=0, high=1)
@@ -88,7 +88,7 @@ def load(path, options, device):
 def compare(first, second, device):
     """What the bounds of two models (`Loaded`) say of each other: a list of lines.
 
-    The same rows of the same tokens compare by nats a token, row by row. Other tokens or windows of the same text compare by
+    The same rows of the same tokens compare by nats per token, row by row. Other tokens or windows of the same text compare by
     bits per character at best, which windows change too: both are printed, and no difference. Different texts do not.
     """
     lines, bounds, texts_of = [], [], []
@@ -98,7 +98,7 @@ def compare(first, second, device):
             family = families.family_of(cfg)
             nll = family.nelbo(model, rows.to(device), cfg.final_masks, cfg.micro_batch or 64).mean(1)
         text = data.tokenizer.decode(rows.flatten().tolist())
-        lines.append(f"{path}: {'exactly' if family.exact else 'at most'} {nll.mean().item():.4f} nats a token, "
+        lines.append(f"{path}: {'exactly' if family.exact else 'at most'} {nll.mean().item():.4f} nats per token, "
                      f"{nll.sum().item() * cfg.seq_len / math.log(2) / len(text):.4f} bits per character ({len(nll)} rows of "
                      f"{cfg.seq_len} tokens, {len(text):,} characters, of {cfg.data})")
         bounds.append(nll)
@@ -108,10 +108,10 @@ def compare(first, second, device):
     if mine.tokenizer.to_json() == theirs.tokenizer.to_json() and torch.equal(mine.held_out[:n], theirs.held_out[:n]):
         difference = bounds[0][:n] - bounds[1][:n]
         error = difference.std().item() / math.sqrt(n) if n > 1 else math.nan
-        lines.append(f"on the {n} rows that both have: the first has {difference.mean().item():+.4f} ± {error:.4f} nats a token "
+        lines.append(f"on the {n} rows that both have: the first has {difference.mean().item():+.4f} ± {error:.4f} nats per token "
                      "(s.e. over rows, in pairs)")
     elif texts_of[0].startswith(texts_of[1][:1000]) or texts_of[1].startswith(texts_of[0][:1000]):
-        lines.append("the same text in other tokens or windows: nats a token do not compare; bits per character do as far as "
+        lines.append("the same text in other tokens or windows: nats per token do not compare; bits per character do as far as "
                      "the same part is scored and the windows give as much context")
     else:
         lines.append("not comparable: the held-out texts differ; evaluate both with the same --data")

@@ -796,17 +796,17 @@ def test_evaluate_another_text(tales_run, monkeypatch, capsys):
 
 
 def test_evaluate_compares_what_compares(tales_run, monkeypatch, capsys):
-    """The same rows by nats a token, in pairs; other tokens by bits per character; other text not at all."""
+    """The same rows by nats per token, in pairs; other tokens by bits per character; other text not at all."""
     path = str(tales_run / "models" / "tales.best.pt")
     against = lambda other, *words: run(evaluate.main, ["--checkpoint", path, "--against", other, "--rows", "8", *words], monkeypatch,
                                         capsys)
     code, out, _ = against(path)
-    assert code == 0 and "on the 8 rows that both have: the first has +0.0000 ± 0.0000 nats a token" in out
+    assert code == 0 and "on the 8 rows that both have: the first has +0.0000 ± 0.0000 nats per token" in out
     bounds = [torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([[2.0], [2.5], [4.5]])]
     with monkeypatch.context() as patch:
         patch.setattr(diffusion.Masked, "nelbo", lambda *_: bounds.pop(0))
         code, out, _ = against(path)
-    assert "the first has -1.0000 ± 0.2887 nats a token" in out, "standard deviation 0.5 over the root of 3"
+    assert "the first has -1.0000 ± 0.2887 nats per token" in out, "standard deviation 0.5 over the root of 3"
     code, _, err = against(path, "--json", "x.json")
     assert code == 2 and "leave out --json" in err
     train.train(dataclasses.replace(load(["tales", *TINY, "--tokenizer", "char", "--seq_len", "330"])[0]), quiet=True)

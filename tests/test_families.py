@@ -212,7 +212,7 @@ def test_sampling_of_blocks_gives_the_logits_of_training(bos, cache, time_condit
 @pytest.mark.parametrize("sampler", ("confidence", "first_hitting", "ancestral", "remask", "remdm_cap:0.3", "entropy_bounded:0.5"))
 def test_any_rule_writes_inside_blocks(sampler):
     """Blocks from left to right, given tokens stay, no MASK is left; a row alone is the row of a batch. (Each row is given
-    something in its first block: where all is hidden, all positions look the same to a network, and the last digit, which
+    something in its first block: where all is masked, all positions look the same to a network, and the last digit, which
     depends on the batch and on the machine, decides whose turn it is.)"""
     model, canvas = network(), torch.full((3, 12), 5)
     canvas[0, :5], canvas[1, 3], canvas[2, 2] = 1, 2, 3

@@ -264,7 +264,7 @@ def test_other_weightings():
 
 
 def ancestral_law(model, grid):
-    """Exact law (81,) of ancestral sampling on a grid of masked shares, by dynamic programming over all canvases."""
+    """Exact law (81,) of ancestral sampling on a grid of mask ratios, by dynamic programming over all canvases."""
     p = model(CANVASES).softmax(-1)
     law = {(MASK,) * L: 1.0}
     for here, there in zip(grid[:-1], grid[1:]):
@@ -379,22 +379,22 @@ def exact_law(sampler, steps):
         return {"entropy": -entropy, "entropy_bounded": -entropy, "local_entropy": -entropy, "margin": row[0] - row[1]}.get(name, row[0])
 
     def choices(state, k):
-        """[(chance, positions to write, positions to hide)]"""
+        """[(chance, positions to write, positions to mask)]"""
         canvas, confidence, chosen = state
-        hidden = [i for i in range(L) if canvas[i] == MASK]
+        masked = [i for i in range(L) if canvas[i] == MASK]
         shown = [i for i in range(L) if canvas[i] != MASK]
         p = table[code(torch.tensor(canvas), 4)].tolist()
-        key = {i: surest(p, i) for i in hidden}
-        order = sorted(hidden, key=lambda i: -key[i])  # stable: the leftmost of equal ones
+        key = {i: surest(p, i) for i in masked}
+        order = sorted(masked, key=lambda i: -key[i])  # stable: the leftmost of equal ones
         here, there = 1 - k / steps, 1 - (k + 1) / steps
         due = max(1, math.floor(L * (1 - there) + 1e-9) - len(shown))
         if name in ("confidence", "entropy", "margin"):
             return [(1.0, order[:due], [])]
         if name in ("first_hitting", "random"):
-            subsets = list(itertools.combinations(hidden, min(len(hidden), 1 if name == "first_hitting" else due)))
+            subsets = list(itertools.combinations(masked, min(len(masked), 1 if name == "first_hitting" else due)))
             return [(1 / len(subsets), list(s), []) for s in subsets]
         if name == "notes":
-            return [(1.0, order[:max(1, len(hidden) // (steps - k))], [])]
+            return [(1.0, order[:max(1, len(masked) // (steps - k))], [])]
         if name == "threshold":
             return [(1.0, [i for n, i in enumerate(order) if n < due or key[i] >= value], [])]
         if name == "factor":
@@ -414,7 +414,7 @@ def exact_law(sampler, steps):
             return [(1.0, sorted(write), [])]
         if name == "remask":
             certain = sorted(range(L), key=lambda i: -(key[i] if i in key else confidence[i]))[:len(shown) + due]
-            return [(1.0, [i for i in hidden if i in certain], [i for i in shown if i not in certain])]
+            return [(1.0, [i for i in masked if i in certain], [i for i in shown if i not in certain])]
         # ReMDM: alpha is the visible share
         s, t = 1 - there, 1 - here
         if name == "remdm_loop":
@@ -435,7 +435,7 @@ def exact_law(sampler, steps):
                 q = sigma[i] if i in shown else (s - (1 - sigma.get(i, 0.0)) * t) / (1 - t)
                 chance *= q if flip else 1 - q
             if chance > 1e-15:
-                options.append((chance, [i for i in hidden if flips[i]], [i for i in shown if flips[i]]))
+                options.append((chance, [i for i in masked if flips[i]], [i for i in shown if flips[i]]))
         return options
 
     law, k = {((MASK,) * L, (0.0,) * L, (0.0,) * L): 1.0}, 0
@@ -446,14 +446,14 @@ def exact_law(sampler, steps):
                 after[state] = after.get(state, 0.0) + mass
                 continue
             p = table[code(torch.tensor(state[0]), 4)].tolist()
-            for chance, write, hide in choices(state, k):
+            for chance, write, mask in choices(state, k):
                 for tokens in itertools.product(range(V), repeat=len(write)):
                     canvas, confidence, chosen = map(list, state)
                     weight = mass * chance
                     for i, token in zip(write, tokens):
                         weight *= p[i][token]
                         canvas[i], confidence[i], chosen[i] = token, max(p[i]), p[i][token]
-                    for i in hide:
+                    for i in mask:
                         canvas[i] = MASK
                     if not name.endswith("conf"):  # states that differ in what the rule does not look at are one
                         chosen = [0.0] * L
@@ -522,14 +522,14 @@ def test_sampler_invariants(sampler, steps):
         assert (step.ids[CANVAS != MASK] == CANVAS[CANVAS != MASK]).all(), "given tokens never change"
         assert torch.equal(step.masked, step.ids == MASK)
         assert not (step.fresh & (previous != MASK)).any(), "what is visible is carried over"
-        assert not (step.remasked & ((previous == MASK) | (CANVAS != MASK))).any(), "only written tokens are hidden"
+        assert not (step.remasked & ((previous == MASK) | (CANVAS != MASK))).any(), "only written tokens are masked"
         assert ((step.ids == previous) | step.fresh | step.remasked).all()
         assert step.nfe == model.evaluations, "the evaluations reported are those made"
         seen += step.fresh.long() - step.remasked.long()
         previous = step.ids.clone()
     assert not step.masked.any() and step.ids.max() < MASK, "no MASK is left and none was drawn"
     assert torch.equal(CANVAS, before), "the caller's canvas is untouched"
-    assert torch.equal(seen, (CANVAS == MASK).long()), "every hidden token is written once more than hidden"
+    assert torch.equal(seen, (CANVAS == MASK).long()), "every masked token is written once more than masked"
     assert model.evaluations <= steps or sampler == "first_hitting" and model.evaluations == L
     if SAMPLERS[sampler].key is not None and SAMPLERS[sampler].value is None:
         assert model.evaluations == min(steps, 4)
@@ -653,7 +653,7 @@ def test_remasking_keeps_the_marginals(sampler):
     found = policies.find_sampler(sampler)
     u = (torch.arange(100_000, dtype=torch.float64) + 0.5)[None] / 100_000
     yes, no = torch.ones_like(u, dtype=torch.bool), torch.zeros_like(u, dtype=torch.bool)
-    for t, s in ((1.0, 0.8), (0.8, 0.5), (0.5, 0.45), (0.1, 0.0)):  # masked shares
+    for t, s in ((1.0, 0.8), (0.8, 0.5), (0.5, 0.45), (0.1, 0.0)):  # mask ratios
         ratios = dict(m_t=torch.tensor([[t]]).double(), m_s=torch.tensor([[s]]).double(), u=u, value=found.value)
         unmasked = found.policy(view(open=yes, unmasked=no, **ratios))[0].double().mean().item()
         remasked = found.policy(view(open=no, unmasked=yes, **ratios))[1].double().mean().item()

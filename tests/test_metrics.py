@@ -39,7 +39,7 @@ def test_longest_copies():
 
 
 def test_bits_of_a_network_that_knows_nothing():
-    """ln V nats a token, and from it log2 V bits a character for a character model."""
+    """ln V nats per token, and from it log2 V bits a character for a character model."""
     text = train_char(["abcdefgh"], documents=False)
     cfg = settings(n_layer=1, n_head=1, n_embd=8, init="zero", tie_embeddings=False, final_rows=4, final_masks=2, data="x",
                    seq_len=16)
@@ -205,7 +205,7 @@ def test_live_terminal(bpe):
     without = live(canvas_steps(bpe), bpe, NO_COLOR="1")
     assert "\x1b[1;30;43m" not in without and "\x1b[1m" in without and "\x1b[4m" in without
     wide = live(canvas_steps(bpe), bpe, COLUMNS="80").split("\x1b[2J")
-    assert all("\x1b[35mhidden again\x1b[0m" in part for part in wide[1:]), "the legend, where it fits"
+    assert all("\x1b[35mmasked again\x1b[0m" in part for part in wide[1:]), "the legend, where it fits"
     assert wide[1].count("\x1b[36m") > wide[2].count("\x1b[36m") == 1, "unsure of tokens below one half"
     dumb = live(canvas_steps(bpe), bpe, TERM="dumb")
     assert "\x1b" not in dumb and len(dumb.splitlines()) == 2

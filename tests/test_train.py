@@ -134,7 +134,7 @@ def test_an_index_filled_up_changes_no_loss():
 
 
 def test_complementary_masks():
-    """Each token of a pair's text is hidden in one row or the other (both, if a row has all hidden); the number of masks
+    """Each token of a pair's text is masked in one row or the other (both, if a row has all masked); the number of masks
     stays uniform, so that the loss stays the bound (test_maths.py)."""
     cfg, counts = toy.settings(complementary=True), []
     for step in range(400):

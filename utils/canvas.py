@@ -1,4 +1,4 @@
-"""Canvases: rows of ids, MASK where the model writes. Prompted, infilled and unconditional samples differ only in where
+"""Canvases: rows of ids, MASK where the model generates. Prompted, infilled and unconditional samples differ only in where
 the MASKs are."""
 import re
 
@@ -49,7 +49,7 @@ def build(tokenizer, parts, window):
     room = window - asked
     if None in pieces and room < 1:
         raise UserError(f"the prompt takes {window - room} of the window's {window} tokens, which leaves no room to "
-                        "write: shorten it, or say with --gen-len how many tokens to write beyond the window")
+                        "write: shorten it, or say with --gen-len how many tokens to generate beyond the window")
     for piece in pieces:
         row += piece if isinstance(piece, list) else [tokenizer.mask] * (room if piece is None else piece)
     return row

@@ -77,7 +77,7 @@ LEVELS = 10
 
 @torch.no_grad()
 def levels_of(model, family, data, device):
-    """What the network knows of hidden tokens at each noise level, on the held-out rows of `held_out`: {"levels": list of
+    """What the network knows of masked tokens at each noise level, on the held-out rows of `held_out`: {"levels": list of
     dicts of loss (nats), entropy of its distribution (nats), accuracy of its likeliest token}, and their means.
 
     At what is corrupted as the family's `probes` say. For masks also the sources' "perplexity", the exponential of the mean
@@ -131,7 +131,7 @@ def _means(level, found):
 
 @torch.no_grad()
 def left_to_right(model, family, rows):
-    """-log p of rows (R, L) when the network writes them from left to right, one token an evaluation: (R,) nats a token.
+    """-log p of rows (R, L) when the network generates them from left to right, one token at a time: (R,) nats per token.
     The exact likelihood of a sampler that does; of an autoregressive network, its likelihood. Not for uniform noise."""
     L, out, at_once = rows.size(1), [], family.cfg.micro_batch or 64
     for row in rows:
@@ -166,7 +166,7 @@ def sample_rows(generate, family, tokenizer, count, device):
 def generate_rows(model, family, tokenizer, count, device, how):
     """(`count` unconditional samples (count, seq_len) long, figures of how they were written).
 
-    change_rate  share of the tokens to write that a step changes, hides or writes; under uniform noise the first step shows
+    change_rate  share of the tokens to generate that a step changes, masks or unmasks; under uniform noise the first step shows
                  all, which counts as a change of all
     """
     start = time.perf_counter()

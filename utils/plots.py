@@ -29,7 +29,7 @@ def loss_curves(logs, path):
         axis.plot(steps, bound, "o-", ms=3, color=f"C{number}", label=f"{name}: held-out bound ± s.e. over rows")
         axis.fill_between(steps, [b - e for b, e in zip(bound, error)], [b + e for b, e in zip(bound, error)],
                           color=f"C{number}", alpha=0.2, lw=0)
-    axis.set(xlabel="step", ylabel="nats a token")
+    axis.set(xlabel="step", ylabel="nats per token")
     axis.grid(alpha=0.3)
     axis.legend()
     save(figure, path)
@@ -44,7 +44,7 @@ def levels(entries, name, path):
     for key, style, colour in (("loss", "o-", OKABE_ITO[0]), ("entropy", "s--", OKABE_ITO[1])):
         axis.plot(level, [entry[key] for entry in entries], style, color=colour, ms=4, label=f"{key}, nats (left)")
     right.plot(level, [100 * entry["accuracy"] for entry in entries], "^:", color=OKABE_ITO[2], ms=4, label="accuracy, % (right)")
-    axis.set(xlabel="noise level (ar: share of the row to come)", ylabel="nats a token", xlim=(0, 1.02), ylim=(0, None), title=name)
+    axis.set(xlabel="noise level (ar: share of the row to come)", ylabel="nats per token", xlim=(0, 1.02), ylim=(0, None), title=name)
     right.set(ylabel="likeliest token is right, %", ylim=(0, 100))
     axis.grid(alpha=0.3)
     handles, labels = (sum(pair, []) for pair in zip(axis.get_legend_handles_labels(), right.get_legend_handles_labels()))
@@ -83,7 +83,7 @@ def bound_over_cost(rows, title, path):
     axes[2].set_yticks([-place for place in range(len(order))], order)
     low = min((point[2] for row in rows for point in curve(row)), default=0)
     for axis, cost in zip(axes, ("rows seen", "minutes")):
-        axis.set(xlabel=cost, ylabel="held-out bound, nats a token", ylim=(low - 0.05, low + 1.2), xscale="log")
+        axis.set(xlabel=cost, ylabel="held-out bound, nats per token", ylim=(low - 0.05, low + 1.2), xscale="log")
         axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 3)))
         axis.xaxis.set_major_formatter("{x:g}")
         axis.xaxis.set_minor_formatter(ticker.NullFormatter())
@@ -109,7 +109,7 @@ def overfitting(rows, title, path):
         axes[0].plot(seen[best], points[best][2], "o", color=style["color"], ms=6)
         axes[1].plot(seen, [p[3] for p in points], label=row["variant"], **style)
     for axis, what in zip(axes, ("held-out bound (dots: the lowest)", "training loss")):
-        axis.set(xlabel="rows seen", ylabel="nats a token", xscale="log", title=what)
+        axis.set(xlabel="rows seen", ylabel="nats per token", xscale="log", title=what)
         axis.grid(alpha=0.3)
     figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=9)
     figure.suptitle(title)

@@ -168,8 +168,8 @@ def compile_network(model, token_nll, device, try_out):
     # on a CPU the compiler's own random numbers, for dropout, are slower than PyTorch's
     options = {"fallback_random": True} if device.type == "cpu" else None
     compiled.blocks = torch.nn.ModuleList(torch.compile(block, options=options) for block in model.blocks)
-    compiled.enter, compiled.leave, compiled_nll = (
-        torch.compile(function, options=options) for function in (model.enter, model.leave, token_nll))
+    compiled.embed, compiled.unembed, compiled_nll = (
+        torch.compile(function, options=options) for function in (model.embed, model.unembed, token_nll))
     try:
         result = try_out(compiled, compiled_nll)
     except torch.OutOfMemoryError:

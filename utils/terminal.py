@@ -9,10 +9,10 @@ import unicodedata
 STYLES = {
     "fresh": "1;30;43",
     "unsure": "36",
-    "hidden again": "35",
+    "masked again": "35",
     "given": "4;34",
 }  # state -> ANSI code
-STYLES_WITHOUT_COLOUR = {"fresh": "1", "unsure": "2", "hidden again": "7", "given": "4"}
+STYLES_WITHOUT_COLOUR = {"fresh": "1", "unsure": "2", "masked again": "7", "given": "4"}
 UNSURE_BELOW = 0.5  # confidence
 
 
@@ -82,18 +82,18 @@ def _cells(text):
 
 
 def _terminal_lines(step, tokenizer, given, columns, empty, styles):
-    """Lines of at most `columns` characters, each token of row 0 styled by its state. A hidden
+    """Lines of at most `columns` characters, each token of row 0 styled by its state. A masked
     token of BPE begins with a space, as most words do."""
     ids, lines, line, width = step.ids[0].tolist(), [], "", 0
     sure, fresh, again = (part[0].tolist() for part in (step.confidence, step.fresh, step.remasked))
     for i, (token, piece) in enumerate(zip(ids, tokenizer.pieces(ids))):
-        hidden = token == tokenizer.mask
+        masked = token == tokenizer.mask
         if token == tokenizer.end:
             piece = "" if i == 0 else "|" if empty == "_" else "¶"
         broken = piece.endswith("\n")
         shown = (
             (empty if tokenizer.is_char else " " + 2 * empty)
-            if hidden
+            if masked
             else "".join(c for c in piece if c.isprintable())
         )
         if width and width + _cells(shown) > columns:
@@ -103,12 +103,12 @@ def _terminal_lines(step, tokenizer, given, columns, empty, styles):
         state = (
             "fresh"
             if fresh[i]
-            else "hidden again"
+            else "masked again"
             if again[i]
             else "given"
             if given[i]
             else "unsure"
-            if not hidden and sure[i] < UNSURE_BELOW
+            if not masked and sure[i] < UNSURE_BELOW
             else None
         )
         line += f"\x1b[{styles[state]}m{shown}\x1b[0m" if state and shown else shown

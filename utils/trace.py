@@ -13,7 +13,7 @@ class Frame(NamedTuple):
     ids: list  # L ids of one row
     fresh: list  # L bools
     remasked: list  # L bools
-    nfe: int  # network evaluations of this row so far
+    nfe: int  # of this row so far
     confidence: list  # L floats, the largest probability of each position when it was last computed
     top: list = None  # L lists of (token, probability), likeliest first, as last computed
 
@@ -34,7 +34,7 @@ def record(steps, canvas, mask, every=1):
     """Wrap the stream of `sampling.Step`s: returns (frames, iterator that yields the same steps).
 
     frames fills as the iterator is consumed: row 0 of `canvas`, then of every `every`-th step, and
-    of the last, unless nothing changed in it. What became fresh or was hidden in steps between is
+    of the last, unless nothing changed in it. What became fresh or was masked in steps between is
     marked in the next frame.
     """
     blank = [False] * canvas.size(1)

@@ -226,7 +226,7 @@ def _draw_timeline(pen, counts, sure, number):
 def _draw_legend(pen, prompted):
     x, y, size = MARGIN, 680, 16
     marks = [
-        ("hidden", None, False, False, False),
+        ("masked", None, False, False, False),
         ("fresh", "a", False, True, False),
         ("settled", "a", False, False, False),
         ("unsure", "a", False, False, False),
@@ -273,12 +273,12 @@ def pictures(frames, tokenizer, title):
     counts = [frame.ids.count(mask) for frame in frames]
     sure = []
     for frame in frames:
-        written = [
+        generated = [
             c
             for i, c, first in zip(frame.ids, frame.confidence, frames[0].ids)
             if i != mask and first == mask
         ]
-        sure.append(sum(written) / len(written) if written else None)
+        sure.append(sum(generated) / len(generated) if generated else None)
     page = 0
     film = Film(plan, given, counts, sure, title)
     for number, frame in enumerate(frames):

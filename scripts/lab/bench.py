@@ -255,7 +255,7 @@ def bench_train(name, options):
 def bench_sample(name, options):
     """Figures (dict) for every sampler on a network of the preset's shape with random weights, or a checkpoint (.pt).
 
-    Rules that look at the data take as many evaluations as the data ask for (with random weights that says nothing
+    Policies that look at the data take as many NFE as the data ask for (with random weights that says nothing
     about a trained network), first_hitting one a token, all others at most options.steps.
     """
     device = runtime.choose_device(options.device)
@@ -289,18 +289,18 @@ def bench_sample(name, options):
             f"confidence, blocks of {block}": ours("confidence", decode_block=block),
             f"confidence, blocks of {block}, prefix cache": ours("confidence", decode_block=block, cache="prefix"),
             f"confidence, blocks of {block}, dual cache": ours("confidence", decode_block=block, cache="dual")}
-        times, evaluations, peak = {label: [] for label in variants}, {}, {}
+        times, nfe, peak = {label: [] for label in variants}, {}, {}
         for number in range(options.rounds + options.warm_up):
             for label, run in variants.items():
                 runtime.reset_peak_memory(device)
                 start = time.perf_counter()
-                evaluations[label] = run()[1]
+                nfe[label] = run()[1]
                 runtime.synchronise(device)
                 if number >= options.warm_up:
                     times[label].append(time.perf_counter() - start)
                 peak[label] = runtime.peak_memory(device)
         base = times["source procedure, float32"]
-        rows += [{"batch": batch, "sampler": label, "evaluations": evaluations[label],
+        rows += [{"batch": batch, "sampler": label, "evaluations": nfe[label],
                   "median_seconds": statistics.median(seconds),
                   "tokens_per_second": batch * (cfg.seq_len - 1) / statistics.median(seconds),
                   "speed_up": statistics.median(b / s for b, s in zip(base, seconds)),

@@ -19,15 +19,15 @@ from utils.cli import UserError
 
 STEPS = (4, 8, 16, 32, 64)
 MORE_STEPS = (*STEPS, 128, 256)  # for the samplers that gain from more steps than there are tokens
-# rules that choose their number of steps themselves
+# samplers that choose their number of steps themselves
 NUMBERS = {"threshold": (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99), "factor": (0.3, 0.5, 1.0, 1.5, 2.0, 3.0),
            "entropy_bounded": (0.01, 0.03, 0.1, 0.3, 1.0, 3.0), "local_entropy": (11, 17, 22, 33, 48)}
 
 
 def sampler_settings(options):
-    """Every sampler over its own range of cost: steps, or the rule's number; and what cutting off unlikely tokens does."""
+    """Every sampler over its own range of cost: steps, or its number; and what cutting off unlikely tokens does."""
     rows = []
-    for name, rule in policies.SAMPLERS.items():
+    for name, sampler in policies.SAMPLERS.items():
         if name in NUMBERS:
             rows += [{"sampler": f"{name}:{number:g}", "steps": "", "decode_block": 0} for number in NUMBERS[name]]
         elif name == "first_hitting":
@@ -141,8 +141,8 @@ def measure_order(options):
             last = place.amax(1, keepdim=True)  # a row that is finished early has had its last step
             return step.ids, torch.where(place > 0, (place - 1) / (last - 1).clamp(min=1), -1)
         ids, place = metrics.sample_rows(places, family, tokenizer, options.num_samples, device)
-        written = (place >= 0) & (metrics.without_filling(ids, tokenizer, cfg) >= 0)
-        rank, place, frequency = cumulative[ids[written]], place[written].double(), share[ids[written]]
+        unmasked = (place >= 0) & (metrics.without_filling(ids, tokenizer, cfg) >= 0)
+        rank, place, frequency = cumulative[ids[unmasked]], place[unmasked].double(), share[ids[unmasked]]
         share_of_frequent = lambda some: (rank[some] < 0.25).double().mean().item()
         return {"early": share_of_frequent(place < 0.1), "all": share_of_frequent(place >= 0),
                 "frequent": place[rank < 0.25].mean().item(), "middle": place[(rank >= 0.25) & (rank < 0.75)].mean().item(),
@@ -155,8 +155,8 @@ def measure_order(options):
 
 
 def misled(model, steps):
-    """`model`, told at each step what the notes' sampler tells it: their schedule's masked share at that time, though their
-    rule writes about as many tokens in each, so that another share is still masked."""
+    """`model`, told at each step what the notes' sampler tells it: their schedule's mask ratio at that time, though their
+    sampler unmasks about as many tokens in each, so that another share is still masked."""
     times = iter(range(steps - 1, -1, -1))
 
     def network(ids, noise_level, **more):
@@ -167,7 +167,7 @@ def misled(model, steps):
 
 
 def spelling_settings(options):
-    """The notes' rule with their 100 and 300 steps, with and without their clock, beside others with as many, the default, and
+    """The notes' sampler with their 100 and 300 steps, with and without their clock, beside others with as many, the default, and
     other temperatures."""
     rows = [("notes", 100), ("notes", 300), ("notes, misled", 100), ("notes, misled", 300), ("confidence", 100), ("random", 100),
             ("ancestral", 100), ("ancestral", 300), ("ancestral", 1000), ("remask", 100), ("source", 101), ("first_hitting", "")]

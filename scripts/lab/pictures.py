@@ -36,14 +36,14 @@ def schedules(options, path):
     t = torch.linspace(0, 1, 201, dtype=torch.float64)
     for number, name in enumerate(diffusion.SCHEDULES):
         axis.plot(t, diffusion.mask_ratio(name, t), color=plots.OKABE_ITO[number % 7], label=name)
-    axis.set(xlabel="time t", ylabel="masked share m(t)", xlim=(0, 1), ylim=(0, 1))
+    axis.set(xlabel="time t", ylabel="mask ratio m(t)", xlim=(0, 1), ylim=(0, 1))
     axis.grid(alpha=0.3)
     axis.legend()
     plots.save(figure, path)
 
 
 def weights(options, path):
-    """The weight omega(m) that the mean over masked tokens gives to each masked share, and the bound's, which is 1."""
+    """The weight omega(m) that the mean over masked tokens gives to each mask ratio, and the bound's, which is 1."""
     figure, axis = plots.pyplot().subplots(figsize=(6, 4), layout="constrained")
     m = torch.linspace(0, 1, 1001, dtype=torch.float64)[1:-1]
     axis.axhline(1, color=plots.OKABE_ITO[-1], lw=2, label="the bound, whatever the schedule")
@@ -51,21 +51,21 @@ def weights(options, path):
         weight = m / diffusion.mask_ratio_slope(name, diffusion.time_of(name, m))  # m times the density of shares
         axis.plot(m, weight / (weight.sum() / len(m)), color=plots.OKABE_ITO[number], ls=("-", "--", "-", ":")[number],
                   lw=4 if name == "cos2" else 1.5, label=f"mean over masked tokens, {name}")  # cos2 and cos2_s008 nearly coincide
-    axis.set(xlabel="masked share m", ylabel="weight of a masked token's cross entropy", xlim=(0, 1), ylim=(0, 4))
+    axis.set(xlabel="mask ratio m", ylabel="weight of a masked token's cross entropy", xlim=(0, 1), ylim=(0, 4))
     axis.grid(alpha=0.3)
     axis.legend()
     plots.save(figure, path)
 
 
-def hiding(options, path):
-    """A sentence at t = 0 ... 1, under two schedules, hidden by the same random numbers."""
+def masking(options, path):
+    """A sentence at t = 0 ... 1, under two schedules, masked by the same random numbers."""
     words = tales.generate("picture", 1)[0].split()[:20]
     u = torch.rand(len(words), generator=runtime.generator("picture"))
     figure, axes = plots.pyplot().subplots(2, 1, figsize=(9.5, 4.2), layout="constrained")
     times = torch.linspace(0, 1, 6, dtype=torch.float64)
     for axis, name in zip(axes, ("linear", "cos")):
         for line, (t, m) in enumerate(zip(times.tolist(), diffusion.mask_ratio(name, times).tolist())):
-            text = " ".join("▢" * len(word) if hidden else word for word, hidden in zip(words, (u < m).tolist()))
+            text = " ".join("▢" * len(word) if masked else word for word, masked in zip(words, (u < m).tolist()))
             axis.text(0, -line, f"t = {t:.1f}  m = {m:.2f}   {text}", family="DejaVu Sans Mono", fontsize=8, va="center")
         axis.set(xlim=(0, 1), ylim=(-len(times) + 0.5, 0.8))
         axis.set_title(f"schedule {name}", loc="left", fontsize=10)
@@ -82,8 +82,8 @@ def replacing(options, path):
     figure, axis = plots.pyplot().subplots(figsize=(8, 2), layout="constrained")
     for line, m in enumerate((0.0, 0.2, 0.4, 0.6, 0.8, 1.0)):
         row = [(f"m = {m:.1f}  ", "black")] + [
-            (anything[number], plots.OKABE_ITO[4]) if hidden else (word, "black")
-            for word, number, hidden in zip(words, other.tolist(), (u < m).tolist())]
+            (anything[number], plots.OKABE_ITO[4]) if masked else (word, "black")
+            for word, number, masked in zip(words, other.tolist(), (u < m).tolist())]
         for place, (word, colour) in enumerate(row):
             column = sum(len(before) + 1 for before, _ in row[:place])
             axis.text(column, -line, word, family="DejaVu Sans Mono", fontsize=8, va="center", color=colour)
@@ -127,14 +127,14 @@ def samplers_at_work(options, path):
     blank = torch.tensor([canvas.build(tokenizer, [None], cfg.seq_len)], device=device)
     height = -(-len(policies.SAMPLERS) // 4)
     figure, axes = plots.pyplot().subplots(height, 4, figsize=(12, 2.5 * height), layout="constrained")
-    colours = {"hidden": (0.2, 0.25, 0.33), "written": (0.84, 0.9, 0.96), "fresh": (1.0, 0.75, 0.2),
-               "hidden again": (0.8, 0.2, 0.2)}
+    colours = {"masked": (0.2, 0.25, 0.33), "unmasked": (0.84, 0.9, 0.96), "fresh": (1.0, 0.75, 0.2),
+               "masked again": (0.8, 0.2, 0.2)}
     for axis, name in zip(axes.flat, policies.SAMPLERS):
         states = []
         how = SampleConfig(sampler=name, steps=32)
         for step in diffusion.sample(families.family_of(cfg), model, blank, how, seeds=[1]):
-            state = torch.tensor(colours["written"]).repeat(cfg.seq_len, 1)
-            for kind, where in (("hidden", step.masked), ("fresh", step.fresh), ("hidden again", step.remasked)):
+            state = torch.tensor(colours["unmasked"]).repeat(cfg.seq_len, 1)
+            for kind, where in (("masked", step.masked), ("fresh", step.fresh), ("masked again", step.remasked)):
                 state[where[0].cpu()] = torch.tensor(colours[kind])
             states.append(state)
         axis.imshow(torch.stack(states).numpy(), aspect="auto", interpolation="nearest")
@@ -147,7 +147,7 @@ def samplers_at_work(options, path):
 
 
 PICTURES = {picture.__name__: picture for picture in (
-    schedules, weights, hiding, replacing, attention, time_embedding, samplers_at_work)}
+    schedules, weights, masking, replacing, attention, time_embedding, samplers_at_work)}
 
 
 def run(names, overrides):
