@@ -1,186 +1,179 @@
-"""Write text with a trained model, and watch it appear out of masks.
+"""Generate text with a trained model, and watch it appear out of masks.
 
     python inference.py --prompt "Once upon a time"
-    python inference.py --prompt "Once upon a time" --viz-video artifacts/media/trace.mp4 --viz-html trace.html
+    python inference.py --prompt "Once upon a time" --viz-video trace.mp4 --viz-html trace.html
     python inference.py --infill "Tom [8] a boat and [3] red."
     python inference.py --num-samples 4 --sampler entropy_bounded:0.5 --temperature 0.8 --live
     python inference.py --prompt-file prompts.txt --gen-len 40 --json
 
 Needs a checkpoint and nothing else: it holds the tokenizer and the settings.
 """
+
 import contextlib
 import json
 import os
 import sys
 import time
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
 import diffusion
 from config import SampleConfig
-from utils import canvas, checkpoint, cli, families, page, policies, runtime, terminal, trace, video
+from utils import canvas, checkpoint, cli, families, page, runtime, terminal, trace, video
 from utils.cli import UserError
+from utils.tokenizer import Tokenizer
 
-ALTERNATIVES = 5       # likeliest tokens that the page of --viz-html shows
-MOST_GENERATED = 2**24   # tokens of all texts together: what is kept of each is some 100 bytes
+ALTERNATIVES = 5  # likeliest tokens that the page of --viz-html shows
+
+
+class Loaded(NamedTuple):
+    """A checkpoint that is ready to generate."""
+
+    name: str
+    model: torch.nn.Module
+    family: object  # diffusion.Masked, or one of utils/families.py
+    tokenizer: Tokenizer
+    hardware: runtime.Hardware
 
 
 def load(overrides):
-    """Flags (dict) -> (SampleConfig, model, Tokenizer, Config, device, path of the checkpoint).
-
-    Settings come from config.py, then from the checkpoint (how its author wanted it sampled), then from the flags.
-    """
-    check(cli.merge(SampleConfig, overrides))  # complain before the checkpoint is read
+    """Flags (dict) -> (SampleConfig, Loaded). Settings come from config.py, then from the checkpoint
+    (how its author wanted it sampled), then from the flags."""
+    families.check_sampling(cli.merge(SampleConfig, overrides))  # before the checkpoint is read
     path = overrides.get("checkpoint") or checkpoint.newest()
     state = checkpoint.read(path)
-    options = cli.merge(SampleConfig, checkpoint.sampling(state, path), overrides)
-    check(options)
-    for target, ending in ((options.viz_video, ".mp4"), (options.viz_gif, ".gif"), (options.viz_html, ".html")):
+    how = cli.merge(SampleConfig, checkpoint.sampling(state, path), overrides)
+    for target, ending in ((how.viz_video, ".mp4"), (how.viz_gif, ".gif"), (how.viz_html, ".html")):
         if target:  # rather now than after the work
             trace.check(target, ending)
-    device = runtime.choose_device(options.device)
+    device = runtime.choose_device(how.device)
     model, tokenizer, cfg = checkpoint.restore(state, device, path)
     family = families.family_of(cfg)
-    if "sampler" in overrides and options.sampler.partition(":")[0] not in family.samplers:
-        raise UserError(f"sampler={options.sampler} with {family.name}, which has one of its own: --steps says how long "
-                        "it works")
-    return options, model, tokenizer, cfg, device, path
+    if "sampler" in overrides and how.sampler.partition(":")[0] not in family.samplers:
+        raise UserError(
+            f"sampler={how.sampler} with {family.name}, which has one of its own: "
+            "--steps says how long it works"
+        )
+    dtype = runtime.dtype_of_run(how.dtype, cfg.dtype, device, path)
+    name = os.path.basename(path).removesuffix(".pt")
+    return how, Loaded(name, model, family, tokenizer, runtime.Hardware(device, dtype))
 
 
-def check(options):
-    policies.find_sampler(options.sampler, policies.SAMPLERS | policies.UNIFORM_SAMPLERS)
-    cli.check_name("schedule", options.schedule, diffusion.SCHEDULES)
+class Stopwatch:
+    """Passes a stream of steps on, and adds up the seconds that they took, without those of whoever
+    looks at them."""
 
+    def __init__(self, steps, device):
+        self.steps, self.device, self.seconds = steps, device, 0.0
 
-def canvases(options, tokenizer, cfg):
-    """Rows to fill: list of (canvas, a list of ids; seed). What is given differs, the rest is MASK."""
-    if options.infill:
-        templates = [canvas.parse_infill(options.infill)]
-    else:
-        prompts = [options.prompt]
-        if options.prompt_file:
-            try:
-                with open(options.prompt_file, encoding="utf-8") as file:
-                    prompts = [line for line in file.read().splitlines() if line.strip()]
-            except (OSError, UnicodeDecodeError) as error:
-                raise UserError(f"cannot read the prompts of {options.prompt_file}: {cli.reason(error)}") from None
-            if not prompts:
-                raise UserError(f"{options.prompt_file} is empty; write a prompt on each line")
-        templates = [[p for p in (prompt, options.gen_len, options.suffix) if p != ""] for prompt in prompts]
-    rows = [canvas.build(tokenizer, template, cfg.seq_len) for template in templates]
-    if families.family_of(cfg).block_len and any(tokenizer.mask in row[:i] for row in rows for i, token in enumerate(row)
-                                                 if token != tokenizer.mask):
-        raise UserError("this model writes from left to right and sees nothing of what comes after; give a --prompt, without "
-                        "--suffix and --infill, or train a masked model (--objective masked, without --block_len)")
-    if sum(map(len, rows)) * options.num_samples > MOST_GENERATED:
-        raise UserError(f"{len(rows) * options.num_samples:,} texts of up to {max(map(len, rows)):,} tokens are more than "
-                        f"{MOST_GENERATED:,} tokens together; ask for fewer at a time")
-    return [(row, options.seed + i) for row in rows for i in range(options.num_samples)]
-
-
-def batches(rows, cfg, vocabulary, device):
-    """Indices (lists) of the rows, a list of (canvas, seed), that are written together: those of a length, as many as fit."""
-    for length in dict.fromkeys(len(row) for row, _ in rows):
-        members = [i for i, (row, _) in enumerate(rows) if len(row) == length]
-        size = runtime.rows_at_once(families.family_of(cfg), vocabulary, length, device)
-        yield from (members[start:start + size] for start in range(0, len(members), size))
-
-
-def most_states(row, options, cfg, mask):
-    """How many states a trace of the row (list of ids) can have at most; a step that changes nothing has none."""
-    masks, family = row.count(mask), families.family_of(cfg)
-    sampler = family.sampler(options)
-    if sampler.policy is policies.reverse:
-        return (options.steps or len(row)) * (1 + options.correctors)
-    if not options.steps or family.block_len == 1 or sampler.policy is policies.first_hitting:  # one token a step
-        return masks
-    # steps are rounded up in each block
-    blocks = -(-len(row) // (family.block_len or options.decode_block or max(1, cfg.seq_len // 4)))
-    return options.steps + blocks if sampler.may_remask else min(masks, options.steps + blocks)
-
-
-def generate(model, tokenizer, options, cfg, device, dtype):
-    """Generate all rows of `options`; returns (results, frames of the first row, NFE, seconds).
-
-    A result is a dict: text, seed, sampler, evaluations, tokens, confidence and step (when each token settled; 0: given)
-    of its own row; seconds and tokens_per_second of the rows that are written together with it (`batches`), counting the
-    tokens of the finished texts and not the time of viewers.
-    """
-    rows, results, frames, nfe, total = canvases(options, tokenizer, cfg), {}, [], 0, 0.0
-    family = families.family_of(cfg)
-
-    def timed(steps, spent):
+    def __iter__(self):
         start = time.perf_counter()
-        for step in steps:
-            runtime.synchronise(device)
-            spent.append(time.perf_counter() - start)
+        for step in self.steps:
+            runtime.synchronise(self.device)
+            self.seconds += time.perf_counter() - start
             yield step
             start = time.perf_counter()
 
-    for members in batches(rows, cfg, tokenizer.vocab_size, device):
-        blank = torch.tensor([rows[i][0] for i in members], device=device)
-        spent = []
-        steps = timed(diffusion.sample(
-            family, model, blank, options, window=cfg.seq_len,
-            stop=None if options.no_stop else tokenizer.end,
-            top=ALTERNATIVES if options.viz_html and 0 in members else 0, seeds=[rows[i][1] for i in members]), spent)
-        if 0 in members:
-            if options.viz_video or options.viz_gif or options.viz_html:
-                trace.check_states(most_states(rows[0][0], options, cfg, tokenizer.mask), blank.size(1), options.trace_every,
-                                   bool(options.viz_html))
-                frames, steps = trace.record(steps, blank, tokenizer.mask, options.trace_every)
-            if options.live:
-                steps = terminal.live(steps, tokenizer, (blank[0] != tokenizer.mask).tolist(), options.frame_ms)
-        settled, masks = torch.zeros_like(blank), int((blank == tokenizer.mask).sum())
-        number = torch.zeros_like(blank[:, :1])  # of steps in which something happened in each row
-        with contextlib.closing(steps), runtime.autocast(device, dtype), tqdm(
-                total=masks, unit="token", leave=False, disable=True if options.live and 0 in members else None) as bar:
-            for step in steps:
-                number = number + (step.fresh | step.remasked).any(1, keepdim=True)
-                settled = torch.where(step.fresh, number, settled)
-                bar.update(round(masks * (1 - step.t.mean().item())) - bar.n)
-        seconds, final = sum(spent), step.ids.tolist()
-        nfe, total = nfe + step.nfe, total + seconds
-        ends = [len(ids) if options.no_stop else canvas.end(tokenizer, ids, rows[i][0]) for ids, i in zip(final, members)]
-        generated = sum(rows[i][0][:end].count(tokenizer.mask) for end, i in zip(ends, members))
-        for row, (i, ids) in enumerate(zip(members, final)):
+
+def generate(loaded, how):
+    """Generate all that how (SampleConfig) asks for; returns (results, frames of the first row, NFE,
+    seconds).
+
+    A result is a dict: text, seed, sampler, evaluations (NFE), tokens, confidence and step (when each
+    token settled; 0: given) of its own row; seconds and tokens_per_second of the rows that are
+    generated together with it, counting the tokens of the finished texts and not the time of viewers.
+    """
+    family, tokenizer, device = loaded.family, loaded.tokenizer, loaded.hardware.device
+    rows = canvas.rows_of(how, family, tokenizer)
+    results, frames, nfe, seconds = {}, [], 0, 0.0
+    stop = None if how.no_stop else tokenizer.end
+    for members in canvas.batches(rows, family, tokenizer.vocab_size, device):
+        first, blank = 0 in members, torch.tensor([rows[i][0] for i in members], device=device)
+        options = {
+            "window": family.cfg.seq_len,
+            "stop": stop,
+            "seeds": [rows[i][1] for i in members],
+        }
+        options["top"] = ALTERNATIVES if how.viz_html and first else 0
+        watch = Stopwatch(diffusion.sample(family, loaded.model, blank, how, **options), device)
+        steps = iter(watch)
+        if first and (how.viz_video or how.viz_gif or how.viz_html):
+            trace.check_states(rows[0][0], how, family, tokenizer.mask)
+            frames, steps = trace.record(steps, blank, tokenizer.mask, how.trace_every)
+        if first and how.live:
+            given = (blank[0] != tokenizer.mask).tolist()
+            steps = terminal.live(steps, tokenizer, given, how.frame_ms)
+        last, settled = follow(steps, blank == tokenizer.mask, loaded.hardware, first and how.live)
+        nfe, seconds, ids = nfe + last.nfe, seconds + watch.seconds, last.ids.tolist()
+        end = lambda r, i: None if how.no_stop else canvas.end(tokenizer, ids[r], rows[i][0])
+        texts = [rows[i][0][: end(r, i)] for r, i in enumerate(members)]
+        generated = sum(text.count(tokenizer.mask) for text in texts)
+        for r, i in enumerate(members):
             results[i] = {
-                "text": canvas.finished(tokenizer, ids, rows[i][0], not options.no_stop), "seed": rows[i][1],
-                "sampler": family.procedure or options.sampler,
-                "evaluations": int(step.row_nfe[row]), "seconds": seconds,
-                "tokens_per_second": generated / seconds, "tokens": tokenizer.pieces(ids),
-                "confidence": [round(c, 4) for c in step.confidence[row].tolist()], "step": settled[row].tolist()}
-    return [results[i] for i in range(len(rows))], frames, nfe, total
+                "text": canvas.finished(tokenizer, ids[r], rows[i][0], not how.no_stop),
+                "seed": rows[i][1],
+                "sampler": family.procedure or how.sampler,
+                "evaluations": int(last.row_nfe[r]),
+                "seconds": watch.seconds,
+                "tokens_per_second": generated / watch.seconds,
+                "tokens": tokenizer.pieces(ids[r]),
+                "confidence": [round(c, 4) for c in last.confidence[r].tolist()],
+                "step": settled[r].tolist(),
+            }
+    return [results[i] for i in range(len(rows))], frames, nfe, seconds
+
+
+def follow(steps, masked, hardware, quiet):
+    """(the last of the steps, in which of them each token settled (B, L)), beside a progress bar. Of
+    each row, steps in which something happened count; masked (B, L) bool is what is generated."""
+    settled, number, count = torch.zeros_like(masked, dtype=torch.long), 0, int(masked.sum())
+    bar = tqdm(total=count, unit="token", leave=False, disable=True if quiet else None)
+    with contextlib.closing(steps), hardware.autocast(), bar:
+        for step in steps:
+            number = number + (step.fresh | step.remasked).any(1, keepdim=True).long()
+            settled = torch.where(step.fresh, number, settled)
+            bar.update(round(count * (1 - step.t.mean().item())) - bar.n)
+    return step, settled
+
+
+def write_traces(loaded, how, frames, procedure):
+    """The files of --viz-video, --viz-gif and --viz-html."""
+    title = (
+        f"{loaded.name} · {procedure} · temperature {how.temperature:g} · "
+        f"{frames[-1].nfe} evaluations"
+    )
+    for target, write in ((how.viz_video, video.write_mp4), (how.viz_gif, video.write_gif)):
+        if target:
+            write(target, video.pictures(frames, loaded.tokenizer, title), how.gif_frame_ms)
+            print(f"wrote {target}", file=sys.stderr)
+    if how.viz_html:
+        page.write_html(how.viz_html, frames, loaded.tokenizer, title)
+        print(f"wrote {how.viz_html}", file=sys.stderr)
 
 
 def run(positional, overrides):
-    options, model, tokenizer, cfg, device, path = load(overrides)
-    dtype = runtime.dtype_of_run(options.dtype, cfg.dtype, device, path)
-    name = os.path.basename(path).removesuffix(".pt")
-    results, frames, nfe, seconds = generate(model, tokenizer, options, cfg, device, dtype)
+    how, loaded = load(overrides)
+    results, frames, nfe, seconds = generate(loaded, how)
     for result in results:
-        if options.json:
+        if how.json:
             print(json.dumps(result, ensure_ascii=False))
             continue
         if len(results) > 1:
             print(f"--- seed {result['seed']}")
         print(result["text"])
-    procedure = families.family_of(cfg).procedure or options.sampler
-    print(f"{name} on {device.type} | {procedure}, temperature {options.temperature:g} | {nfe} network evaluations, {seconds:.1f} s",
-          file=sys.stderr)
+    procedure = loaded.family.procedure or how.sampler
+    print(
+        f"{loaded.name} on {loaded.hardware.device.type} | {procedure}, "
+        f"temperature {how.temperature:g} | {nfe} network evaluations, {seconds:.1f} s",
+        file=sys.stderr,
+    )
     if frames:
-        title = f"{name} · {procedure} · temperature {options.temperature:g} · {frames[-1].nfe} evaluations"
-        for target, write in ((options.viz_video, video.write_mp4), (options.viz_gif, video.write_gif)):
-            if target:
-                write(target, video.pictures(frames, tokenizer, title), options.gif_frame_ms)
-                print(f"wrote {target}", file=sys.stderr)
-        if options.viz_html:
-            page.write_html(options.viz_html, frames, tokenizer, title)
-            print(f"wrote {options.viz_html}", file=sys.stderr)
+        write_traces(loaded, how, frames, procedure)
 
 
-main = cli.command(SampleConfig, run, __doc__, lists=families.show_list, unexpected=(
-    "Give text with --prompt \"...\" and a model with --checkpoint PATH"))
+HINT = 'Give text with --prompt "..." and a model with --checkpoint PATH'
+main = cli.command(SampleConfig, run, __doc__, unexpected=HINT, lists=families.show_list)
 if __name__ == "__main__":
     cli.run(main)

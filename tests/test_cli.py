@@ -32,6 +32,7 @@ from utils import (
     tales,
     texts,
     tokenizer,
+    trace,
     video,
 )
 from utils.cli import UserError
@@ -198,7 +199,7 @@ def test_how_many_states_a_trace_can_have(words, family, most, tales_run):
     cfg = dataclasses.replace(cfg, **config.family_defaults(family.get("objective"), FAMILIES) | family | {"seq_len": 64})
     options = cli.merge(SampleConfig, cli.parse(words.split(), SampleConfig)[1])
     row = [text.end] * 4 + [text.mask] * 60
-    assert inference.most_states(row, options, cfg, text.mask) == most
+    assert trace.most_states(row, options, family_of(cfg), text.mask) == most
     if not family:
         states = sum(bool((step.fresh | step.remasked).any()) for step in diffusion.sample(
             family_of(cfg), model, torch.tensor([row]), options, window=64))

@@ -3,8 +3,11 @@ the MASKs are."""
 import re
 
 from config import LONGEST
+from utils import runtime
 from utils import tokenizer as tokenizers
-from utils.cli import UserError
+from utils.cli import UserError, reason
+
+MOST_TOKENS = 2**24  # of all texts together: what is kept of each token is some 100 bytes
 
 HOLE = re.compile(r"\\([\[\]\\])|\[(?:(\d+)|_+)\]|(\[[^\]]*\]?)")  # an escape, a hole, or a bracket that is neither
 GUIDE_HOLE = 5  # tokens of [___], the hole of the "Let's build a diffusion LM" guide
@@ -86,3 +89,48 @@ def documents(tokenizer, ids, rows):
         return [finished(tokenizer, ids)]
     ends = [i for i, token in enumerate(ids) if token == tokenizer.end]
     return [tokenizer.decode(ids[start + 1:end]) for start, end in zip(ends, ends[1:])]
+
+
+# --- what a command line of inference.py asks for ----------------------------------------------------------------
+
+
+def rows_of(how, family, tokenizer):
+    """Rows to fill: list of (canvas, a list of ids; seed), as how (SampleConfig) has prompts, holes and numbers of samples."""
+    if how.infill:
+        templates = [parse_infill(how.infill)]
+    else:
+        prompts = read_prompts(how.prompt_file) if how.prompt_file else [how.prompt]
+        templates = [[part for part in (prompt, how.gen_len, how.suffix) if part != ""] for prompt in prompts]
+    rows = [build(tokenizer, template, family.cfg.seq_len) for template in templates]
+    if family.block_len and any(given_after_a_hole(row, tokenizer.mask) for row in rows):
+        raise UserError("this model writes from left to right and sees nothing of what comes after; give a --prompt, without "
+                        "--suffix and --infill, or train a masked model (--objective masked, without --block_len)")
+    if sum(map(len, rows)) * how.num_samples > MOST_TOKENS:
+        raise UserError(f"{len(rows) * how.num_samples:,} texts of up to {max(map(len, rows)):,} tokens are more than "
+                        f"{MOST_TOKENS:,} tokens together; ask for fewer at a time")
+    return [(row, how.seed + i) for row in rows for i in range(how.num_samples)]
+
+
+def read_prompts(path):
+    """The lines of a file that are not blank."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            prompts = [line for line in file.read().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the prompts of {path}: {reason(error)}") from None
+    if not prompts:
+        raise UserError(f"{path} is empty; write a prompt on each line")
+    return prompts
+
+
+def given_after_a_hole(row, mask):
+    """Whether a row (list of ids) has a given token after a MASK."""
+    return mask in row and any(token != mask for token in row[row.index(mask):])
+
+
+def batches(rows, family, vocabulary, device):
+    """Indices (lists) of the rows, a list of (canvas, seed), that are generated together: those of a length, as many as fit."""
+    for length in dict.fromkeys(len(row) for row, _ in rows):
+        members = [i for i, (row, _) in enumerate(rows) if len(row) == length]
+        size = runtime.rows_at_once(family, vocabulary, length, device)
+        yield from (members[start:start + size] for start in range(0, len(members), size))

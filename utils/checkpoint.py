@@ -15,7 +15,7 @@ import torch
 import config
 from config import Config, SampleConfig
 from model import Transformer, count_parameters
-from utils import cli, families, policies, runtime, tokenizer as tokenizers
+from utils import cli, families, runtime, tokenizer as tokenizers
 from utils.cli import UserError, reason
 
 # what a resumed run may change; everything else would make it another run
@@ -152,8 +152,7 @@ def sampling(state, path):
         if unknown := set(state["sample"]) - set(sample_defaults()):
             raise UserError(f"there is no way of sampling called {sorted(map(str, unknown))[0]}")
         how = cli.merge(SampleConfig, state["sample"])
-        policies.find_sampler(how.sampler, policies.SAMPLERS | policies.UNIFORM_SAMPLERS)
-        cli.check_name("schedule", how.schedule, families.SCHEDULES)
+        families.check_sampling(how)
     return state["sample"]
 
 

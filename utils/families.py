@@ -296,6 +296,12 @@ def checked(cfg):
     return family
 
 
+def check_sampling(how):
+    """Complain of a sampler or a schedule that no family has."""
+    find_sampler(how.sampler, SAMPLERS | UNIFORM_SAMPLERS)
+    check_name("schedule", how.schedule, SCHEDULES)
+
+
 def show_list():
     """Print the presets, each with its differences from the defaults, the samplers, schedules and
     objectives."""

@@ -3,6 +3,7 @@
 import os
 from typing import NamedTuple
 
+from utils import policies
 from utils.cli import UserError
 
 MOST_STATES = 2**24  # of tokens, over all frames of a trace
@@ -18,15 +19,29 @@ class Frame(NamedTuple):
     top: list = None  # L lists of (token, probability), likeliest first, as last computed
 
 
-def check_states(states, tokens, every, alternatives):
-    """Complain where a trace of every so many of the states, of so many tokens, with alternatives
-    or without, would not fit into memory: a token takes some 90 bytes in a state, and 600 with
-    them."""
-    most = MOST_STATES // (8 if alternatives else 1)
+def most_states(row, how, family, mask):
+    """How many states a trace of the row (list of ids) can have at most; a step that changes nothing
+    has none."""
+    masks, sampler = row.count(mask), family.sampler(how)
+    if sampler.policy is policies.reverse:
+        return (how.steps or len(row)) * (1 + how.correctors)
+    if not how.steps or family.block_len == 1 or sampler.policy is policies.first_hitting:
+        return masks  # one token a step
+    # steps are rounded up in each block
+    length = family.block_len or how.decode_block or max(1, family.cfg.seq_len // 4)
+    most = how.steps + -(-len(row) // length)
+    return most if sampler.may_remask else min(masks, most)
+
+
+def check_states(row, how, family, mask):
+    """Complain where a trace of the row (list of ids), as how (SampleConfig) wants it, would not fit
+    into memory: a token takes some 90 bytes in a state, and 600 with its alternatives."""
+    states, tokens, every = most_states(row, how, family, mask), len(row), how.trace_every
+    most = MOST_STATES // (8 if how.viz_html else 1)
     if (states // every) * tokens > most:
         raise UserError(
-            f"up to {states // every:,} states of {tokens:,} tokens are too many for a trace; give --trace-every "
-            f"{-(-states * tokens // most)}"
+            f"up to {states // every:,} states of {tokens:,} tokens are too many for a trace; give "
+            f"--trace-every {-(-states * tokens // most)}"
         )
 
 
