@@ -21,7 +21,18 @@ from tqdm import tqdm
 
 import diffusion
 from config import SampleConfig
-from utils import canvas, checkpoint, cli, families, page, runtime, terminal, trace, video
+from utils import (
+    canvas,
+    checkpoint,
+    cli,
+    families,
+    page,
+    ranks,
+    runtime,
+    terminal,
+    trace,
+    video,
+)
 from utils.cli import UserError
 from utils.tokenizer import Tokenizer
 
@@ -35,7 +46,7 @@ class Loaded(NamedTuple):
     model: torch.nn.Module
     family: object  # diffusion.Masked, or one of utils/families.py
     tokenizer: Tokenizer
-    hardware: runtime.Hardware
+    hardware: ranks.Hardware
 
 
 def load(overrides):
@@ -58,7 +69,7 @@ def load(overrides):
         )
     dtype = runtime.dtype_of_run(how.dtype, cfg.dtype, device, path)
     name = os.path.basename(path).removesuffix(".pt")
-    return how, Loaded(name, model, family, tokenizer, runtime.Hardware(device, dtype))
+    return how, Loaded(name, model, family, tokenizer, ranks.Hardware(device, dtype))
 
 
 class Stopwatch:

@@ -36,6 +36,7 @@ from utils import (
     importance,
     metrics,
     optim,
+    ranks,
     runs,
     runtime,
 )
@@ -86,7 +87,7 @@ def gradients(
     whole = pieces[0][0].size(1) == cfg.seq_len  # a shorter row is no reason to compile anew
     with contextlib.nullcontext() if whole else torch.compiler.set_stance("force_eager"):
         for number, (x0, corruption) in enumerate(pieces, 1):
-            with runtime.gradient_sync(network, number == len(pieces)):
+            with ranks.gradient_sync(network, number == len(pieces)):
                 with hardware.autocast():
                     x0, corruption = hardware.move(x0), corruption.to(hardware.device)
                     loss = family.loss(network, x0, corruption, token_nll).sum() / cfg.batch_size
@@ -171,7 +172,7 @@ def save(run, progress, so_far):
     if run.hardware.rank:
         return
     state = checkpoint.snapshot(run.cfg, run.data, run.model, **vars(progress))
-    state |= {"running": so_far, "scaler": run.scaler.state_dict(), "job": runtime.torchrun_job()}
+    state |= {"running": so_far, "scaler": run.scaler.state_dict(), "job": ranks.torchrun_job()}
     state["ema"] = run.ema.state_dict() if run.ema else None
     state["optimizers"] = [optimizer.state_dict() for optimizer in run.optimizers]
     checkpoint.save(run.path["last"], state)
@@ -281,7 +282,7 @@ def train(cfg, state=None, quiet=False):
             run, progress, after.enter_context(ThreadPoolExecutor(1)) if cuda else None
         )
         finished, seconds_a_step = loop(run, progress, batches, minutes, stop, bar)
-    runtime.end(hardware)
+    ranks.end(hardware)
     if finished:
         return {} if hardware.rank else runs.finish(run, progress, seconds_a_step)
     resume = f"go on with: python train.py --resume {run.path['last']}"

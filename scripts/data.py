@@ -19,7 +19,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from tqdm import tqdm
 
 from config import SEEDS
-from utils import cli, corpus, tales, texts, tokenizer as tokenizers
+from utils import cli, shards, tales, texts
+from utils import tokenizer as tokenizers
 from utils.cli import UserError, field
 
 
@@ -76,9 +77,9 @@ def write_shards(cfg, output, given):
     read = lambda dataset: map(clean, texts.documents_of(dataset, cfg.dataset, cfg.text_column))
     settings = {name: getattr(cfg, name) for name in ("dataset", "split", "config", "text_column", "clean_mojibake")}
     settings["tokenizer"] = hashlib.sha256(tokenizer.to_json().encode()).hexdigest()[:16]
-    done = corpus.read_index(output)["tokens"] if os.path.exists(os.path.join(output, "index.json")) else 0
+    done = shards.read_index(output)["tokens"] if os.path.exists(os.path.join(output, "index.json")) else 0
     with tqdm(total=wanted, initial=done, unit="token", unit_scale=True, disable=None) as bar:
-        index = corpus.write_shards(output, (texts.open_dataset(cfg.dataset, cfg.split, cfg.config), read), tokenizer, wanted,
+        index = shards.write_shards(output, (texts.open_dataset(cfg.dataset, cfg.split, cfg.config), read), tokenizer, wanted,
                                     settings, lambda tokens: bar.update(tokens - bar.n))
     print(f"{output} has {index['tokens']:,} training tokens of {index['documents']:,} documents in {len(index['shards'])} "
           f"shards" + (", and the source has no more" if index["ended"] else ""))

@@ -20,7 +20,19 @@ import torch
 
 from config import LONGEST, Config, SampleConfig
 from model import Transformer
-from utils import checkpoint, cli, corpus, families, metrics, plots, policies, runtime, texts
+from utils import (
+    checkpoint,
+    cli,
+    corpus,
+    families,
+    metrics,
+    plots,
+    policies,
+    ranks,
+    runtime,
+    samples,
+    texts,
+)
 from utils.cli import UserError, field
 
 
@@ -133,21 +145,21 @@ def run(positional, overrides):
     judge = None
     if options.judge:
         other, its_text, its_cfg = checkpoint.restore(checkpoint.read(options.judge), device, options.judge)
-        judge = metrics.Judge(other, families.family_of(its_cfg), its_text,
+        judge = samples.Judge(other, families.family_of(its_cfg), its_text,
                               runtime.dtype_of_run(options.dtype, its_cfg.dtype, device, options.judge))
         if not judge.family.exact:
             raise UserError(f"{options.judge} has objective={its_cfg.objective}; a judge must give exact likelihoods: ar")
     family = families.family_of(cfg)
     cli.check_needs(family, options)
-    samples = cfg.final_samples if options.num_samples is None else options.num_samples
+    count = cfg.final_samples if options.num_samples is None else options.num_samples
     asked = {name: getattr(options, name) for name in ("sampler", "steps", "temperature", "top_p")}
     how = cli.merge(SampleConfig, sampling, {name: value for name, value in asked.items() if value is not None})
     named = {name: getattr(how, name) for name in asked} | {"sampler": family.procedure or how.sampler}
     report = {"checkpoint": path, "step": step, "dtype": runtime.dtype_name(dtype), "sampling": ", ".join(f"{k} {v}" for k, v in named.items() if v is not None)}
-    hardware = runtime.Hardware(device, dtype)
+    hardware = ranks.Hardware(device, dtype)
     with hardware.autocast():
         report |= metrics.held_out(model, family, data, device)
-    report |= metrics.final(model, family, data, hardware, step, samples, how, judge)
+    report |= metrics.final(model, family, data, hardware, step, count, how, judge)
     if options.left_to_right:
         rows = data.held_out[: options.left_to_right].to(device)
         with hardware.autocast():

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from utils import cli, texts, tokenizer as tokenizers
+from utils import cli, texts
+from utils import tokenizer as tokenizers
 from utils.cli import field
 
 

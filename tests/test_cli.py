@@ -19,7 +19,7 @@ from config import Config, SampleConfig
 from model import Transformer
 from scripts import data as data_script
 from scripts import evaluate, export, train_tokenizer
-from scripts.lab import ablate, bench, compare_samplers
+from scripts.lab import ablate, bench, bench_training, compare_samplers, compare_training
 from utils import (
     checkpoint,
     cli,
@@ -29,6 +29,7 @@ from utils import (
     plots,
     policies,
     runtime,
+    samples,
     tales,
     texts,
     tokenizer,
@@ -858,14 +859,14 @@ def test_bench(monkeypatch, capsys):
     assert code == 0, err
     report = json.load(open("b.json"))[0]
     assert report["rounds"] == 1
-    assert {bench.SOURCE, "float32 eager"} <= set(report["variants"])
+    assert {bench_training.SOURCE, "float32 eager"} <= set(report["variants"])
     for name, figures in report["variants"].items():
         assert name in out and figures["median_step_seconds"] > 0
         rows = 64 if name.startswith("the s") else 2  # the sources' recipe has its own
         assert figures["rows_a_step"] == rows
         assert figures["tokens_per_second"] == pytest.approx(rows * 67 / figures["median_step_seconds"])
     tiny = cli.merge(Config, config.preset("tiny.py"))
-    step, _ = bench.training_step(tiny, 300, torch.device("cpu"), torch.bfloat16, torchs_muon=True)
+    step, _ = bench_training.training_step(tiny, 300, torch.device("cpu"), torch.bfloat16, torchs_muon=True)
     assert step() > 0
     code, _, err = run(bench.main, "walk", monkeypatch, capsys)
     assert code == 2 and "bench.py train" in err
@@ -873,19 +874,19 @@ def test_bench(monkeypatch, capsys):
 
 def test_bench_goes_on_without_what_fails(monkeypatch, capsys):
     """And torch's Muon is timed beside ours, whose own speed-up is from its pair with the sources' recipe."""
-    seconds = {bench.SOURCE: 8.0, "bfloat16 compiled": 1.0, "bfloat16 compiled, torch.optim.Muon": 1.25}
+    seconds = {bench_training.SOURCE: 8.0, "bfloat16 compiled": 1.0, "bfloat16 compiled, torch.optim.Muon": 1.25}
 
     def together(variants, *_):
         if "bfloat16 eager" in variants:
             raise UserError("bfloat16 eager: its process died")
         return {label: [(seconds[label] * drift, 8, 100, 0) for drift in (1, 3)] for label in variants}, 1e12
-    monkeypatch.setattr(bench, "time_together", together)
+    monkeypatch.setattr(bench_training, "time_together", together)
     monkeypatch.setattr(bench.runtime, "has_bfloat16", lambda device: True)
     open("tiny.py", "w").write("config = {'preset': 'tales', 'n_layer': 1, 'n_head': 1, 'n_embd': 8, 'batch_size': 32}")
     code, _, err = run(bench.main, "train tiny.py --device cpu --variants bfloat16 --json b.json", monkeypatch, capsys)
     assert code == 0 and "left out: bfloat16 eager: its process died" in err
     found = {label: figures["speed_up"] for label, figures in json.load(open("b.json"))[0]["variants"].items()}
-    assert found == {bench.SOURCE: 1.0, "bfloat16 compiled": 4.0, "bfloat16 compiled, torch.optim.Muon": pytest.approx(3.2)}
+    assert found == {bench_training.SOURCE: 1.0, "bfloat16 compiled": 4.0, "bfloat16 compiled, torch.optim.Muon": pytest.approx(3.2)}
     code, _, err = run(bench.main, ["train", "tiny.py", "--device", "cpu", "--variants", "bfloat16 eager"], monkeypatch, capsys)
     assert code == 2 and err.strip().endswith("its process died")
 
@@ -893,11 +894,11 @@ def test_bench_goes_on_without_what_fails(monkeypatch, capsys):
 def test_bench_where_the_sources_recipe_does_not_fit(monkeypatch, capsys):
     """On a small GPU, say, where each variant is timed alone; ours are shown without a speed-up."""
     def alone(variants, *_):
-        if bench.SOURCE in variants:
+        if bench_training.SOURCE in variants:
             raise UserError("out of memory")
         return {label: [(1.0, 8, 100, 0)] for label in variants}, 1e12
-    monkeypatch.setattr(bench, "time_together", alone)
-    monkeypatch.setattr(bench, "device_name", lambda device: "a small GPU")
+    monkeypatch.setattr(bench_training, "time_together", alone)
+    monkeypatch.setattr(bench_training, "device_name", lambda device: "a small GPU")
     monkeypatch.setattr(bench.runtime, "has_bfloat16", lambda device: True)
     monkeypatch.setattr(bench.runtime, "choose_device", lambda name: torch.device("cuda"))
     code, out, err = run(bench.main, "train tales --json b.json", monkeypatch, capsys)
@@ -928,14 +929,14 @@ def test_bench_video(monkeypatch, capsys):
     assert code == 0 and json.load(open("b.json"))[0]["frames"] == 101 and "256 tokens x 101 frames" in out, err
 
 
-@pytest.mark.parametrize("name", ablate.TRAINED)
+@pytest.mark.parametrize("name", compare_training.TRAINED)
 def test_every_variant_of_a_training_comparison_is_allowed(name):
     options = cli.merge(ablate.AblateConfig, {})
     for base in ("", "tales", "stories"):
         options = dataclasses.replace(options, base=base)
-        plain = cli.merge(Config, ablate.base_config(options))
-        variants = [cli.merge(Config, ablate.base_config(options), changes)
-                    for changes in ablate.TRAINED[name](options).values()]
+        plain = cli.merge(Config, compare_training.base_config(options))
+        variants = [cli.merge(Config, compare_training.base_config(options), changes)
+                    for changes in compare_training.TRAINED[name](options).values()]
         assert {(cfg.data, cfg.rows, cfg.tokenizer) for cfg in variants} == {(plain.data, plain.rows, plain.tokenizer)}
         assert name == "window" or len({(cfg.seq_len, cfg.seed) for cfg in variants}) == 1, "all are judged on the same rows"
         if name == "recipe":
@@ -946,10 +947,10 @@ def test_ablate_trains_each_variant_once(monkeypatch, capsys):
     """Two seeds each, one variant diverges; the second call finds all done; another length is another group."""
     open("tiny.py", "w").write("config = {'preset': 'tales', 'n_layer': 1, 'n_head': 1, 'n_embd': 8, 'batch_size': 4}")
     texts.write_documents("my.txt", tales.generate("tests", 200))
-    monkeypatch.setitem(ablate.TRAINED, "weighting", lambda options: {
+    monkeypatch.setitem(compare_training.TRAINED, "weighting", lambda options: {
         "elbo": {}, "flat": {"loss_weighting": "flat"}, "mad": {"lr": 1e38, "grad_clip": 0.0}})
-    base = ablate.base_config
-    monkeypatch.setattr(ablate, "base_config", lambda options: base(options) | {"eval_rows": 4, "final_rows": 8})
+    base = compare_training.base_config
+    monkeypatch.setattr(compare_training, "base_config", lambda options: base(options) | {"eval_rows": 4, "final_rows": 8})
     words = "weighting --base tiny.py --iters 3 --seeds 2 --out_dir out --device cpu --dtype float32"
     code, out, err = run(ablate.main, words, monkeypatch, capsys)
     assert code == 0 and "6 of 6" in out, err
@@ -974,8 +975,8 @@ def test_ablate_ar_vs_diffusion(monkeypatch, capsys):
     texts.write_documents("my.txt", tales.generate("tests", 600))
     open("tiny.py", "w").write("config = {'data': 'my.txt', 'tokenizer': 'char', 'rows': 'stream', 'n_layer': 1, 'n_head': 1, 'n_embd': 8, "
                                "'batch_size': 4, 'seq_len': 32}")
-    base, seen, load = ablate.base_config, [], corpus.load
-    monkeypatch.setattr(ablate, "base_config", lambda options: base(options) | {"eval_rows": 4, "final_rows": 8})
+    base, seen, load = compare_training.base_config, [], corpus.load
+    monkeypatch.setattr(compare_training, "base_config", lambda options: base(options) | {"eval_rows": 4, "final_rows": 8})
     monkeypatch.setattr(corpus, "load", lambda *args: seen.append(load(*args)) or seen[-1])
     code, out, err = run(ablate.main, "ar_vs_diffusion --base tiny.py --iters 3 --out_dir out --device cpu --dtype float32 --compile off",
                          monkeypatch, capsys)
@@ -983,7 +984,7 @@ def test_ablate_ar_vs_diffusion(monkeypatch, capsys):
     rows = ablate.read_table("out/ar_vs_diffusion_tiny.csv")
     assert all(len(point.split(":")) == 4 for row in rows for point in row["curve"].split())
     assert os.path.getsize("out/ar_vs_diffusion_tiny.png") > 10_000
-    whole = load(dataclasses.replace(ablate.variant_config("ar_vs_diffusion", cli.merge(ablate.AblateConfig, {"base": "tiny.py"}),
+    whole = load(dataclasses.replace(compare_training.variant_config("ar_vs_diffusion", cli.merge(ablate.AblateConfig, {"base": "tiny.py"}),
                                                            "masked", 1), max_documents=0))
     assert {data.tokens for data in seen} != {whole.tokens} and len({data.tokens for data in seen}) == 1
     assert 0.3 < seen[0].tokens / whole.tokens < 0.42, "200 of some 540"
@@ -1027,7 +1028,7 @@ def test_ablate_order(tales_run, monkeypatch, capsys):
     path = str(tales_run / "models" / "tales.best.pt")
     state = checkpoint.read(path)
     _, text, cfg = checkpoint.restore(state, torch.device("cpu"))
-    training = metrics.without_filling(corpus.load(cfg, text).training(state["step"], 5000), text, cfg)
+    training = samples.without_filling(corpus.load(cfg, text).training(state["step"], 5000), text, cfg)
     share = torch.bincount(training[training >= 0], minlength=text.mask).double()
     share /= share.sum()
     ranked = share.sort(descending=True).values

@@ -19,7 +19,7 @@ import inference
 import train
 from model import Transformer
 from scripts import data, evaluate, export, train_tokenizer
-from scripts.lab import ablate, bench, pictures
+from scripts.lab import ablate, bench, compare_training, pictures
 from utils import corpus, metrics, policies, runtime, tales, texts
 from utils.families import FAMILIES
 
@@ -131,9 +131,9 @@ def run_short(script, words, monkeypatch, capsys):
         plot = comparison.plot if not os.path.exists(drawn) else lambda *_: None
         open(drawn, "w").close()
         monkeypatch.setitem(ablate.COMPARISONS, words[0], comparison._replace(settings=first, plot=plot))
-        base = ablate.base_config
-        monkeypatch.setattr(ablate, "base_config", lambda options: base(options) | SHAPE | {"eval_rows": 4, "final_rows": 4})
-        if words[0] not in ablate.TRAINED and "--checkpoint" not in words:
+        base = compare_training.base_config
+        monkeypatch.setattr(compare_training, "base_config", lambda options: base(options) | SHAPE | {"eval_rows": 4, "final_rows": 4})
+        if words[0] not in compare_training.TRAINED and "--checkpoint" not in words:
             short = [*short, "--checkpoint", f"artifacts/models/{'spelling' if words[0] == 'spelling' else 'half_hour'}.best.pt"]
     if script == "scripts/lab/pictures.py":
         short = ["--checkpoint", "artifacts/models/half_hour.best.pt"]
@@ -153,7 +153,7 @@ def test_comparisons_that_are_there_train_nothing(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(train, "train", lambda cfg, quiet: pytest.fail(f"trains {cfg}"))
     monkeypatch.setattr(runtime, "choose_device", lambda name: torch.device("cpu"))  # as those runs had
     monkeypatch.setattr(runtime, "choose_dtype", lambda name, device: torch.float32 if name == "float32" else torch.bfloat16)
-    found = [command for command in map(shlex.split, commands()) if command[1] == "scripts/lab/ablate.py" and command[2] in ablate.TRAINED]
+    found = [command for command in map(shlex.split, commands()) if command[1] == "scripts/lab/ablate.py" and command[2] in compare_training.TRAINED]
     for words in found:
         comparison = ablate.COMPARISONS[words[2]]._replace(plot=lambda *_: None)
         monkeypatch.setitem(ablate.COMPARISONS, words[2], comparison)

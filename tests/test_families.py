@@ -10,7 +10,20 @@ import pytest
 import torch
 from conftest import load
 from test_maths import ENTROPY, SUBSETS, empirical, total_variation
-from toy import CANVASES, MASK, MASKED, SEQUENCES, L, Lookup, P, V, code, family, sample, settings
+from toy import (
+    CANVASES,
+    MASK,
+    MASKED,
+    SEQUENCES,
+    L,
+    Lookup,
+    P,
+    V,
+    code,
+    family,
+    sample,
+    settings,
+)
 
 import config
 import diffusion

@@ -14,7 +14,17 @@ from toy import settings
 
 from config import Config, SampleConfig, family_defaults
 from model import Transformer
-from utils import corpus, metrics, plots, runtime, tales, terminal, trace, video
+from utils import (
+    corpus,
+    metrics,
+    plots,
+    runtime,
+    samples,
+    tales,
+    terminal,
+    trace,
+    video,
+)
 from utils import page as pages
 from utils.families import FAMILIES, family_of
 from utils.tokenizer import train_bpe, train_char
@@ -22,11 +32,11 @@ from utils.tokenizer import train_bpe, train_char
 
 def test_real_stories_are_judged_perfect():
     stories = tales.generate(3, 200)
-    report = metrics.judge_tales(stories)
+    report = samples.judge_tales(stories)
     assert (report["valid"], report["grammatical"], report["agreeing"], report["distinct"]) == (1, 1, 1, 1)
     assert report["log_prob"] == pytest.approx(-tales.entropy(), abs=0.5)
     broken = stories[0].replace(".", "!", 1)
-    report = metrics.judge_tales([stories[0], stories[0], broken, broken])
+    report = samples.judge_tales([stories[0], stories[0], broken, broken])
     assert report["valid"] == 0.5 and report["distinct"] == 0.5 and report["grammatical"] == pytest.approx(0.9)
 
 
@@ -35,7 +45,7 @@ def test_longest_copies():
     rows = 100 + torch.arange(90).view(3, 30)
     rows[0, 5:17] = training[7, 3:15]
     rows[1] = training[9]
-    assert metrics.longest_copies(rows, training).tolist() == [12, 30, 0]
+    assert samples.longest_copies(rows, training).tolist() == [12, 30, 0]
 
 
 def test_bits_of_a_network_that_knows_nothing():
@@ -283,8 +293,8 @@ def test_the_page_in_a_browser(bpe, tmp_path):
 
 
 def test_diversity():
-    same = metrics.diversity(["a b c d e", "a b c d e"])
-    other = metrics.diversity(["a b c d e", "f g h i j"])
+    same = samples.diversity(["a b c d e", "a b c d e"])
+    other = samples.diversity(["a b c d e", "f g h i j"])
     assert same["distinct_2"] == 0.5 and same["self_overlap"] == 1
     assert other["distinct_2"] == 1 and other["self_overlap"] == 0
     assert other["unigram_entropy"] == pytest.approx(math.log(10)) and same["unigram_entropy"] == pytest.approx(math.log(5))
@@ -292,18 +302,18 @@ def test_diversity():
 
 def test_diversity_of_known_texts():
     """Of "a b a b a b c": words a b c of 7, pairs ab ba bc of 6; runs of four abab baba abab babc: one of 4 repeats."""
-    report = metrics.diversity(["a b a b a b c"])
+    report = samples.diversity(["a b a b a b c"])
     assert report["distinct_1"] == pytest.approx(3 / 7) and report["distinct_2"] == pytest.approx(3 / 6)
     assert report["distinct_3"] == pytest.approx(3 / 5) and report["repetition"] == pytest.approx(1 / 4)
-    assert metrics.diversity(["", "a"])["repetition"] == 0
+    assert samples.diversity(["", "a"])["repetition"] == 0
 
 
 def test_runs_that_the_training_text_has():
     training = torch.arange(100)[None]
     rows = torch.cat((torch.arange(20, 30), torch.tensor([500, 501])))[None]
-    assert metrics.shared_runs(rows, training, 8) == pytest.approx(3 / 5)
-    assert metrics.shared_runs(rows, torch.zeros(0, 1, dtype=torch.long), 8) == 0
-    assert metrics.longest_copies(rows, training).tolist() == [10]
+    assert samples.shared_runs(rows, training, 8) == pytest.approx(3 / 5)
+    assert samples.shared_runs(rows, torch.zeros(0, 1, dtype=torch.long), 8) == 0
+    assert samples.longest_copies(rows, training).tolist() == [10]
 
 
 def tiny_model(objective, **changes):
@@ -369,9 +379,9 @@ def test_change_rate_of_known_samplers():
     """One token a step of 16: a sixteenth; uniform noise shows all at first."""
     text = train_char(["abcdefgh"], documents=False)
     cfg, model = tiny_model("masked")
-    rows, figures = metrics.generate_rows(model, family_of(cfg), text, 3, torch.device("cpu"), SampleConfig(sampler="first_hitting"))
+    rows, figures = samples.generate_rows(model, family_of(cfg), text, 3, torch.device("cpu"), SampleConfig(sampler="first_hitting"))
     assert figures["change_rate"] == pytest.approx(1 / 16) and figures["evaluations_a_sample"] == 16 and rows.shape == (3, 16)
-    _, figures = metrics.generate_rows(model, family_of(cfg), text, 3, torch.device("cpu"), SampleConfig(sampler="random", steps=4))
+    _, figures = samples.generate_rows(model, family_of(cfg), text, 3, torch.device("cpu"), SampleConfig(sampler="random", steps=4))
     assert figures["change_rate"] == pytest.approx(1 / 4)
 
 
@@ -379,22 +389,22 @@ def test_reference_rows_begin_like_samples():
     text = train_char(["abcdefgh"], documents=True)
     end = text.end
     held_out = torch.tensor([[1, 2, end, 3, 4, 5], [6, end, 7, 1, 2, 3], [4, 5, 6, 7, 1, 2]])
-    assert metrics.reference_rows(held_out, text, 1).tolist() == [[end, 3, 4, 5, 6, end]]
-    assert metrics.reference_rows(held_out, text, 9).tolist() == [[end, 3, 4, 5, 6, end]], "windows do not overlap"
-    assert metrics.reference_rows(held_out[:1, :2], text, 9).tolist() == [[1, 2]], "no document begins: as they are"
+    assert samples.reference_rows(held_out, text, 1).tolist() == [[end, 3, 4, 5, 6, end]]
+    assert samples.reference_rows(held_out, text, 9).tolist() == [[end, 3, 4, 5, 6, end]], "windows do not overlap"
+    assert samples.reference_rows(held_out[:1, :2], text, 9).tolist() == [[1, 2]], "no document begins: as they are"
     rare = torch.cat((held_out[:1], torch.ones(9, 6, dtype=torch.long)))
-    assert torch.equal(metrics.reference_rows(rare, text, 8), rare[:8]), "few documents: as much text as there are samples"
+    assert torch.equal(samples.reference_rows(rare, text, 8), rare[:8]), "few documents: as much text as there are samples"
 
 
 def test_what_fills_up_a_row_is_no_copied_text():
     text = train_char(["abcdefgh"], documents=True)
     end, cfg = text.end, settings(rows="document")
     rows = torch.tensor([[end, 1, 2, 3, 4, end, end, end, end, end, end, end], [end, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7]])
-    own = metrics.without_filling(rows, text, cfg)
+    own = samples.without_filling(rows, text, cfg)
     assert own[0].tolist() == rows[0, :6].tolist() + [-1] * 6 and torch.equal(own[1], rows[1])
     training = torch.tensor([[end, 3, 3, 3, end, end, end, end, end, end, end, end], [4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 1, 1]])
-    assert metrics.longest_copies(own, training).tolist() == [4, 9]
-    assert metrics.shared_runs(own, training, 8) == pytest.approx(2 / 5) and metrics.shared_runs(own[:1], training, 8) == 0
+    assert samples.longest_copies(own, training).tolist() == [4, 9]
+    assert samples.shared_runs(own, training, 8) == pytest.approx(2 / 5) and samples.shared_runs(own[:1], training, 8) == 0
 
 
 def test_a_judge_counts_nats_per_character():
@@ -402,5 +412,5 @@ def test_a_judge_counts_nats_per_character():
     text = train_char(["abcdefgh"], documents=False)
     cfg, model = tiny_model("ar")
     torch.nn.init.zeros_(model.head.weight)
-    nats = metrics.judge_texts(["abcdefgh" * 5, "", "aa"], metrics.Judge(model, family_of(cfg), text, torch.float32), torch.device("cpu"))
+    nats = samples.judge_texts(["abcdefgh" * 5, "", "aa"], samples.Judge(model, family_of(cfg), text, torch.float32), torch.device("cpu"))
     assert nats == pytest.approx(math.log(8), abs=1e-5)

@@ -25,12 +25,15 @@ from utils import (
     checkpoint,
     cli,
     corpus,
+    encoding,
     importance,
     metrics,
     optim,
     plots,
+    ranks,
     runs,
     runtime,
+    shards,
     tales,
     texts,
     tokenizer,
@@ -38,7 +41,7 @@ from utils import (
 from utils.cli import UserError
 from utils.families import FAMILIES, family_of
 
-CPU = runtime.Hardware(torch.device("cpu"))
+CPU = ranks.Hardware(torch.device("cpu"))
 UNIFORM = config.family_defaults("uniform", FAMILIES) | {"objective": "uniform"}
 TINY = dict(data="tales", rows="document", vocab_size=1024, seq_len=67, n_layer=1, n_head=2, n_embd=16, batch_size=4,
             tie_embeddings=True, max_iters=6, eval_interval=3, eval_rows=4, final_rows=4, final_masks=2, final_samples=0, compile="off",
@@ -81,7 +84,7 @@ def test_micro_batches_are_the_batch(changes):
 def test_pieces_that_do_not_fit_are_refused(monkeypatch):
     with pytest.raises(UserError, match="be even, since complementary rows are pairs"):
         tiny(complementary=True, micro_batch=1)
-    monkeypatch.setattr(runtime, "start", lambda *_: CPU._replace(world=2))
+    monkeypatch.setattr(ranks, "start", lambda *_: CPU._replace(world=2))
     with pytest.raises(UserError, match="cannot be shared among 2 processes in pieces of 4 rows"):
         train.train(tiny(micro_batch=4), quiet=True)
 
@@ -512,8 +515,8 @@ def test_a_first_process_that_fails_lets_the_others_go_on(rank, local, before, a
     """What one process cannot find the others cannot either, and say so, instead of waiting for it in vain."""
     calls = []
     monkeypatch.setenv("LOCAL_RANK", local)
-    monkeypatch.setattr(runtime.dist, "barrier", lambda: calls.append("barrier"))
-    with pytest.raises(UserError), runtime.first_rank_first(CPU._replace(rank=rank, world=8)):
+    monkeypatch.setattr(ranks.dist, "barrier", lambda: calls.append("barrier"))
+    with pytest.raises(UserError), ranks.first_rank_first(CPU._replace(rank=rank, world=8)):
         assert len(calls) == before
         raise UserError("there is no corpus")
     assert len(calls) == before + after
@@ -547,13 +550,13 @@ def stories(tmp_path, monkeypatch):
         file.writelines(json.dumps({"body": text}) + "\n" for text in documents)
     text = tokenizer.train_bpe(documents[:200], 512)
     tokenizer.save(text, "t.json")
-    monkeypatch.setattr(corpus, "SHARD_TOKENS", 5000)
-    monkeypatch.setattr(corpus, "PIECE", 6000)
-    monkeypatch.setattr(corpus, "SHARD_HELD_OUT", 0.05)
+    monkeypatch.setattr(shards, "SHARD_TOKENS", 5000)
+    monkeypatch.setattr(encoding, "PIECE", 6000)
+    monkeypatch.setattr(shards, "SHARD_HELD_OUT", 0.05)
     return documents, text
 
 
-def shards(words, monkeypatch):
+def make_shards(words, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["data.py", *words.split()])
     data_script.main(sys.argv[1:])
 
@@ -563,9 +566,9 @@ COMMAND = "--dataset s.jsonl --text-column body --tokens 1B --tokenizer t.json -
 
 def test_shards_hold_every_document_once(stories, monkeypatch, capsys):
     documents, text = stories
-    shards(COMMAND + "s.bin", monkeypatch)
+    make_shards(COMMAND + "s.bin", monkeypatch)
     assert "600 documents" in capsys.readouterr().out
-    index = corpus.read_index("s.bin")
+    index = shards.read_index("s.bin")
     assert len(index["shards"]) > 5 and index["dtype"] == "uint16" and index["ended"]
     found = {"train": [], "held_out": []}
     for part, here in found.items():
@@ -600,17 +603,17 @@ def test_a_full_disk_loses_no_shard(stories, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fsync)
         with pytest.raises(UserError, match="No space left on device.*goes on from the last whole shard"):
-            shards(COMMAND + "parts.bin", patch)
-    assert 0 < len(corpus.read_index("parts.bin")["shards"]) and not corpus.read_index("parts.bin")["ended"]
+            make_shards(COMMAND + "parts.bin", patch)
+    assert 0 < len(shards.read_index("parts.bin")["shards"]) and not shards.read_index("parts.bin")["ended"]
     for folder in ("parts.bin", "whole.bin"):
-        shards(COMMAND + folder, monkeypatch)
-    whole, parts = (corpus.read_index(folder) for folder in ("whole.bin", "parts.bin"))
+        make_shards(COMMAND + folder, monkeypatch)
+    whole, parts = (shards.read_index(folder) for folder in ("whole.bin", "parts.bin"))
     assert whole["shards"] == parts["shards"] and whole["tokens"] == parts["tokens"] and parts["ended"]
 
 
 def test_shards_go_on_after_an_interruption(stories, monkeypatch, capsys):
     """Stopped in the middle of the third shard, and asked for more later: the same files as in one go."""
-    shards(COMMAND + "whole.bin", monkeypatch)
+    make_shards(COMMAND + "whole.bin", monkeypatch)
     documents_of = texts.documents_of
 
     def stops(dataset, *rest):
@@ -620,18 +623,18 @@ def test_shards_go_on_after_an_interruption(stories, monkeypatch, capsys):
             yield document
     monkeypatch.setattr(texts, "documents_of", stops)
     with pytest.raises(KeyboardInterrupt):
-        shards(COMMAND + "parts.bin", monkeypatch)
-    done = corpus.read_index("parts.bin")
+        make_shards(COMMAND + "parts.bin", monkeypatch)
+    done = shards.read_index("parts.bin")
     assert 1 <= len(done["shards"]) < 4 and done["documents"] < 210
     monkeypatch.setattr(texts, "documents_of", documents_of)
-    shards(COMMAND + "parts.bin", monkeypatch)
-    whole, parts = (corpus.read_index(folder) for folder in ("whole.bin", "parts.bin"))
+    make_shards(COMMAND + "parts.bin", monkeypatch)
+    whole, parts = (shards.read_index(folder) for folder in ("whole.bin", "parts.bin"))
     assert whole["shards"] == parts["shards"] and whole["documents"] == parts["documents"] == 600
     for shard in whole["shards"]:
         for part in ("train", "held_out"):
             assert open(f"whole.bin/{part}_{shard['name']}", "rb").read() == open(f"parts.bin/{part}_{shard['name']}", "rb").read()
     with pytest.raises(UserError, match="was made with text_column=body, not text"):
-        shards(COMMAND.replace("body", "text") + "parts.bin", monkeypatch)
+        make_shards(COMMAND.replace("body", "text") + "parts.bin", monkeypatch)
 
 
 def write_and_measure(pipe):
@@ -661,11 +664,11 @@ def test_shards_are_written_in_flat_memory(stories):
 
 
 def test_training_on_shards(stories, monkeypatch):
-    shards(COMMAND + "s.bin", monkeypatch)
+    make_shards(COMMAND + "s.bin", monkeypatch)
     documents, text = stories
     cfg = tiny(data="s.bin", rows="stream", seq_len=32, batch_size=8)
     data = corpus.load(cfg)
-    assert data.tokenizer.to_json() == text.to_json() and data.tokens == corpus.read_index("s.bin")["tokens"]
+    assert data.tokenizer.to_json() == text.to_json() and data.tokens == shards.read_index("s.bin")["tokens"]
     known = "".join(t + "|" for t in documents if not texts.is_held_out(t, 0.05))
     for row in data.batch(0).tolist():
         assert "".join("|" if i == text.end else text.decode([i]) for i in row) in known
@@ -685,11 +688,11 @@ def test_training_on_shards(stories, monkeypatch):
     ("--dataset none.jsonl --tokens 1B --tokenizer t.json --output s.bin", "there is no file")))
 def test_mistakes_with_shards(words, message, stories, monkeypatch):
     with pytest.raises(UserError, match=message):
-        shards(words, monkeypatch)
+        make_shards(words, monkeypatch)
 
 
 def test_a_shard_that_was_cut_off_is_named(stories, monkeypatch):
-    shards(COMMAND + "s.bin", monkeypatch)
+    make_shards(COMMAND + "s.bin", monkeypatch)
     os.truncate("s.bin/train_00001.bin", 100)
     with pytest.raises(UserError, match="train_00001.bin has 100 bytes"):
         corpus.load(tiny(data="s.bin", rows="stream", seq_len=32))
@@ -706,7 +709,7 @@ def test_long_documents_are_cut_where_bpe_does_not_join(monkeypatch):
     text = tokenizer.train_bpe(tales.generate("cut", 300), 400)
     document = "  ".join(tales.generate("long", 30)) + "\n\n x"
     whole = text.encode([document])[0]
-    monkeypatch.setattr(corpus, "PIECE", 50)
-    assert len(list(corpus.cut(document))) > 20 and "".join(corpus.cut(document)) == document
-    assert corpus.token_stream([document], text).tolist() == [text.end, *whole, text.end]
-    assert "".join(corpus.cut("x" * 1000)) == "x" * 1000, "and where there is no space, anywhere"
+    monkeypatch.setattr(encoding, "PIECE", 50)
+    assert len(list(encoding.cut(document))) > 20 and "".join(encoding.cut(document)) == document
+    assert encoding.token_stream([document], text).tolist() == [text.end, *whole, text.end]
+    assert "".join(encoding.cut("x" * 1000)) == "x" * 1000, "and where there is no space, anywhere"

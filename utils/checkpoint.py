@@ -15,7 +15,8 @@ import torch
 import config
 from config import Config, SampleConfig
 from model import Transformer, count_parameters
-from utils import cli, families, runtime, tokenizer as tokenizers
+from utils import cli, families, ranks, runtime
+from utils import tokenizer as tokenizers
 from utils.cli import UserError, reason
 
 # what a resumed run may change; everything else would make it another run
@@ -122,12 +123,12 @@ def interrupted(out_dir, name):
     """Path of the checkpoint to go on with where torchrun has started this process anew: that of the run called `name`,
     name-2, ..., that this job wrote; "" if there is none."""
     folder = os.path.join(out_dir, "models")
-    if not runtime.restarted() or not os.path.isdir(folder):
+    if not ranks.restarted() or not os.path.isdir(folder):
         return ""
     runs = [os.path.join(folder, f) for f in os.listdir(folder) if re.fullmatch(rf"{re.escape(name)}(-\d+)?\.pt", f)]
     for path in sorted(runs, key=os.path.getmtime, reverse=True):
         with contextlib.suppress(UserError):  # of another version, say
-            if read(path).get("job") == runtime.torchrun_job():
+            if read(path).get("job") == ranks.torchrun_job():
                 return path
     return ""
 

@@ -22,7 +22,10 @@ from utils import (
     metrics,
     optim,
     plots,
+    ranks,
     runtime,
+)
+from utils import (
     tokenizer as tokenizers,
 )
 from utils.cli import UserError
@@ -68,7 +71,7 @@ class Run:
     cfg: Config
     family: object  # diffusion.Masked, or one of utils/families.py
     data: corpus.Corpus
-    hardware: runtime.Hardware
+    hardware: ranks.Hardware
     model: Transformer
     ema: Transformer  # of averaged weights; None without
     optimizers: list
@@ -94,7 +97,7 @@ def set_up(cfg, state=None, quiet=False):
     if not cfg.name:
         raise UserError("the run has no name; give it one with --name")
     runtime.keep_memory()
-    hardware = runtime.start(cfg.device, cfg.dtype)
+    hardware = ranks.start(cfg.device, cfg.dtype)
     piece = cfg.micro_batch or (2 if cfg.complementary else 1)
     if cfg.batch_size % (hardware.world * piece):
         raise UserError(
@@ -102,7 +105,7 @@ def set_up(cfg, state=None, quiet=False):
             + (f" in pieces of {piece} rows" if piece > 1 else "")
         )
     given = state or (checkpoint.read(cfg.init_from) if cfg.init_from else None)
-    with runtime.first_rank_first(hardware):  # it prepares the corpus where need be
+    with ranks.first_rank_first(hardware):  # it prepares the corpus where need be
         data = corpus.load(cfg, tokenizers.from_json(given["tokenizer"]) if given else None)
     check_size(cfg, data.tokenizer.vocab_size, hardware)
     model = make_model(cfg, data.tokenizer, None if state else given).to(hardware.device)
@@ -235,7 +238,7 @@ def choose_network(run, progress, one_pass):
         run.token_nll,
         seconds or timed(run.model, run.token_nll),
     )
-    run.network, run.seconds = runtime.distribute(network, hardware), hardware.agree(seconds)
+    run.network, run.seconds = ranks.distribute(network, hardware), hardware.agree(seconds)
     # what auto meant is kept, so that a resumed run decides the same
     run.cfg = dataclasses.replace(
         cfg,

@@ -15,7 +15,8 @@ import re
 import zipfile
 from itertools import islice
 
-from utils import cli, tokenizer as tokenizers
+from utils import cli
+from utils import tokenizer as tokenizers
 from utils.cli import UserError, reason
 
 HELD_OUT = 0.1  # share of the documents, or of the text of a single one

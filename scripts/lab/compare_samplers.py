@@ -12,7 +12,18 @@ import torch
 import diffusion
 from config import SampleConfig
 from scripts.lab import yardstick
-from utils import canvas, checkpoint, corpus, families, metrics, policies, runtime, tales
+from utils import (
+    canvas,
+    checkpoint,
+    corpus,
+    families,
+    metrics,
+    policies,
+    ranks,
+    runtime,
+    samples,
+    tales,
+)
 from utils.cli import UserError
 
 # --- on tales, where truth is known ---------------------------------------------------------------
@@ -64,7 +75,7 @@ def trained(options):
     device = runtime.choose_device(options.device)
     model, tokenizer, cfg, state = masked_model(options.checkpoint, device)
     dtype = runtime.dtype_of_run(options.dtype, cfg.dtype, device, options.checkpoint or "the newest checkpoint")
-    return model, families.family_of(cfg), tokenizer, state["step"], runtime.Hardware(device, dtype), {
+    return model, families.family_of(cfg), tokenizer, state["step"], ranks.Hardware(device, dtype), {
         "num_samples": options.num_samples, "model": f"{cfg.name} {state['step']} {state['nll']:.4f}",
         "dtype": runtime.dtype_name(dtype)}
 
@@ -91,10 +102,10 @@ def judge_samplers(options):
     def measure(setting):
         start = time.perf_counter()
         with hardware.autocast():
-            rows, nfe = metrics.sample_rows(partial(generate, model, family, setting), family, tokenizer, options.num_samples, hardware.device)
+            rows, nfe = samples.sample_rows(partial(generate, model, family, setting), family, tokenizer, options.num_samples, hardware.device)
         seconds = time.perf_counter() - start
         stories = [story for row in rows.tolist() for story in canvas.documents(tokenizer, row, cfg.rows)]
-        figures = metrics.judge_tales(stories) | metrics.diversity(stories)
+        figures = samples.judge_tales(stories) | samples.diversity(stories)
         return {"evaluations": nfe.float().mean().item()} | figures | {
             "entropy": tales.entropy(), "seconds_a_sample": seconds / options.num_samples}
     return measure, common
@@ -124,7 +135,7 @@ def measure_order(options):
     """
     model, family, tokenizer, steps, hardware, common = trained(options)
     cfg, device = family.cfg, hardware.device
-    training = metrics.without_filling(corpus.load(cfg, tokenizer).training(steps, metrics.SEARCHED), tokenizer, cfg)
+    training = samples.without_filling(corpus.load(cfg, tokenizer).training(steps, metrics.SEARCHED), tokenizer, cfg)
     counts = torch.bincount(training[training >= 0].long(), minlength=tokenizer.mask).double()
     share = counts / counts.sum()
     cumulative = torch.zeros_like(share)
@@ -140,8 +151,8 @@ def measure_order(options):
                     place[step.fresh] = k
             last = place.amax(1, keepdim=True)  # a row that is finished early has had its last step
             return step.ids, torch.where(place > 0, (place - 1) / (last - 1).clamp(min=1), -1)
-        ids, place = metrics.sample_rows(places, family, tokenizer, options.num_samples, device)
-        unmasked = (place >= 0) & (metrics.without_filling(ids, tokenizer, cfg) >= 0)
+        ids, place = samples.sample_rows(places, family, tokenizer, options.num_samples, device)
+        unmasked = (place >= 0) & (samples.without_filling(ids, tokenizer, cfg) >= 0)
         rank, place, frequency = cumulative[ids[unmasked]], place[unmasked].double(), share[ids[unmasked]]
         share_of_frequent = lambda some: (rank[some] < 0.25).double().mean().item()
         return {"early": share_of_frequent(place < 0.1), "all": share_of_frequent(place >= 0),
@@ -196,15 +207,15 @@ def measure_spelling(options):
     known_words, known_speakers = set(words_of(training)), set(speakers_of(training))
 
     def measure(setting):
-        rows, nfe = metrics.reference_rows(data.held_out, tokenizer, options.num_samples), torch.zeros(1)
+        rows, nfe = samples.reference_rows(data.held_out, tokenizer, options.num_samples), torch.zeros(1)
         if setting["sampler"] != "held-out text":
             with hardware.autocast():
-                rows, nfe = metrics.sample_rows(partial(generate, model, family, setting), family, tokenizer, options.num_samples,
+                rows, nfe = samples.sample_rows(partial(generate, model, family, setting), family, tokenizer, options.num_samples,
                                                 hardware.device)
         texts = [canvas.finished(tokenizer, row, stop=cfg.rows == "document") for row in rows.tolist()]
         words = [word for one in texts for word in words_of(one)[1:-1]]  # windows cut the first and the last
         speakers = [speaker for one in texts for speaker in speakers_of(one)]
         return {"evaluations": nfe.float().mean().item(), "words": share(words, known_words),
                 "speakers": share(speakers, known_speakers), "speaker_lines": len(speakers),
-                "texts": len(texts)} | metrics.diversity(texts)
+                "texts": len(texts)} | samples.diversity(texts)
     return measure, common

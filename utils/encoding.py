@@ -1,0 +1,105 @@
+"""Documents -> token ids -> rows, and what a corpus is: training batches and held-out rows."""
+import re
+from collections.abc import Callable
+from itertools import chain, islice
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from utils import tokenizer as tokenizers
+from utils.cli import UserError
+
+PIECE = 300_000  # characters that are encoded at once, some 20 bytes each; longer documents are cut
+
+
+class Corpus(NamedTuple):
+    batch: Callable          # step (int), rows (slice) of the global batch -> (rows, seq_len) long, always the same
+    held_out: torch.Tensor   # (R, seq_len) long
+    tokenizer: tokenizers.Tokenizer
+    tokens: int              # training tokens; 0: without end
+    fingerprint: str         # of the training tokens: changes when the corpus does
+    training: Callable       # steps of a run, limit -> (N, L) int: tokens that it was trained on, about `limit` at most
+
+
+def cut(document):
+    """A document in pieces of some PIECE characters. A cut is made before a single space, where byte-level BPE never
+    joins; in a text without spaces, anywhere."""
+    start, space = 0, re.compile(r"(?<=\S) (?=\S)")
+    while start < len(document):
+        end = start + PIECE
+        found = space.search(document, end, end + PIECE)
+        end = found.start() if found else end
+        yield document[start:end]
+        start = end
+
+
+def in_batches(texts):
+    """The texts (iterable of str) in lists of some PIECE characters together, one text at least."""
+    batch, size = [], 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= PIECE:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def encode(documents, tokenizer):
+    """Ids of each of the documents (list of str): list of (n,) int32. Long ones are cut, so that memory stays flat."""
+    pieces = [list(cut(document)) for document in documents]
+    ids = (np.array(i, np.int32) for batch in in_batches(chain(*pieces)) for i in tokenizer.encode(batch, "the corpus"))
+    return [np.concatenate([np.zeros(0, np.int32), *islice(ids, len(part))]) for part in pieces]
+
+
+def end_of(tokenizer):
+    """`<|endoftext|>`, or nothing where the tokenizer has none: (1,) or (0,) int32."""
+    return np.array([] if tokenizer.end is None else [tokenizer.end], np.int32)
+
+
+def token_stream(documents, tokenizer):
+    """The documents one after the other, (N,) int32; with an end token, one before the first and one after each."""
+    end = end_of(tokenizer)
+    return torch.from_numpy(np.concatenate([end] + [part for ids in encode(documents, tokenizer) for part in (ids, end)]))
+
+
+def document_rows(documents, tokenizer, seq_len):
+    """(rows, seq_len) long: `<|endoftext|>`, the document, `<|endoftext|>` to the end.
+
+    A document that is longer than the window takes several rows, each with an `<|endoftext|>` in front: every row
+    starts with one, which is what `diffusion.bos_tokens` relies on.
+    """
+    if tokenizer.end is None:
+        raise UserError("rows=document needs a tokenizer with <|endoftext|>, and so a corpus of several documents "
+                        "(a line <|endoftext|> between them); or use --rows stream")
+    rows = []
+    for ids in tokenizer.encode(documents, "the corpus"):
+        pieces = [ids[i:i + seq_len - 1] for i in range(0, len(ids), seq_len - 1)]
+        rows += [[tokenizer.end, *piece] for piece in pieces]
+    table = np.full((len(rows), seq_len), tokenizer.end, dtype=np.int64)
+    for row, ids in zip(table, rows):
+        row[:len(ids)] = ids
+    return torch.from_numpy(table)
+
+
+def held_out_rows(documents, tokenizer, cfg):
+    """The held-out documents as non-overlapping windows; what is left over at the end is dropped."""
+    if cfg.rows == "document":
+        return document_rows(documents, tokenizer, cfg.seq_len)
+    return windows(token_stream(documents, tokenizer), cfg)
+
+
+def windows(ids, cfg):
+    """The held-out ids (N,) as rows (R, seq_len) long."""
+    rows = len(ids) // cfg.seq_len
+    if not rows:
+        raise UserError(f"the held-out part of {cfg.data} has {len(ids)} tokens, less than one window of "
+                        f"seq_len={cfg.seq_len}; use more text or a smaller --seq_len")
+    return ids[: rows * cfg.seq_len].view(rows, cfg.seq_len).long()
+
+
+def row_lengths(rows, tokenizer):
+    """(R, 2) characters and UTF-8 bytes that the rows stand for."""
+    return torch.tensor([[len(tokenizer.decode(row)), tokenizer.num_bytes(row)] for row in rows.tolist()])
