@@ -1,175 +1,205 @@
-"""All hyperparameters: what to train (`Config`), how to sample (`SampleConfig`), and named settings (`PRESETS`).
+"""All hyperparameters: what to train (`Config`), how to sample (`SampleConfig`), and named settings
+(`PRESETS`).
 
-Edit the defaults here, or override them on the command line of train.py and inference.py: every field is a flag.
-A preset is a dict of differences from the defaults. An experiment file is the same in a file of its own:
+Edit the defaults here, or override them on the command line of train.py and inference.py: every
+field is a flag. A preset is a dict of differences from the defaults. An experiment file is the same
+in a file of its own:
 
     # my_experiment.py                       python train.py my_experiment.py --max_iters 2000
     config = {"preset": "shakespeare", "n_layer": 4}
 """
-import dataclasses
 import os
-import runpy
 from dataclasses import dataclass
 
-from utils.cli import UserError, check, field, merge, nearest, reason
+from utils.cli import check, field, refuse
 
 VERSION = 2  # of what a checkpoint stores
 
-# Limits that no use comes near, so that a slip of the finger ends in one line and not in a machine without memory.
+# Limits that no use comes near, so that a slip of the finger ends in one line and not in a machine
+# without memory.
 SEEDS = 2**62 - 1
 LONGEST = 2**17      # tokens of a text or a window
 MOST_TOKENS = 2**27  # in a training step, of all devices together: a gigabyte of ids
+DEVICES, DTYPES = ("auto", "cpu", "cuda", "mps"), ("auto", "float32", "bfloat16", "float16")
 
-
+# fmt: off (tables: a setting a line)
 @dataclass(frozen=True)
 class Config:
-    name: str = field("", "name of the run: artifacts/models/NAME.pt (default: the preset's)", "run")
+    name: str = field("", "name of the run: artifacts/models/NAME.pt (default: the preset's)",
+        "run")
     seed: int = field(1337, "of the weights, the batches and the masks", low=0, high=SEEDS)
     out_dir: str = field("artifacts", "folder for models/, logs/, plots/, tokenizer/")
     resume: str = field("", "continue a run: path of its checkpoint, or auto for the newest")
     init_from: str = field("", "start a new run from the weights of this checkpoint (fine-tuning)")
     max_iters: int = field(2000, "optimizer steps (0: no limit but max_minutes)", low=0)
-    max_minutes: float = field(0.0, "stop after this long, the learning rate decayed by then (0: no limit)", low=0,
-                               high=10**6)
+    max_minutes: float = field(0.0, "stop after this long, the learning rate decayed by then (0: "
+        "no limit)", low=0, high=10**6)
     save_interval: int = field(0, "steps between checkpoints (0: eval_interval)", low=0)
-    device: str = field("auto", "auto: cuda, else mps, else cpu", choices=("auto", "cpu", "cuda", "mps"))
+    device: str = field("auto", "auto: cuda, else mps, else cpu", choices=DEVICES)
     dtype: str = field("auto", "of matrix products; auto: bfloat16 where the hardware has it",
-                       choices=("auto", "float32", "bfloat16", "float16"))
-    compile: str = field("auto", "torch.compile; auto: on CUDA, and on a CPU for runs that are long enough",
-                         choices=("auto", "on", "off"))
+        choices=DTYPES)
+    compile: str = field("auto", "torch.compile; auto: on CUDA, and on a CPU for runs that are "
+        "long enough", choices=("auto", "on", "off"))
 
-    data: str = field("data/stories.txt", "tales (built in), a .txt, .jsonl or .parquet file, or a folder of shards "
-                      "(scripts/data.py --tokens)", "data")
-    tokenizer: str = field("bpe", "char, bpe (trained on the corpus), or the path of a tokenizer.json; shards have "
-                           "their own")
-    vocab_size: int = field(2048, "for a bpe trained here, MASK included; char has as many as the text", low=2, high=2**20)
-    rows: str = field("stream", "stream: windows anywhere in the text; document: one document a row",
-                      choices=("stream", "document"))
+    data: str = field("data/stories.txt", "tales (built in), a .txt, .jsonl or .parquet file, or a "
+        "folder of shards (scripts/data.py --tokens)", "data")
+    tokenizer: str = field("bpe", "char, bpe (trained on the corpus), or the path of a "
+        "tokenizer.json; shards have their own")
+    vocab_size: int = field(2048, "for a bpe trained here, MASK included; char has as many as the "
+        "text", low=2, high=2**20)
+    rows: str = field("stream", "stream: windows anywhere in the text; document: one document a "
+        "row", choices=("stream", "document"))
     max_documents: int = field(0, "train on the first so many training documents (0: all)", low=0)
-    short_rows: float = field(0.01, "share of rows trained at a random shorter length, for short canvases", low=0, high=1)
+    short_rows: float = field(0.01, "share of rows trained at a random shorter length, for short "
+        "canvases", low=0, high=1)
 
     n_layer: int = field(6, "transformer blocks", "model", low=1, high=1000)
     n_head: int = field(6, "attention heads", low=1, high=1000)
     n_embd: int = field(384, "channels", low=1, high=2**16)
     seq_len: int = field(256, "tokens in a window", low=2, high=LONGEST, alias="block_size")
     dropout: float = field(0.0, "share of activations dropped in training", low=0, below=1)
-    tie_embeddings: bool = field(True, "one matrix for embedding and head: better for BPE, no matter for characters")
-    init: str = field("normal", "normal: N(0, 0.02) as in the sources; zero: projections and head start at zero",
-                      choices=("normal", "zero"))
+    tie_embeddings: bool = field(True, "one matrix for embedding and head: better for BPE, no "
+        "matter for characters")
+    init: str = field("normal", "normal: N(0, 0.02) as in the sources; zero: projections and head "
+        "start at zero", choices=("normal", "zero"))
     time_conditioning: str = field("none", "how the network is told the mask ratio",
-                                   choices=("none", "table", "sinusoidal", "adaln"))
-    rope_base: float = field(100.0, "longest rotary wavelength, in units of 2 pi tokens: with short ones a network finds "
-                             "its near neighbours sooner", low=1)
-    softcap: float = field(0.0, "logits are squeezed into -softcap..softcap by tanh (0: not)", low=0)
+        choices=("none", "table", "sinusoidal", "adaln"))
+    rope_base: float = field(100.0, "longest rotary wavelength, in units of 2 pi tokens: with "
+        "short ones a network finds its near neighbours sooner", low=1)
+    softcap: float = field(0.0, "logits are squeezed into -softcap..softcap by tanh (0: not)",
+        low=0)
 
-    objective: str = field("masked", "masked: diffusion; uniform: diffusion with random tokens instead of masks; ar: the "
-                           "same transformer from left to right, to compare", "objective")
-    block_len: int = field(0, "block diffusion: tokens of a block, which sees those to its left (0: seq_len, all at once)", low=0)
+    objective: str = field("masked", "masked: diffusion; uniform: diffusion with random tokens "
+        "instead of masks; ar: the same transformer from left to right, to compare", "objective")
+    block_len: int = field(0, "block diffusion: tokens of a block, which sees those to its left "
+        "(0: seq_len, all at once)", low=0)
     schedule: str = field("linear", "mask ratio over time; --list shows all")
-    corruption: str = field("count", "count: an exact number of masks a row; bernoulli: each token by itself",
-                            choices=("count", "bernoulli"))
-    diffusion_steps: int = field(0, "0: continuous time; T: T discrete times (and rows of the time table)", low=0, high=10**6)
-    loss_weighting: str = field("flat", "weight of a masked token in the training loss; the bound is always the ELBO",
-                                choices=("elbo", "flat", "clip", "pooled", "full"))
-    time_sampling: str = field("uniform", "importance: times in proportion to the spread of their losses, reweighted; measured "
-                               "anew every 100 steps", choices=("uniform", "importance"))
-    complementary: bool = field(False, "rows in pairs: the same text, masked where the other is not")
+    corruption: str = field("count", "count: an exact number of masks a row; bernoulli: each token "
+        "by itself", choices=("count", "bernoulli"))
+    diffusion_steps: int = field(0, "0: continuous time; T: T discrete times (and rows of the time "
+        "table)", low=0, high=10**6)
+    loss_weighting: str = field("flat", "weight of a masked token in the training loss; the bound "
+        "is always the ELBO", choices=("elbo", "flat", "clip", "pooled", "full"))
+    time_sampling: str = field("uniform", "importance: times in proportion to the spread of their "
+        "losses, reweighted; measured anew every 100 steps", choices=("uniform", "importance"))
+    complementary: bool = field(False, "rows in pairs: the same text, masked where the other is "
+        "not")
 
     batch_size: int = field(64, "rows a step, of all devices together", "optimisation", low=1)
-    micro_batch: int = field(0, "rows of one forward and backward pass, gradients summed up (0: all at once)", low=0)
-    activation_checkpointing: bool = field(False, "compute activations anew in the backward pass: less memory, slower")
-    optimizer: str = field("muon", "muon: Muon for block matrices, AdamW for the rest; adamw: AdamW for all",
-                           choices=("muon", "adamw"))
-    lr: float = field(0.005, "learning rate of AdamW; narrower networks bear more: 0.01 at 128 channels", low=0)
+    micro_batch: int = field(0, "rows of one forward and backward pass, gradients summed up (0: "
+        "all at once)", low=0)
+    activation_checkpointing: bool = field(False, "compute activations anew in the backward pass: "
+        "less memory, slower")
+    optimizer: str = field("muon", "muon: Muon for block matrices, AdamW for the rest; adamw: "
+        "AdamW for all", choices=("muon", "adamw"))
+    lr: float = field(0.005, "learning rate of AdamW; narrower networks bear more: 0.01 at 128 "
+        "channels", low=0)
     muon_lr: float = field(0.03, "learning rate of Muon", low=0)
     beta1: float = field(0.8, "AdamW", low=0, below=1)
     beta2: float = field(0.95, "AdamW", low=0, below=1)
     weight_decay: float = field(0.0, "decoupled, on matrices", low=0)
     warmup_iters: int = field(5, "steps of linear warm-up", low=0)
-    lr_decay: str = field("linear", "shape of the decay to zero", choices=("linear", "cosine", "constant"))
-    decay_share: float = field(0.5, "share of the run, at its end, over which the learning rate decays", low=0, high=1)
+    lr_decay: str = field("linear", "shape of the decay to zero",
+        choices=("linear", "cosine", "constant"))
+    decay_share: float = field(0.5, "share of the run, at its end, over which the learning rate "
+        "decays", low=0, high=1)
     grad_clip: float = field(1.0, "largest norm of the gradient (0: off)", low=0)
-    ema: float = field(0.0, "decay of an average of the weights, which is then what is judged and sampled (0: none)", low=0, below=1)
+    ema: float = field(0.0, "decay of an average of the weights, which is then what is judged and "
+        "sampled (0: none)", low=0, below=1)
 
-    eval_interval: int = field(250, "steps between held-out bounds, samples and log lines", "evaluation", low=1)
+    eval_interval: int = field(250, "steps between held-out bounds, samples and log lines",
+        "evaluation", low=1)
     eval_rows: int = field(256, "held-out rows while training, each with one mask", low=1)
     final_rows: int = field(256, "held-out rows at the end, each with final_masks masks", low=1)
     final_masks: int = field(8, "masks a row at the end", low=1, high=10_000)
-    final_samples: int = field(64, "samples that the final metrics judge (0: the bound alone)", low=0, high=10**5)
+    final_samples: int = field(64, "samples that the final metrics judge (0: the bound alone)",
+        low=0, high=10**5)
 
     def __post_init__(self):
         check(self)
-        if os.path.basename(self.name) != self.name or self.name.endswith(".best"):
-            raise UserError(f"name={self.name} must not be a path (--out_dir says where to write) nor end in .best")
-        if self.batch_size * self.seq_len > MOST_TOKENS:
-            raise UserError(f"batch_size={self.batch_size} with seq_len={self.seq_len}: {self.batch_size * self.seq_len:,} "
-                            f"tokens a step, more than {MOST_TOKENS:,}; make one of them smaller")
-        if self.final_samples * self.seq_len > MOST_TOKENS:
-            raise UserError(f"final_samples={self.final_samples} with seq_len={self.seq_len}: more than {MOST_TOKENS:,} tokens; "
-                            "make one of them smaller")
-        if self.n_embd < 4 and self.time_conditioning in ("sinusoidal", "adaln"):
-            raise UserError(f"n_embd={self.n_embd} with time_conditioning={self.time_conditioning}: two waves need 4 channels")
-        if self.n_embd % self.n_head or self.n_embd // self.n_head % 2:
-            raise UserError(f"n_embd={self.n_embd} over n_head={self.n_head} heads must be an even whole number")
-        if self.diffusion_steps and self.corruption == "count":
-            raise UserError(f"diffusion_steps={self.diffusion_steps} with corruption=count: discrete times need "
-                            "corruption=bernoulli")
-        if self.time_conditioning == "table" and not self.diffusion_steps:
-            raise UserError("time_conditioning=table with diffusion_steps=0: a table needs diffusion_steps rows; "
-                            "use sinusoidal, or diffusion_steps=100")
-        if self.complementary and (self.corruption != "count" or self.schedule != "linear" or self.batch_size % 2):
-            raise UserError(f"complementary with corruption={self.corruption}, schedule={self.schedule}, batch_size="
-                            f"{self.batch_size}: pairs of rows need counts, the linear schedule and an even batch")
-        if self.micro_batch and (self.batch_size % self.micro_batch or self.complementary and self.micro_batch % 2):
-            raise UserError(f"micro_batch={self.micro_batch} must divide batch_size={self.batch_size}"
-                            + (" and be even, since complementary rows are pairs" if self.complementary else ""))
-        if not self.max_iters and not self.max_minutes:
-            raise UserError("max_iters=0 with max_minutes=0: the run would never end; set one of them")
         plain, bos = self.block_len in (0, self.seq_len), int(self.rows == "document")
-        if not plain and (self.seq_len - bos) % self.block_len:
-            raise UserError(f"block_len={self.block_len}, seq_len={self.seq_len}: blocks must fill the window"
-                            + " but for the <|endoftext|> that a document begins with" * bos)
-        if self.time_sampling == "importance" and (self.diffusion_steps or self.complementary
-                                                   or self.loss_weighting in ("pooled", "full")):
-            raise UserError(f"time_sampling=importance, diffusion_steps={self.diffusion_steps}, complementary={self.complementary}, "
-                            f"loss_weighting={self.loss_weighting}: importance sampling needs continuous time, no pairs, and elbo, "
-                            "flat or clip")
+        tokens, heads = self.batch_size * self.seq_len, self.n_embd / self.n_head
+        importance, pairs = self.time_sampling == "importance", self.complementary
+        unweighted = self.loss_weighting in ("pooled", "full")
+        for wrong, names, why in (
+            (os.path.basename(self.name) != self.name or self.name.endswith(".best"), ("name",),
+             "must not be a path (--out_dir says where to write) nor end in .best"),
+            (tokens > MOST_TOKENS, ("batch_size", "seq_len"),
+             f"{tokens:,} tokens a step, more than {MOST_TOKENS:,}; make one of them smaller"),
+            (self.final_samples * self.seq_len > MOST_TOKENS, ("final_samples", "seq_len"),
+             f"more than {MOST_TOKENS:,} tokens; make one of them smaller"),
+            (self.n_embd < 4 and self.time_conditioning in ("sinusoidal", "adaln"),
+             ("n_embd", "time_conditioning"), "two waves need 4 channels"),
+            (heads % 2, ("n_embd", "n_head"), "channels of a head must be an even whole number"),
+            (self.diffusion_steps and self.corruption == "count", ("diffusion_steps", "corruption"),
+             "discrete times need corruption=bernoulli"),
+            (self.time_conditioning == "table" and not self.diffusion_steps,
+             ("time_conditioning", "diffusion_steps"),
+             "a table needs diffusion_steps rows; use sinusoidal, or diffusion_steps=100"),
+            (pairs and (self.corruption != "count" or self.schedule != "linear"
+                        or self.batch_size % 2),
+             ("complementary", "corruption", "schedule", "batch_size"),
+             "pairs of rows need counts, the linear schedule and an even batch"),
+            (self.micro_batch and self.batch_size % self.micro_batch, ("micro_batch", "batch_size"),
+             "one must divide the other"),
+            (pairs and self.micro_batch % 2, ("micro_batch", "complementary"),
+             "it must be even, since complementary rows are pairs"),
+            (not self.max_iters and not self.max_minutes, ("max_iters", "max_minutes"),
+             "the run would never end; set one of them"),
+            (not plain and (self.seq_len - bos) % self.block_len, ("block_len", "seq_len"),
+             "blocks must fill the window" + " but for the <|endoftext|> before them" * bos),
+            (importance and (self.diffusion_steps or pairs or unweighted),
+             ("time_sampling", "diffusion_steps", "complementary", "loss_weighting"),
+             "importance sampling needs continuous time, no pairs, and elbo, flat or clip"),
+        ):
+            if wrong:
+                refuse(self, names, why)
 
 
 @dataclass(frozen=True)
 class SampleConfig:
-    checkpoint: str = field("", "path (default: the newest run in artifacts/models, its best checkpoint)", "what")
+    checkpoint: str = field("", "path (default: the newest run in artifacts/models, its best "
+        "checkpoint)", "what")
     prompt: str = field("", "text that the result begins with")
     suffix: str = field("", "text that the result ends with")
-    infill: str = field("", "text with holes: 'Tom [8] a boat.' has one of 8 tokens, [___] one of 5, \\[ is a bracket")
+    infill: str = field("", "text with holes: 'Tom [8] a boat.' has one of 8 tokens, [___] one of "
+        "5, \\[ is a bracket")
     prompt_file: str = field("", "a file with a prompt on each line; one result each")
-    gen_len: int = field(None, "tokens to generate (default: to the end of the window); may go beyond it", low=1, high=LONGEST)
+    gen_len: int = field(None, "tokens to generate (default: to the end of the window); may go "
+        "beyond it", low=1, high=LONGEST)
     no_stop: bool = field(False, "generate all tokens asked for, beyond <|endoftext|> too")
     num_samples: int = field(1, "how many of each", low=1, high=10**5)
     seed: int = field(1337, "of the first sample; the next has the next number", low=0, high=SEEDS)
 
-    # chosen by scripts/lab/ablate.py samplers on tales: as good as one token at a time, in a third of the NFE
-    sampler: str = field("entropy_bounded", "policy that says which tokens are unmasked next, NAME or NAME:NUMBER; --list "
-                         "shows all", "how")
-    steps: int = field(None, "most steps; more is better and slower (default: as many as there are tokens to generate, "
-                       "or, under uniform noise, in the text)", low=1, high=LONGEST)
+    # chosen by scripts/lab/ablate.py samplers on tales: as good as one token at a time, in a third
+    # of the NFE
+    sampler: str = field("entropy_bounded", "policy that says which tokens are unmasked next, NAME "
+        "or NAME:NUMBER; --list shows all", "how")
+    steps: int = field(None, "most steps; more is better and slower (default: as many as there are "
+        "tokens to generate, or, under uniform noise, in the text)", low=1, high=LONGEST)
     schedule: str = field("linear", "mask ratio over the steps")
     min_tokens: int = field(1, "least number of tokens a step, for policies with a count", low=1)
-    temperature: float = field(1.0, "of the token distribution; 0: always the likeliest token", low=0)
+    temperature: float = field(1.0, "of the token distribution; 0: always the likeliest token",
+        low=0)
     top_k: int = field(0, "draw from the k likeliest tokens (0: all)", low=0)
-    # 0.98 leaves the text as varied, and cuts off the many tokens that a small network gives a little too much
-    top_p: float = field(0.98, "draw from the likeliest tokens that sum to this (1: all)", above=0, high=1)
-    guidance: float = field(0.0, "classifier-free guidance by masking the prompt; twice the work (0: off)", low=0)
-    decode_block: int = field(0, "generate left to right in blocks of so many tokens (0: all at once; beyond the window "
-                              "a quarter of it)", low=0)
-    cache: str = field("auto", "keep keys and values: prefix, dual: around the block, faster, approximate; auto: only those that "
-                       "stay exact (ar and block models)", choices=("auto", "none", "prefix", "dual"))
-    cache_refresh: int = field(0, "steps after which a cache is computed anew (0: once a block)", low=0)
-    correctors: int = field(0, "uniform noise: sweeps after each step that draw an eighth of the tokens anew; with a prompt, 2 "
-                            "bring the text much nearer to what the model means", low=0, high=1000)
-    device: str = field("auto", "auto: cuda, else mps, else cpu", choices=("auto", "cpu", "cuda", "mps"))
-    dtype: str = field("auto", "of matrix products; auto: as the model was trained",
-                       choices=("auto", "float32", "bfloat16", "float16"))
+    # 0.98 leaves the text as varied, and cuts off the many tokens that a small network gives a
+    # little too much
+    top_p: float = field(0.98, "draw from the likeliest tokens that sum to this (1: all)", above=0,
+        high=1)
+    guidance: float = field(0.0, "classifier-free guidance by masking the prompt; twice the work "
+        "(0: off)", low=0)
+    decode_block: int = field(0, "generate left to right in blocks of so many tokens (0: all at "
+        "once; beyond the window a quarter of it)", low=0)
+    cache: str = field("auto", "keep keys and values: prefix, dual: around the block, faster, "
+        "approximate; auto: only those that stay exact (ar and block models)",
+        choices=("auto", "none", "prefix", "dual"))
+    cache_refresh: int = field(0, "steps after which a cache is computed anew (0: once a block)",
+        low=0)
+    correctors: int = field(0, "uniform noise: sweeps after each step that draw an eighth of the "
+        "tokens anew; with a prompt, 2 bring the text much nearer to what the model means", low=0,
+        high=1000)
+    device: str = field("auto", "auto: cuda, else mps, else cpu", choices=DEVICES)
+    dtype: str = field("auto", "of matrix products; auto: as the model was trained", choices=DTYPES)
 
     viz_video: str = field("", "write an MP4 of the text appearing", "trace")
     viz_gif: str = field("", "write the same as a GIF")
@@ -182,126 +212,98 @@ class SampleConfig:
 
     def __post_init__(self):
         check(self)
-        if self.infill and (self.prompt or self.suffix or self.prompt_file or self.gen_len):
-            raise UserError("infill says itself what is given and how much to generate; leave out --prompt, --suffix, "
-                            "--prompt-file and --gen-len")
-        if self.prompt_file and self.prompt:
-            raise UserError(f"prompt_file={self.prompt_file} with prompt={self.prompt!r}: give one of them")
-        if self.cache in ("prefix", "dual") and not self.decode_block:
-            raise UserError(f"cache={self.cache} with decode_block=0: a cache keeps what is around a block; "
-                            "set --decode-block, 32 say")
-        if self.cache in ("prefix", "dual") and self.guidance:
-            raise UserError(f"cache={self.cache} with guidance={self.guidance}: one or the other")
-        if self.live and self.json:
-            raise UserError("live with json: one or the other")
+        given = self.prompt or self.suffix or self.prompt_file
+        cached = self.cache in ("prefix", "dual")
+        for wrong, names, why in (
+            (self.infill and (given or self.gen_len), ("infill",),
+             "it says itself what is given and how much to generate; leave out --prompt, --suffix, "
+             "--prompt-file and --gen-len"),
+            (self.prompt_file and self.prompt, ("prompt_file", "prompt"), "give one of them"),
+            (cached and not self.decode_block, ("cache", "decode_block"),
+             "a cache keeps what is around a block; set --decode-block, 32 say"),
+            (cached and self.guidance, ("cache", "guidance"), "one or the other"),
+            (self.live and self.json, ("live", "json"), "one or the other"),
+        ):
+            if wrong:
+                refuse(self, names, why)
 
 
-# The recipe of the two micro-dLLMs, the yardstick of all comparisons: discrete times, a table of them, AdamW as PyTorch
-# has it. Their sampler is repaired here, and row 0 of the table is for clean text only: theirs decided the last tokens
-# without ever having been trained.
-MICRO = dict(rows="stream", tie_embeddings=False, schedule="cos", corruption="bernoulli", diffusion_steps=100,
-             time_conditioning="table", init="normal", rope_base=10_000.0, optimizer="adamw", lr=3e-4, beta1=0.9, beta2=0.999,
-             weight_decay=0.01, warmup_iters=0, lr_decay="constant", grad_clip=0.0, short_rows=0.0, dropout=0.0,
-             batch_size=64, max_iters=5000)
+# The recipe of the two micro-dLLMs, the yardstick of all comparisons: discrete times, a table of
+# them, AdamW as PyTorch has it. Their sampler is repaired here, and row 0 of the table is for clean
+# text only: theirs decided the last tokens without ever having been trained.
+MICRO = dict(
+    rows="stream", tie_embeddings=False, schedule="cos", corruption="bernoulli",
+    diffusion_steps=100, time_conditioning="table", init="normal", rope_base=10_000.0,
+    optimizer="adamw", lr=3e-4, beta1=0.9, beta2=0.999, weight_decay=0.01, warmup_iters=0,
+    lr_decay="constant", grad_clip=0.0, short_rows=0.0, dropout=0.0, batch_size=64, max_iters=5000)
 
-NOTES = MICRO | dict(data="data/shakespeare.txt", tokenizer="char", schedule="cos2_s008", time_conditioning="sinusoidal",
-                     loss_weighting="pooled", seq_len=128, max_iters=105_000)
+NOTES = MICRO | dict(
+    data="data/shakespeare.txt", tokenizer="char", schedule="cos2_s008",
+    time_conditioning="sinusoidal", loss_weighting="pooled", seq_len=128, max_iters=105_000)
 
-# What the largest presets share, on the cautious side: learning rates that suit 10M parameters are too large for 100M.
-LARGE = dict(tie_embeddings=False, init="zero", rope_base=10_000.0, lr=3e-3, muon_lr=0.02, beta1=0.9, warmup_iters=250)
+# What the largest presets share, on the cautious side: learning rates that suit 10M parameters are
+# too large for 100M.
+LARGE = dict(
+    tie_embeddings=False, init="zero", rope_base=10_000.0, lr=3e-3, muon_lr=0.02, beta1=0.9,
+    warmup_iters=250)
 
 PRESETS = {
-    # The built-in stories. A 2-core CPU trains it in minutes, nearly to their entropy: there the bound itself is the
-    # better loss, with smaller steps, and large tied embeddings learn to copy names.
-    "tales": dict(data="tales", rows="document", vocab_size=1024, seq_len=67, n_layer=4, n_head=4, n_embd=128,
-                  batch_size=48, tie_embeddings=True, init="zero", rope_base=10_000.0, loss_weighting="elbo", lr=4e-3,
-                  muon_lr=0.02, beta1=0.9, warmup_iters=50, max_iters=5000),
-    # The standard small benchmark: nanoGPT's size and text, with our recipe. Few rows a step: on a CPU, steps are what
-    # a short run lacks.
-    "shakespeare": dict(data="data/shakespeare.txt", tokenizer="char", tie_embeddings=False, batch_size=16, max_iters=5000),
+    # The built-in stories. A 2-core CPU trains it in minutes, nearly to their entropy: there the
+    # bound itself is the better loss, with smaller steps, and large tied embeddings learn to copy
+    # names.
+    "tales": dict(
+        data="tales", rows="document", vocab_size=1024, seq_len=67, n_layer=4, n_head=4, n_embd=128,
+        batch_size=48, tie_embeddings=True, init="zero", rope_base=10_000.0, loss_weighting="elbo",
+        lr=4e-3, muon_lr=0.02, beta1=0.9, warmup_iters=50, max_iters=5000),
+    # The standard small benchmark: nanoGPT's size and text, with our recipe. Few rows a step: on a
+    # CPU, steps are what a short run lacks.
+    "shakespeare": dict(
+        data="data/shakespeare.txt", tokenizer="char", tie_embeddings=False, batch_size=16,
+        max_iters=5000),
     # TinyStories, or any text of one's own: python scripts/data.py, then this.
-    "stories": dict(data="data/stories.txt", tokenizer="artifacts/tokenizer/tokenizer.json", max_iters=5000),
-    # The character micro-dLLM: 10,706,304 parameters with Tiny Shakespeare's 65 characters, loss at all positions. Its
-    # mean mask ratio is 0.368.
-    "micro_char": MICRO | dict(data="data/shakespeare.txt", tokenizer="char", loss_weighting="full"),
-    # The BPE micro-dLLM: 12,228,480 parameters (its README has those of the character one), loss at masked positions.
-    # Its published code has the schedule cos2, not the cos of its README, and 20,000 iterations.
-    "micro_bpe": MICRO | dict(data="data/stories.txt", tokenizer="artifacts/tokenizer/tokenizer.json",
-                              loss_weighting="pooled"),
-    # The masked-text-diffusion notes: 11.0M parameters; "30 to 40 tokens at once in the last step" is not what their sampler
-    # does (sampler "notes": at most 2). Their clip of the mask ratio at .999 is left out: no time would mask all. Sinusoidal
-    # time, AdamW as PyTorch has it; 300 steps and 300,000 iterations in notes_300.
+    "stories": dict(
+        data="data/stories.txt", tokenizer="artifacts/tokenizer/tokenizer.json", max_iters=5000),
+    # The character micro-dLLM: 10,706,304 parameters with Tiny Shakespeare's 65 characters, loss at
+    # all positions. Its mean mask ratio is 0.368.
+    "micro_char": MICRO | dict(
+        data="data/shakespeare.txt", tokenizer="char", loss_weighting="full"),
+    # The BPE micro-dLLM: 12,228,480 parameters (its README has those of the character one), loss at
+    # masked positions. Its published code has the schedule cos2, not the cos of its README, and
+    # 20,000 iterations.
+    "micro_bpe": MICRO | dict(
+        data="data/stories.txt", tokenizer="artifacts/tokenizer/tokenizer.json",
+        loss_weighting="pooled"),
+    # The masked-text-diffusion notes: 11.0M parameters; "30 to 40 tokens at once in the last step"
+    # is not what their sampler does (sampler "notes": at most 2). Their clip of the mask ratio at
+    # .999 is left out: no time would mask all. Sinusoidal time, AdamW as PyTorch has it; 300 steps
+    # and 300,000 iterations in notes_300.
     "notes": NOTES,
     "notes_300": NOTES | dict(diffusion_steps=300, max_iters=300_000),
-    # The "Let's build a diffusion LM" guide: 6.5M parameters there (it says 12.45M), 6.5M here, with rotary positions
-    # instead of learned ones and ReLU^2 instead of GELU; 10 of its epochs are 174,000 steps.
-    "guide": dict(data="data/shakespeare.txt", tokenizer="char", n_head=8, n_embd=256, seq_len=128, dropout=0.1,
-                  time_conditioning="adaln", rope_base=10_000.0, corruption="bernoulli", loss_weighting="pooled",
-                  optimizer="adamw", lr=3e-4, beta1=0.9, beta2=0.999, weight_decay=0.01, warmup_iters=1000, lr_decay="cosine",
-                  decay_share=1.0, short_rows=0.0, max_iters=174_000),
-    # GPT-2 small's shape: 85M parameters in blocks. For a GPU; not measured yet, like all that follow.
-    "gpt2": LARGE | dict(data="data/fineweb_edu.bin", vocab_size=32768, n_layer=12, n_head=12, n_embd=768,
-                         seq_len=1024, batch_size=256, micro_batch=32, max_iters=10_000, eval_interval=500),
+    # The "Let's build a diffusion LM" guide: 6.5M parameters there (it says 12.45M), 6.5M here,
+    # with rotary positions instead of learned ones and ReLU^2 instead of GELU; 10 of its epochs are
+    # 174,000 steps.
+    "guide": dict(
+        data="data/shakespeare.txt", tokenizer="char", n_head=8, n_embd=256, seq_len=128,
+        dropout=0.1, time_conditioning="adaln", rope_base=10_000.0, corruption="bernoulli",
+        loss_weighting="pooled", optimizer="adamw", lr=3e-4, beta1=0.9, beta2=0.999,
+        weight_decay=0.01, warmup_iters=1000, lr_decay="cosine", decay_share=1.0, short_rows=0.0,
+        max_iters=174_000),
+    # GPT-2 small's shape: 85M parameters in blocks. For a GPU; not measured yet, like all that
+    # follow.
+    "gpt2": LARGE | dict(
+        data="data/fineweb_edu.bin", vocab_size=32768, n_layer=12, n_head=12, n_embd=768,
+        seq_len=1024, batch_size=256, micro_batch=32, max_iters=10_000, eval_interval=500),
     # 201M parameters in blocks, for one to many GPUs.
-    "speedrun": LARGE | dict(data="data/fineweb_edu.bin", vocab_size=32768, n_layer=16, n_head=8, n_embd=1024,
-                             seq_len=1024, batch_size=512, micro_batch=32, max_iters=10_000, eval_interval=500),
-    # The standard benchmarks in bits per character: 100 MB each, the last tenth is held out (its first half is what the
-    # papers call validation, its second half is their test). enwik8 is counted in bytes: a BPE without merges.
-    "text8": LARGE | dict(data="data/text8.txt", tokenizer="char", n_layer=12, n_head=12, n_embd=768, batch_size=256,
-                          dropout=0.05, max_iters=50_000, eval_interval=1000),
-    "enwik8": LARGE | dict(data="data/enwik8.txt", tokenizer="bpe", vocab_size=258, n_layer=12, n_head=12, n_embd=768,
-                           batch_size=256, dropout=0.05, max_iters=50_000, eval_interval=1000),
+    "speedrun": LARGE | dict(
+        data="data/fineweb_edu.bin", vocab_size=32768, n_layer=16, n_head=8, n_embd=1024,
+        seq_len=1024, batch_size=512, micro_batch=32, max_iters=10_000, eval_interval=500),
+    # The standard benchmarks in bits per character: 100 MB each, the last tenth is held out (its
+    # first half is what the papers call validation, its second half is their test). enwik8 is
+    # counted in bytes: a BPE without merges.
+    "text8": LARGE | dict(
+        data="data/text8.txt", tokenizer="char", n_layer=12, n_head=12, n_embd=768, batch_size=256,
+        dropout=0.05, max_iters=50_000, eval_interval=1000),
+    "enwik8": LARGE | dict(
+        data="data/enwik8.txt", tokenizer="bpe", vocab_size=258, n_layer=12, n_head=12, n_embd=768,
+        batch_size=256, dropout=0.05, max_iters=50_000, eval_interval=1000),
 }
-
-
-# --- from names and flags to a Config -------------------------------------------------------------
-
-
-def family_defaults(objective, families):
-    """What `--objective` sets (dict), whatever the preset has: what the family (of the dict `families`) needs."""
-    needs, names = getattr(families.get(objective), "needs", {}), {f.name for f in dataclasses.fields(Config)}
-    return {name: allowed[0] for name, allowed in needs.items() if name in names}
-
-
-def preset(name, families=()):
-    """Differences of a preset, or of a Python file that defines `config = {...}`, from the defaults."""
-    if name in PRESETS:
-        return {"name": name} | PRESETS[name]
-    if name.endswith(".py"):
-        if not os.path.exists(name):
-            raise UserError(f"there is no file {name}")
-        try:
-            settings = runpy.run_path(name).get("config")
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever the user's file does
-            raise UserError(f"{name} does not run: {reason(error)}") from None
-        if not isinstance(settings, dict):
-            raise UserError(f"{name} does not define config = {{...}}")
-        settings, base = dict(settings), {}
-        if "preset" in settings:
-            base_name = settings.pop("preset")
-            if not isinstance(base_name, str) or base_name not in PRESETS:
-                raise UserError(f"{name}: there is no preset {base_name}{nearest(base_name, PRESETS)}")
-            base = PRESETS[base_name]
-        family = family_defaults(str(settings["objective"]), families) if "objective" in settings else {}
-        return base | family | {"name": os.path.splitext(os.path.basename(name))[0]} | settings
-    raise UserError(f"there is no preset {name}{nearest(name, PRESETS)} (--list shows all; a .py file works too)")
-
-
-def load(positional, overrides, families):
-    """Command line of train.py (preset, flags) -> Config and one line that says what was chosen and why; families:
-    `families.FAMILIES`."""
-    if len(positional) > 1:
-        raise UserError(f"one preset at a time, got {' '.join(positional)}")
-    if positional:
-        chosen, why = positional[0], "as asked"
-    elif "data" in overrides and overrides["data"] != "tales":
-        chosen, why = "", "your own data, with the defaults of config.py"
-    elif os.path.exists(PRESETS["stories"]["data"]):
-        chosen, why = "stories", f"{PRESETS['stories']['data']} has been prepared"
-    else:
-        chosen, why = "tales", f"the built-in corpus; no {PRESETS['stories']['data']} has been prepared"
-    base = preset(chosen, families) if chosen else {"name": os.path.splitext(os.path.basename(overrides["data"]))[0]}
-    layers = [base, family_defaults(overrides["objective"], families) if "objective" in overrides else {}, overrides]
-    if overrides.get("max_minutes") and "max_iters" not in overrides:
-        layers.append({"max_iters": 0})  # a time that the user names replaces the preset's number of steps
-    return merge(Config, *layers), f"preset {chosen}: {why}" if chosen else why

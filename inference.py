@@ -50,8 +50,8 @@ class Loaded(NamedTuple):
 
 
 def load(overrides):
-    """Flags (dict) -> (SampleConfig, Loaded). Settings come from config.py, then from the checkpoint
-    (how its author wanted it sampled), then from the flags."""
+    """Flags (dict) -> (SampleConfig, Loaded). Settings come from config.py, then from the
+    checkpoint (how its author wanted it sampled), then from the flags."""
     families.check_sampling(cli.merge(SampleConfig, overrides))  # before the checkpoint is read
     path = overrides.get("checkpoint") or checkpoint.newest()
     state = checkpoint.read(path)
@@ -89,12 +89,13 @@ class Stopwatch:
 
 
 def generate(loaded, how):
-    """Generate all that how (SampleConfig) asks for; returns (results, frames of the first row, NFE,
-    seconds).
+    """Generate all that how (SampleConfig) asks for; returns (results, frames of the first row,
+    NFE, seconds).
 
-    A result is a dict: text, seed, sampler, evaluations (NFE), tokens, confidence and step (when each
-    token settled; 0: given) of its own row; seconds and tokens_per_second of the rows that are
-    generated together with it, counting the tokens of the finished texts and not the time of viewers.
+    A result is a dict: text, seed, sampler, evaluations (NFE), tokens, confidence and step (when
+    each token settled; 0: given) of its own row; seconds and tokens_per_second of the rows that are
+    generated together with it, counting the tokens of the finished texts and not the time of
+    viewers.
     """
     family, tokenizer, device = loaded.family, loaded.tokenizer, loaded.hardware.device
     rows = canvas.rows_of(how, family, tokenizer)
@@ -137,8 +138,9 @@ def generate(loaded, how):
 
 
 def follow(steps, masked, hardware, quiet):
-    """(the last of the steps, in which of them each token settled (B, L)), beside a progress bar. Of
-    each row, steps in which something happened count; masked (B, L) bool is what is generated."""
+    """(the last of the steps, in which of them each token settled (B, L)), beside a progress bar.
+    Of each row, steps in which something happened count; masked (B, L) bool is what is
+    generated."""
     settled, number, count = torch.zeros_like(masked, dtype=torch.long), 0, int(masked.sum())
     bar = tqdm(total=count, unit="token", leave=False, disable=True if quiet else None)
     with contextlib.closing(steps), hardware.autocast(), bar:

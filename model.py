@@ -1,12 +1,13 @@
 """The network: one bidirectional transformer, and nothing about diffusion.
 
-It maps token ids to logits over the real tokens. Who may look at whom is an argument, not a subclass. What it shares
-with GPT: pre-norm blocks, attention, MLP. What differs: no causal mask by default, and optionally it is told how
-noisy its input is. The shape is the micro-dLLM's: RMSNorm without weights, rotary positions (RoPE, arXiv:2104.09864),
-normalised queries and keys (QK-norm, arXiv:2010.04245), MLP with ReLU^2 (arXiv:2109.08668) and expansion 4, no biases.
+It maps token ids to logits over the real tokens. Who may look at whom is an argument, not a
+subclass. What it shares with GPT: pre-norm blocks, attention, MLP. What differs: no causal mask by
+default, and optionally it is told how noisy its input is. The shape is the micro-dLLM's: RMSNorm
+without weights, rotary positions (RoPE, arXiv:2104.09864), normalised queries and keys (QK-norm,
+arXiv:2010.04245), MLP with ReLU^2 (arXiv:2109.08668) and expansion 4, no biases.
 
-Notation, the same in every file: B rows, L positions, C = n_embd channels, H heads, V real tokens (ids 0..V-1), the
-MASK token is id V, and cfg's `vocab_size` = V + 1 counts it.
+Notation, the same in every file: B rows, L positions, C = n_embd channels, H heads, V real tokens
+(ids 0..V-1), the MASK token is id V, and cfg's `vocab_size` = V + 1 counts it.
 """
 import math
 from functools import partial
@@ -23,8 +24,8 @@ def norm(x):
 
 
 def rotary_table(positions, head_dim, base):
-    """cos and sin of the rotary angles, (..., L, 1, head_dim) fp32, for integer positions (..., L): once for each
-    channel of a pair, the sine with the sign that `rotate` needs."""
+    """cos and sin of the rotary angles, (..., L, 1, head_dim) fp32, for integer positions (..., L):
+    once for each channel of a pair, the sine with the sign that `rotate` needs."""
     frequency = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim)
     angle = positions.float()[..., None, None] * frequency
     cos, sin = angle.cos(), angle.sin()
@@ -32,12 +33,14 @@ def rotary_table(positions, head_dim, base):
 
 
 class ShortAttention(torch.autograd.Function):
-    """softmax(q k^T / sqrt(D)) v for q, k, v (B, H, L, D) by plain matrix products, for training on a CPU in bfloat16,
-    whose fused kernel is 6 times slower backwards; mask as F.scaled_dot_product_attention has it, or None.
+    """softmax(q k^T / sqrt(D)) v for q, k, v (B, H, L, D) by plain matrix products, for training on
+    a CPU in bfloat16, whose fused kernel is 6 times slower backwards; mask as
+    F.scaled_dot_product_attention has it, or None.
 
-    Queries and keys have size sqrt(D), so no score is above sqrt(D) and exp cannot overflow: the largest need not be
-    subtracted. The weights are kept for the backward pass, (B, H, L, L), hence only for short rows. Backwards by hand:
-    autograd would keep them in float32 too, and hand over the keys' gradient transposed, which is slow to go on with.
+    Queries and keys have size sqrt(D), so no score is above sqrt(D) and exp cannot overflow: the
+    largest need not be subtracted. The weights are kept for the backward pass, (B, H, L, L), hence
+    only for short rows. Backwards by hand: autograd would keep them in float32 too, and hand over
+    the keys' gradient transposed, which is slow to go on with.
     """
 
     @staticmethod
@@ -59,7 +62,8 @@ class ShortAttention(torch.autograd.Function):
 
 
 def rotate(x, cos, sin):
-    """Turn channel pairs (i, i + D/2) of x (B, L, H, D) by their position's angles, cos and sin (..., L, 1, D)."""
+    """Turn channel pairs (i, i + D/2) of x (B, L, H, D) by their position's angles, cos and sin
+    (..., L, 1, D)."""
     swapped = torch.cat(x.chunk(2, dim=-1)[::-1], dim=-1)
     return (x * cos + swapped * sin).to(x.dtype)
 
@@ -82,7 +86,8 @@ class Attention(nn.Module):
             k, v = cache(k, v)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         mask = attention if torch.is_tensor(attention) else None  # True = may look
-        # No dropout of attention weights: it rules out the fused kernels and made a training step twice as slow.
+        # No dropout of attention weights: it rules out the fused kernels and made a training step
+        # twice as slow.
         attend = partial(F.scaled_dot_product_attention, attn_mask=mask, is_causal=isinstance(attention, str))
         if x.device.type != "cpu" or not torch.is_grad_enabled():
             y = attend(q, k, v)
@@ -110,7 +115,8 @@ class Block(nn.Module):
         super().__init__()
         self.attn, self.mlp = Attention(cfg), MLP(cfg)
         self.dropout = nn.Dropout(cfg.dropout)
-        # adaLN (arXiv:2212.09748): the noise level shifts and scales what each half of the block reads
+        # adaLN (arXiv:2212.09748): the noise level shifts and scales what each half of the block
+        # reads
         self.modulation = nn.Linear(cfg.n_embd, 4 * cfg.n_embd) if cfg.time_conditioning == "adaln" else None
 
     def forward(self, x, cos, sin, attention, condition, cache):
@@ -125,9 +131,10 @@ class Block(nn.Module):
 class NoiseEmbedding(nn.Module):
     """Noise level (...,) in [0, 1] -> (..., C). The level is always the mask ratio, never a time.
 
-    table       the micro-dLLMs' learned Embedding(T + 1, C); row max(1, round(T m)), row 0 only for clean text.
-                With more rows than the window has tokens, some rows are hardly trained
-    sinusoidal  sines and cosines of 1000 m, then a two-layer MLP; "adaln" uses the same, and feeds it to each block
+    table       the micro-dLLMs' learned Embedding(T + 1, C); row max(1, round(T m)), row 0 only for
+                clean text. With more rows than the window has tokens, some rows are hardly trained
+    sinusoidal  sines and cosines of 1000 m, then a two-layer MLP; "adaln" uses the same, and feeds
+                it to each block
     """
 
     def __init__(self, cfg):
@@ -146,7 +153,8 @@ class NoiseEmbedding(nn.Module):
 
 
 def waves(level, width):
-    """Sines and cosines of 1000 times the level (...,), at frequencies from 1 to 1/10,000: (..., width), width even."""
+    """Sines and cosines of 1000 times the level (...,), at frequencies from 1 to 1/10,000: (...,
+    width), width even."""
     frequency = torch.exp(-math.log(10_000) * torch.arange(width // 2, device=level.device) / (width // 2 - 1))
     angle = 1000 * level[..., None] * frequency
     return torch.cat((angle.sin(), angle.cos()), dim=-1)
@@ -163,8 +171,8 @@ def count_parameters(cfg, vocab_size):
 class Transformer(nn.Module):
     """ids (B, L) -> logits over the V real tokens; see `forward`.
 
-    cfg needs n_layer, n_head, n_embd, dropout, tie_embeddings, init, rope_base, softcap, time_conditioning, diffusion_steps,
-    activation_checkpointing; vocab_size = V + 1 counts MASK.
+    cfg needs n_layer, n_head, n_embd, dropout, tie_embeddings, init, rope_base, softcap,
+    time_conditioning, diffusion_steps, activation_checkpointing; vocab_size = V + 1 counts MASK.
     """
 
     def __init__(self, cfg, vocab_size):
@@ -187,16 +195,18 @@ class Transformer(nn.Module):
                     nn.init.zeros_(module.bias)
         if self.cfg.init == "zero":  # every block starts as the identity, and every token as equally likely
             for block in self.blocks:
-                # uniform of the variance that keeps activations at size 1 (C channels in), as in modded-nanogpt
+                # uniform of the variance that keeps activations at size 1 (C channels in), as in
+                # modded-nanogpt
                 for linear in (block.attn.q, block.attn.k, block.attn.v, block.mlp.fc):
                     bound = math.sqrt(3 / linear.in_features)
                     nn.init.uniform_(linear.weight, -bound, bound)
                 nn.init.zeros_(block.attn.proj.weight)
                 nn.init.zeros_(block.mlp.proj.weight)
             if self.cfg.tie_embeddings:
-                # Large, so that what tells one word from another of its kind (Mia from Lily) is not drowned by what
-                # the words of a kind learn in common. Copying a name needs the former: on tales, 700 steps that were
-                # enough with 0.5 left it unlearned with 0.02. The price: the first loss is above ln V.
+                # Large, so that what tells one word from another of its kind (Mia from Lily) is not
+                # drowned by what the words of a kind learn in common. Copying a name needs the
+                # former: on tales, 700 steps that were enough with 0.5 left it unlearned with 0.02.
+                # The price: the first loss is above ln V.
                 nn.init.normal_(self.embedding.weight, std=0.5)
             else:
                 nn.init.zeros_(self.head.weight)
@@ -210,12 +220,14 @@ class Transformer(nn.Module):
         ids          (B, L) long, MASK = V where the token is masked
         noise_level  (B,) or (B, L) in [0, 1], the mask ratio; needed if and only if
                      time_conditioning is not "none"
-        attention    None (all see all), "causal", or a bool tensor (L, L) or (B, 1, L, L), True = row may look at column
+        attention    None (all see all), "causal", or a bool tensor (L, L) or (B, 1, L, L), True =
+                     row may look at column
         positions    (L,) or (B, L) long for the rotary embedding; 0..L-1 by default
-        cache        function (layer, k, v) -> (k, v), each (B, l, H, D): stores what is new, returns what to look at
-                     (utils/blocks.py)
+        cache        function (layer, k, v) -> (k, v), each (B, l, H, D): stores what is new,
+                     returns what to look at (utils/blocks.py)
         select       flat indices (N,) into the B * L positions
-        returns      (B, L, V), or (N, V) with `select`; MASK has no column, so it can never be predicted
+        returns      (B, L, V), or (N, V) with `select`; MASK has no column, so it can never be
+                     predicted
         """
         if positions is None:
             positions = torch.arange(ids.size(1), device=ids.device)
@@ -243,7 +255,8 @@ class Transformer(nn.Module):
         x = norm(x)
         if select is not None:
             x = x.flatten(0, 1)[select]
-        # cut after the product: a GPU is fast where the width is round, and it is vocab_size that users choose
+        # cut after the product: a GPU is fast where the width is round, and it is vocab_size that
+        # users choose
         logits = F.linear(x, self.head.weight)[..., :-1]
         return self.cfg.softcap * torch.tanh(logits.float() / self.cfg.softcap) if self.cfg.softcap else logits
 

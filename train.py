@@ -25,7 +25,6 @@ from functools import partial
 import torch
 from tqdm import tqdm
 
-import config
 import diffusion
 from config import Config, SampleConfig
 from utils import (
@@ -39,6 +38,7 @@ from utils import (
     ranks,
     runs,
     runtime,
+    settings,
 )
 from utils.cli import UserError
 
@@ -295,7 +295,7 @@ def train(cfg, state=None, quiet=False):
 def run_command(positional, overrides):
     if "resume" in overrides:
         return train(*checkpoint.resumed_config(positional, overrides))
-    cfg, why = config.load(positional, overrides, families.FAMILIES)
+    cfg, why = settings.load(positional, overrides, families.FAMILIES)
     if path := checkpoint.interrupted(cfg.out_dir, cfg.name):  # torchrun started this run anew
         return train(*checkpoint.resumed_config([], {"resume": path}))
     if runtime.is_first():

@@ -1,10 +1,15 @@
-"""Judge a checkpoint: the final metrics block of its training run, or that of another text, each number with its unit.
+"""Judge a checkpoint: the final metrics block of its training run, or that of another text, each
+number with its unit.
 
     python scripts/evaluate.py                                      the newest run's best checkpoint
-    python scripts/evaluate.py --checkpoint artifacts/models/tales.best.pt --num_samples 200 --json report.json
-    python scripts/evaluate.py --data my.txt                        a text of your own, all of it held out
-    python scripts/evaluate.py --judge artifacts/models/ar.best.pt  its samples, scored by an autoregressive model
-    python scripts/evaluate.py --against artifacts/models/ar.best.pt   two models on the same rows, where they compare
+    python scripts/evaluate.py --checkpoint artifacts/models/tales.best.pt --num_samples 200 --json
+    report.json
+    python scripts/evaluate.py --data my.txt                        a text of your own, all of it
+                                                                    held out
+    python scripts/evaluate.py --judge artifacts/models/ar.best.pt  its samples, scored by an
+                                                                    autoregressive model
+    python scripts/evaluate.py --against artifacts/models/ar.best.pt   two models on the same rows,
+                                                                       where they compare
 """
 import contextlib
 import dataclasses
@@ -100,8 +105,9 @@ def load(path, options, device):
 def compare(first, second, device):
     """What the bounds of two models (`Loaded`) say of each other: a list of lines.
 
-    The same rows of the same tokens compare by nats per token, row by row. Other tokens or windows of the same text compare by
-    bits per character at best, which windows change too: both are printed, and no difference. Different texts do not.
+    The same rows of the same tokens compare by nats per token, row by row. Other tokens or windows
+    of the same text compare by bits per character at best, which windows change too: both are
+    printed, and no difference. Different texts do not.
     """
     lines, bounds, texts_of = [], [], []
     for path, model, cfg, data, _, dtype, _ in (first, second):

@@ -1,6 +1,8 @@
-"""Checkpoints as files that other programs read, and back: model.safetensors, config.json and tokenizer.json in a folder.
+"""Checkpoints as files that other programs read, and back: model.safetensors, config.json and
+tokenizer.json in a folder.
 
-    python scripts/export.py                                              the newest run's best, to artifacts/export/NAME
+    python scripts/export.py                                              the newest run's best, to
+                                                                          artifacts/export/NAME
     python scripts/export.py --checkpoint artifacts/models/tales.best.pt --output my_folder
     python scripts/export.py --back my_folder --output artifacts/models/mine.best.pt
 """
@@ -28,7 +30,8 @@ class ExportConfig:
 
 
 def export(state, folder):
-    """Write the weights, without optimizer state, of a checkpoint (dict) that is sampled: the average where there is one."""
+    """Write the weights, without optimizer state, of a checkpoint (dict) that is sampled: the
+    average where there is one."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
     weights = {name: value.contiguous() for name, value in (state.get("ema") or state["model"]).items()}

@@ -14,15 +14,15 @@ import torch  # noqa: E402
 
 import config  # noqa: E402
 import train  # noqa: E402
-from utils import checkpoint, cli, corpus, families, runs, tales, tokenizer  # noqa: E402
+from utils import checkpoint, cli, corpus, families, runs, settings, tales, tokenizer  # noqa: E402
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def made_once():
-    """The corpus of tiny runs on tales, the same in all of them: stories and their BPE are made once. They took
-    a run of six steps a third of its time."""
+    """The corpus of tiny runs on tales, the same in all of them: stories and their BPE are made
+    once. They took a run of six steps a third of its time."""
     generate, train_bpe = tales.generate, tokenizer.train_bpe
     stories = functools.lru_cache(maxsize=64)(lambda seed, n: tuple(generate(seed, n)))
     tokenizers = functools.lru_cache(maxsize=64)(lambda sample, *size: train_bpe(sample, *size))
@@ -38,16 +38,17 @@ corpus.TALES_HELD_OUT = 256  # enough for tiny runs; encoding 2,048 takes as lon
 
 @pytest.fixture(autouse=True)
 def quick_runs(monkeypatch):
-    """Tiny runs draw nothing, and show texts of a few steps: two figures and the texts took them longer than all else. `tales_run`
-    in test_cli.py, which is made before, and the tests of plots do."""
+    """Tiny runs draw nothing, and show texts of a few steps: two figures and the texts took them
+    longer than all else. `tales_run` in test_cli.py, which is made before, and the tests of plots
+    do."""
     monkeypatch.setattr(train, "SHOWN_STEPS", 4)
     monkeypatch.setattr(runs, "plots", type("NoPlots", (), {"loss_curves": staticmethod(lambda *_: None),
                                                               "levels": staticmethod(lambda *_: None)}))
 
 
 def interrupt(monkeypatch, step, number):
-    """Let the process get signal `number` when training first asks for the batch of `step`, which must not be 0: the
-    probes of speed ask for that."""
+    """Let the process get signal `number` when training first asks for the batch of `step`, which
+    must not be 0: the probes of speed ask for that."""
     from utils import corpus
     asked, load = [], corpus.load
 
@@ -69,7 +70,7 @@ TINY = ("--n_layer 1 --n_head 2 --n_embd 16 --batch_size 4 --max_iters 6 --eval_
 
 def load(words):
     """(Config, what was chosen and why) of train.py's command line."""
-    return config.load(*cli.parse(words, config.Config), families.FAMILIES)
+    return settings.load(*cli.parse(words, config.Config), families.FAMILIES)
 
 
 def resumed(words):

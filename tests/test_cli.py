@@ -1,4 +1,5 @@
-"""What users type, in process: train, resume, prompt, video, and every mistake that gets one line and exit code 2."""
+"""What users type, in process: train, resume, prompt, video, and every mistake that gets one line
+and exit code 2."""
 import dataclasses
 import json
 import math
@@ -19,7 +20,13 @@ from config import Config, SampleConfig
 from model import Transformer
 from scripts import data as data_script
 from scripts import evaluate, export, train_tokenizer
-from scripts.lab import ablate, bench, bench_training, compare_samplers, compare_training
+from scripts.lab import (
+    ablate,
+    bench,
+    bench_training,
+    compare_samplers,
+    compare_training,
+)
 from utils import (
     checkpoint,
     cli,
@@ -38,6 +45,7 @@ from utils import (
 )
 from utils.cli import UserError
 from utils.families import FAMILIES, family_of
+from utils.settings import family_defaults, preset
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +64,8 @@ def tales_run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def short_run(tmp_path_factory):
-    """Path of the best checkpoint of a tiny run on tales in windows of 16 tokens, for comparisons of many samplers."""
+    """Path of the best checkpoint of a tiny run on tales in windows of 16 tokens, for comparisons
+    of many samplers."""
     folder = tmp_path_factory.mktemp("short")
     train.train(load(["tales", *TINY, "--rows", "stream", "--seq_len", "16", "--out_dir", str(folder)])[0], quiet=True)
     return str(folder / "models" / "tales.best.pt")
@@ -197,7 +206,7 @@ def test_a_long_prompt_and_no_checkpoint_at_all(tales_run, monkeypatch, capsys):
 def test_how_many_states_a_trace_can_have(words, family, most, tales_run):
     """No more than that come, which is what a trace is refused by."""
     model, text, cfg = checkpoint.restore(checkpoint.read(str(tales_run / "models" / "tales.best.pt")), torch.device("cpu"))
-    cfg = dataclasses.replace(cfg, **config.family_defaults(family.get("objective"), FAMILIES) | family | {"seq_len": 64})
+    cfg = dataclasses.replace(cfg, **family_defaults(family.get("objective"), FAMILIES) | family | {"seq_len": 64})
     options = cli.merge(SampleConfig, cli.parse(words.split(), SampleConfig)[1])
     row = [text.end] * 4 + [text.mask] * 60
     assert trace.most_states(row, options, family_of(cfg), text.mask) == most
@@ -273,7 +282,8 @@ def test_ctrl_c_saves_and_says_how_to_go_on(monkeypatch, capsys):
 
 
 def test_a_checkpoint_is_saved_only_while_all_is_finite(monkeypatch):
-    """Also where it is saved more often than evaluated; and not when only the last update broke the weights."""
+    """Also where it is saved more often than evaluated; and not when only the last update broke the
+    weights."""
     draw = train.draw_batch
 
     def broken(family, data, n, *more):
@@ -334,7 +344,8 @@ def test_compiling_that_fails_falls_back_to_eager(monkeypatch, capsys):
 
 
 def test_compiled_training_is_eager_training():
-    """The compiler, attention in float32 within bfloat16, and dropout with PyTorch's own random numbers."""
+    """The compiler, attention in float32 within bfloat16, and dropout with PyTorch's own random
+    numbers."""
     if not shutil.which("g++") and not shutil.which("clang++"):
         pytest.skip("no C++ compiler is installed, which torch.compile needs on a CPU")
     for name, changes in (("on", {}), ("off", {}), ("start", {"lr": 0.0, "muon_lr": 0.0})):
@@ -503,7 +514,8 @@ FAMILY = {"ar": "--objective ar", "blocks": "--block_len 8", "uniform": "--objec
 
 @pytest.mark.parametrize("name", FAMILY)
 def test_every_family_trains_writes_and_is_judged(name, monkeypatch, capsys):
-    """One command each, with short rows, half precision and pieces of a batch; prompts, long texts, viewers, evaluation."""
+    """One command each, with short rows, half precision and pieces of a batch; prompts, long texts,
+    viewers, evaluation."""
     texts.write_documents("some.txt", iter(tales.generate(1, 200)))
     code, out, err = run(train.main, ["--data", "some.txt", "--name", "x", "--tokenizer", "char", "--seq_len", "32", *TINY,
                                       "--short_rows", "0.5", "--micro_batch", "2", "--dtype", "bfloat16", "--final_samples", "2",
@@ -535,7 +547,8 @@ def test_every_family_trains_writes_and_is_judged(name, monkeypatch, capsys):
 
 
 def test_a_new_objective_is_one_entry(monkeypatch, capsys):
-    """As README says: masks of another loss, which then trains, is judged by the bound, writes and is evaluated."""
+    """As README says: masks of another loss, which then trains, is judged by the bound, writes and
+    is evaluated."""
     class Focal(diffusion.Masked):
         def loss(self, model, x0, corruption, token_nll=diffusion.token_nll):
             return super().loss(model, x0, corruption, lambda logits, targets: token_nll(logits, targets) ** 2)
@@ -619,7 +632,8 @@ def test_samples_are_reproducible_and_distinct(tales_run, monkeypatch, capsys):
 
 
 def test_the_checkpoint_is_enough(tales_run, monkeypatch, capsys):
-    """No corpus, no tokenizer file, no training code; and how to sample comes from the checkpoint."""
+    """No corpus, no tokenizer file, no training code; and how to sample comes from the
+    checkpoint."""
     state = checkpoint.read(str(tales_run / "models" / "tales.best.pt"))
     state["sample"] |= {"sampler": "ancestral", "steps": 3}
     os.makedirs("artifacts/models")
@@ -634,8 +648,8 @@ def test_the_checkpoint_is_enough(tales_run, monkeypatch, capsys):
 
 
 def test_the_source_documents_commands(monkeypatch, capsys):
-    """As they stand, but for the hub (a local file in its place), the size of the network and the number of its steps: each is a
-    picture of the video, which takes as long as all else."""
+    """As they stand, but for the hub (a local file in its place), the size of the network and the
+    number of its steps: each is a picture of the video, which takes as long as all else."""
     usual = checkpoint.sample_defaults()
     monkeypatch.setattr(checkpoint, "sample_defaults", lambda: usual | {"steps": 40, "sampler": "confidence"})
     rows = [{"text": story} for story in tales.generate(5, 300)]
@@ -682,7 +696,8 @@ def test_data_options(monkeypatch, capsys):
 
 
 def test_evaluate(tales_run, monkeypatch, capsys):
-    """The metrics block of the end of training, from the checkpoint alone; other samples and a judge on request."""
+    """The metrics block of the end of training, from the checkpoint alone; other samples and a
+    judge on request."""
     path = str(tales_run / "models" / "tales.best.pt")
     code, out, err = run(evaluate.main, ["--checkpoint", path, "--json", "report.json", "--plot", "levels.png", "--device", "cpu",
                                          "--left_to_right", "2"], monkeypatch, capsys)
@@ -705,8 +720,9 @@ def test_evaluate(tales_run, monkeypatch, capsys):
 
 
 def test_judged_and_sampled_as_it_was_trained(monkeypatch, capsys):
-    """bfloat16 on a machine that emulates it, and float32 on one that need not, unless --dtype says otherwise; the same samples as
-    the checkpoint's author wanted. So a metrics block and a text can be had again anywhere."""
+    """bfloat16 on a machine that emulates it, and float32 on one that need not, unless --dtype says
+    otherwise; the same samples as the checkpoint's author wanted. So a metrics block and a text can
+    be had again anywhere."""
     monkeypatch.setattr(runtime, "has_bfloat16", lambda device: True)
     written = {}
     for dtype in ("bfloat16", "float32"):
@@ -798,7 +814,8 @@ def test_evaluate_another_text(tales_run, monkeypatch, capsys):
 
 
 def test_evaluate_compares_what_compares(tales_run, monkeypatch, capsys):
-    """The same rows by nats per token, in pairs; other tokens by bits per character; other text not at all."""
+    """The same rows by nats per token, in pairs; other tokens by bits per character; other text not
+    at all."""
     path = str(tales_run / "models" / "tales.best.pt")
     against = lambda other, *words: run(evaluate.main, ["--checkpoint", path, "--against", other, "--rows", "8", *words], monkeypatch,
                                         capsys)
@@ -852,7 +869,8 @@ def test_export_and_back(tales_run, monkeypatch, capsys):
 
 
 def test_bench(monkeypatch, capsys):
-    """A training step is timed beside the sources' recipe; compiling is left out, it takes a minute."""
+    """A training step is timed beside the sources' recipe; compiling is left out, it takes a
+    minute."""
     open("tiny.py", "w").write("config = {'preset': 'tales', 'n_layer': 1, 'n_head': 1, 'n_embd': 8, 'batch_size': 2}")
     code, out, err = run(bench.main, ["train", "tiny.py", "--rounds", "1", "--device", "cpu", "--variants", "float32 eager", "--json",
                                       "b.json"], monkeypatch, capsys)
@@ -865,7 +883,7 @@ def test_bench(monkeypatch, capsys):
         rows = 64 if name.startswith("the s") else 2  # the sources' recipe has its own
         assert figures["rows_a_step"] == rows
         assert figures["tokens_per_second"] == pytest.approx(rows * 67 / figures["median_step_seconds"])
-    tiny = cli.merge(Config, config.preset("tiny.py"))
+    tiny = cli.merge(Config, preset("tiny.py"))
     step, _ = bench_training.training_step(tiny, 300, torch.device("cpu"), torch.bfloat16, torchs_muon=True)
     assert step() > 0
     code, _, err = run(bench.main, "walk", monkeypatch, capsys)
@@ -873,7 +891,8 @@ def test_bench(monkeypatch, capsys):
 
 
 def test_bench_goes_on_without_what_fails(monkeypatch, capsys):
-    """And torch's Muon is timed beside ours, whose own speed-up is from its pair with the sources' recipe."""
+    """And torch's Muon is timed beside ours, whose own speed-up is from its pair with the sources'
+    recipe."""
     seconds = {bench_training.SOURCE: 8.0, "bfloat16 compiled": 1.0, "bfloat16 compiled, torch.optim.Muon": 1.25}
 
     def together(variants, *_):
@@ -944,7 +963,8 @@ def test_every_variant_of_a_training_comparison_is_allowed(name):
 
 
 def test_ablate_trains_each_variant_once(monkeypatch, capsys):
-    """Two seeds each, one variant diverges; the second call finds all done; another length is another group."""
+    """Two seeds each, one variant diverges; the second call finds all done; another length is
+    another group."""
     open("tiny.py", "w").write("config = {'preset': 'tales', 'n_layer': 1, 'n_head': 1, 'n_embd': 8, 'batch_size': 4}")
     texts.write_documents("my.txt", tales.generate("tests", 200))
     monkeypatch.setitem(compare_training.TRAINED, "weighting", lambda options: {
@@ -1022,8 +1042,9 @@ def test_ablate_temperature(short_run, monkeypatch, capsys):
 
 
 def test_ablate_order(tales_run, monkeypatch, capsys):
-    """A network that knows how frequent each token is, and nothing else: in a random order, frequent ones come first no more
-    often than later, and there are as many of them as in the training text."""
+    """A network that knows how frequent each token is, and nothing else: in a random order,
+    frequent ones come first no more often than later, and there are as many of them as in the
+    training text."""
     monkeypatch.setattr(metrics, "SEARCHED", 5000)
     path = str(tales_run / "models" / "tales.best.pt")
     state = checkpoint.read(path)
@@ -1052,7 +1073,8 @@ def test_ablate_order(tales_run, monkeypatch, capsys):
 
 
 def test_ablate_spelling(tales_run, monkeypatch, capsys):
-    """Held-out text is spelled as training text is; a model that is not told the time cannot be told a wrong one."""
+    """Held-out text is spelled as training text is; a model that is not told the time cannot be
+    told a wrong one."""
     command = ["spelling", "--num_samples", "3", "--out_dir", "x", "--device", "cpu", "--checkpoint"]
     code, _, err = run(ablate.main, [*command, str(tales_run / "models" / "tales.best.pt")], monkeypatch, capsys)
     assert code == 2 and "--time_conditioning sinusoidal" in err
@@ -1067,8 +1089,8 @@ def test_ablate_spelling(tales_run, monkeypatch, capsys):
 
 
 def test_a_wrong_clock():
-    """What the masked-text-diffusion notes' sampler tells its network: at half of the steps half of the masks are left, and
-    the cosine schedule has another share there."""
+    """What the masked-text-diffusion notes' sampler tells its network: at half of the steps half of
+    the masks are left, and the cosine schedule has another share there."""
     told = []
 
     class Network:

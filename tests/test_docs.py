@@ -1,4 +1,5 @@
-"""README.md and learning.md: every command runs, every example gives what it says, every figure is that of its result file."""
+"""README.md and learning.md: every command runs, every example gives what it says, every figure is
+that of its result file."""
 import doctest
 import json
 import os
@@ -20,7 +21,7 @@ import train
 from model import Transformer
 from scripts import data, evaluate, export, train_tokenizer
 from scripts.lab import ablate, bench, compare_training, pictures
-from utils import corpus, metrics, policies, runtime, tales, texts
+from utils import corpus, metrics, policies, runtime, settings, tales, texts
 from utils.families import FAMILIES
 
 TEXT = {name: open(os.path.join(ROOT, name), encoding="utf-8").read() for name in ("README.md", "learning.md")}
@@ -33,8 +34,8 @@ MAIN = {"train.py": train.main, "inference.py": inference.main} | {
 
 
 def commands():
-    """Command lines, in order: lines of blocks without a language, `python ...` within the text, and names of comparisons that
-    link to their tables."""
+    """Command lines, in order: lines of blocks without a language, `python ...` within the text,
+    and names of comparisons that link to their tables."""
     found = []
     for text in TEXT.values():
         for block, inline, name in re.findall(r"^```\n(.*?)^```$|`((?:python|pytest) [^`]+)`|\[`(\w+(?: --[^`]+)?)`\]\(artifacts/abl",
@@ -62,7 +63,8 @@ SHAPE = dict(n_layer=1, n_head=2, n_embd=16, batch_size=4, seq_len=67)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where the commands run one after the other, with the texts and the runs that they speak of."""
+    """Where the commands run one after the other, with the texts and the runs that they speak
+    of."""
     folder = tmp_path_factory.mktemp("docs")
     stories = tales.generate("docs", 400)
     (folder / "data").mkdir()
@@ -82,7 +84,8 @@ def folder(tmp_path_factory):
 
 
 def test_every_command_runs(folder, monkeypatch, capsys):
-    """One after the other, in a folder of their own, with a network and numbers of steps that take a second."""
+    """One after the other, in a folder of their own, with a network and numbers of steps that take
+    a second."""
     assert len(commands()) > 80
     for command in commands():
         words = shlex.split(command)
@@ -119,7 +122,7 @@ def run_short(script, words, monkeypatch, capsys):
         short = [*short, "--num_samples", "2"]
     if script == "scripts/lab/bench.py" and not any(".pt" in word for word in words):  # they have tests of their own, and take long
         assert words[0] in bench.BENCHES
-        monkeypatch.setitem(bench.BENCHES, words[0], (lambda name, options: config.preset(name), print, "tales"))
+        monkeypatch.setitem(bench.BENCHES, words[0], (lambda name, options: settings.preset(name), print, "tales"))
     if script == "scripts/lab/ablate.py":
         comparison = ablate.COMPARISONS[words[0]]
         only = words[words.index("--only") + 1] if "--only" in words else ""
@@ -173,7 +176,8 @@ def test_links_lead_somewhere(name):
 
 
 def test_the_course_runs_as_it_stands(monkeypatch):
-    """All examples of learning.md, in one go, and the entries that they add to the dictionaries are gone afterwards."""
+    """All examples of learning.md, in one go, and the entries that they add to the dictionaries are
+    gone afterwards."""
     monkeypatch.chdir(ROOT)
     before = [(table, dict(table)) for table in (diffusion.SCHEDULES, policies.SAMPLERS, FAMILIES)]
     try:
@@ -203,8 +207,9 @@ def test_quoted_code_is_the_code():
 
 
 def parts(text):
-    """(links to result files, text) of each paragraph, item of a list or row of a table. A row also has the links of the table's
-    head; a list those of the paragraph before it, if that ends with a colon."""
+    """(links to result files, text) of each paragraph, item of a list or row of a table. A row also
+    has the links of the table's head; a list those of the paragraph before it, if that ends with a
+    colon."""
     before = []
     for paragraph in re.split(r"\n\s*\n", re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)):
         head = before if paragraph.startswith(("* ", "- ")) else []
@@ -216,15 +221,15 @@ def parts(text):
 
 
 def numbers(part):
-    """(number, unit) of all percentages and numbers with a decimal point or a thousands separator, but in code, links and
-    quotation marks."""
+    """(number, unit) of all percentages and numbers with a decimal point or a thousands separator,
+    but in code, links and quotation marks."""
     plain = re.sub(r"`[^`]*`|\]\([^)]*\)|\"[^\"]*\"|arXiv:\S+", " ", part)
     return re.findall(r"(?<![\w.,])x?(\d+(?:,\d{3})*\.\d+|\d{1,3}(?:,\d{3})+|\d+(?=%))(?![.,]?\d)(%| TFLOP/s|)", plain)
 
 
 def known(part, links):
-    """Numbers of the result files that may stand in the part: where the first cell of a row is that of rows in a file too, up to
-    a colon, theirs alone."""
+    """Numbers of the result files that may stand in the part: where the first cell of a row is that
+    of rows in a file too, up to a colon, theirs alone."""
     first = lambda cell: re.split(r"[:,|]", cell)[0].strip()
     label = first(re.sub(r"`|\(.*?\)|\*\*", "", part.split("|")[1])) if part.startswith("|") else ""
     found = []
@@ -241,8 +246,9 @@ def stands(number, unit, values):
     return any(abs(x * scale - value) <= error for x in values for scale in scales)
 
 
-# Numbers that no result file has: shapes and settings, the sources' and papers' claims, arithmetic of the lines beside them,
-# toys that test_maths.py computes, and what the shell's `time` said. In parts that link results only large ones, of steps say.
+# Numbers that no result file has: shapes and settings, the sources' and papers' claims, arithmetic
+# of the lines beside them, toys that test_maths.py computes, and what the shell's `time` said. In
+# parts that link results only large ones, of steps say.
 STATED = {"README.md": """
     886,272 11,403,264 12,228,480 10,963,200 6,446,080 135,266,304 268,435,456 84,977,664 85,330,944 12,189,696
     5,000 105,000 300,000 174,000 2,048 1,024 10,000 45,000
@@ -267,8 +273,9 @@ def test_parameter_counts(row):
 
 @pytest.mark.parametrize("name", TEXT)
 def test_figures_are_those_of_the_result_files(name):
-    """Every number stands in the result files that its part of the text links to, rounded, or as a share if it is a percentage;
-    in a part without links it is in STATED, or of a paper or a test that is named beside it."""
+    """Every number stands in the result files that its part of the text links to, rounded, or as a
+    share if it is a percentage; in a part without links it is in STATED, or of a paper or a test
+    that is named beside it."""
     checked, wrong, stated = 0, [], set(STATED[name].split())
     for links, part in parts(TEXT[name]):
         values, sourced = known(part, links), not links and ("arXiv:" in part or "`pytest" in part)

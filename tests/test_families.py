@@ -1,6 +1,8 @@
-"""Uniform, block and autoregressive models against exact answers, through the code that trains and samples them.
+"""Uniform, block and autoregressive models against exact answers, through the code that trains and
+samples them.
 
-Expected values are those of the design's mathematics document, section 5, items 5 to 8; the item is named at each test.
+Expected values are those of the design's mathematics document, section 5, items 5 to 8; the item is
+named at each test.
 """
 import itertools
 import math
@@ -25,13 +27,13 @@ from toy import (
     settings,
 )
 
-import config
 import diffusion
 from model import Transformer
 from utils import blocks, importance, uniform
 from utils.cli import UserError
 from utils.families import FAMILIES, family_of
 from utils.runtime import generator
+from utils.settings import family_defaults
 
 ROWS = ("stream", "document")  # without and with a BOS token
 ROW = code(torch.tensor([0, 1, 2, 0])).item()
@@ -51,7 +53,8 @@ def network(vocab_size=6, **changes):
 
 
 class Causal:
-    """Of the toy: position i, which reads tokens 0..i-1 (the first MASK), knows p(x_i | x_<i); blurred if asked."""
+    """Of the toy: position i, which reads tokens 0..i-1 (the first MASK), knows p(x_i | x_<i);
+    blurred if asked."""
     vocab_size = V + 1
 
     def __init__(self, blur=0.0):
@@ -78,7 +81,8 @@ def test_ar_is_the_exact_likelihood():
 
 @pytest.mark.parametrize("rows, bos", (("stream", 0), ("document", 1)))
 def test_ar_scores_equal_a_plain_loop(rows, bos):
-    """Token by token, each from the MASK and the tokens before it; a given first token costs nothing."""
+    """Token by token, each from the MASK and the tokens before it; a given first token costs
+    nothing."""
     model, cfg = network(), settings(objective="ar", rows=rows)
     x0 = torch.randint(5, (3, 9), generator=torch.Generator().manual_seed(1))
     total = torch.zeros(3, dtype=torch.float64)
@@ -100,7 +104,8 @@ def test_ar_does_not_see_what_it_predicts():
 
 
 class Blocks:
-    """Of the toy: what a network of blocks of n tokens knows of [corrupted ; clean], or of a canvas in sampling."""
+    """Of the toy: what a network of blocks of n tokens knows of [corrupted ; clean], or of a canvas
+    in sampling."""
     vocab_size = V + 1
 
     def __init__(self, n, blur=0.0):
@@ -120,7 +125,8 @@ class Blocks:
 
 
 def exact_block_nelbo(model, x0, n):
-    """All masks of each block enumerated: sum over S of 1 / (|S| C(n, |S|)) sum of CE over S; (81,) nats."""
+    """All masks of each block enumerated: sum over S of 1 / (|S| C(n, |S|)) sum of CE over S; (81,)
+    nats."""
     total = torch.zeros(len(x0), dtype=torch.float64)
     for block in range(L // n):
         for subset in itertools.product((False, True), repeat=n):
@@ -182,8 +188,8 @@ def doubled(model, xt, x0, n, bos=0):
 
 @pytest.mark.parametrize("bos", (0, 1))
 def test_who_sees_whom_in_block_training(bos):
-    """A change of the corrupted tokens of a block reaches that block alone, one of the clean tokens later blocks alone;
-    exactly, and by gradients too."""
+    """A change of the corrupted tokens of a block reaches that block alone, one of the clean tokens
+    later blocks alone; exactly, and by gradients too."""
     model, n = network(), 3
     size = bos + 12
     x0 = torch.randint(5, (1, size), generator=torch.Generator().manual_seed(1))
@@ -207,7 +213,8 @@ def test_who_sees_whom_in_block_training(bos):
 @pytest.mark.parametrize("time_conditioning", ("none", "sinusoidal"))
 @pytest.mark.parametrize("bos, cache", list(itertools.product((0, 1), ("auto", "none"))))
 def test_sampling_of_blocks_gives_the_logits_of_training(bos, cache, time_conditioning):
-    """Whatever was written, cached sampling saw the distribution that training has for [corrupted ; clean]."""
+    """Whatever was written, cached sampling saw the distribution that training has for [corrupted ;
+    clean]."""
     model, n, size = network(time_conditioning=time_conditioning).float(), 4, 12 + bos  # noise levels are float32
     canvas = torch.full((3, size), 5)
     canvas[:, :bos] = 1
@@ -224,9 +231,10 @@ def test_sampling_of_blocks_gives_the_logits_of_training(bos, cache, time_condit
 
 @pytest.mark.parametrize("sampler", ("confidence", "first_hitting", "ancestral", "remask", "remdm_cap:0.3", "entropy_bounded:0.5"))
 def test_any_rule_writes_inside_blocks(sampler):
-    """Blocks from left to right, given tokens stay, no MASK is left; a row alone is the row of a batch. (Each row is given
-    something in its first block: where all is masked, all positions look the same to a network, and the last digit, which
-    depends on the batch and on the machine, decides whose turn it is.)"""
+    """Blocks from left to right, given tokens stay, no MASK is left; a row alone is the row of a
+    batch. (Each row is given something in its first block: where all is masked, all positions look
+    the same to a network, and the last digit, which depends on the batch and on the machine,
+    decides whose turn it is.)"""
     model, canvas = network(), torch.full((3, 12), 5)
     canvas[0, :5], canvas[1, 3], canvas[2, 2] = 1, 2, 3
     own = blocks.block_ids(12, 4, 0, canvas.device)
@@ -251,7 +259,8 @@ def test_blocks_write_the_data(n):
 @pytest.mark.parametrize("options", ({"objective": "ar"}, {"block_len": 4}))
 @pytest.mark.parametrize("bos", (0, 1))
 def test_texts_of_any_length(options, bos):
-    """Beyond the window, keeping what is finished changes nothing, and the network sees windows as in training."""
+    """Beyond the window, keeping what is finished changes nothing, and the network sees windows as
+    in training."""
     model, seen = network(), []
     canvas = torch.full((2, 45), 5)
     canvas[:, :3], canvas[1, 20:23] = torch.tensor([1, 2, 3]), 4
@@ -294,7 +303,8 @@ def test_what_a_family_cannot_do(options, message):
 
 
 class LeaveOneOut:
-    """The perfect network under uniform noise, p(x0_i | xt without its token i); blurred, or the full posterior instead."""
+    """The perfect network under uniform noise, p(x0_i | xt without its token i); blurred, or the
+    full posterior instead."""
     vocab_size = V + 1
 
     def __init__(self, blur=0.0, full=False):
@@ -378,7 +388,8 @@ def test_the_uniform_bound_is_stable_in_float32(m):
 
 
 def test_forward_and_posterior_of_uniform_noise():
-    """Item 2: the noise keeps a token with chance alpha + b, and q(xs | xt, x0) is Bayes' rule and sums to 1."""
+    """Item 2: the noise keeps a token with chance alpha + b, and q(xs | xt, x0) is Bayes' rule and
+    sums to 1."""
     n = 4
     for s, t in ((0.0, 0.4), (0.2, 0.7), (0.5, 1.0)):
         q = lambda level: (1 - level) * torch.eye(n, dtype=torch.float64) + level / n  # (from, to)
@@ -420,7 +431,8 @@ def test_uniform_sampler_follows_its_law(T):
 
 
 def test_correctors_keep_the_noisy_distribution():
-    """One position at a time, the sweep's law leaves q(x_m) as it is; swept samples are nearer to the data."""
+    """One position at a time, the sweep's law leaves q(x_m) as it is; swept samples are nearer to
+    the data."""
     m = 0.4
     keep = (1 - m) * torch.eye(V, dtype=torch.float64) + m / V
     noisy = P @ torch.stack([keep[SEQUENCES[:, i]][:, SEQUENCES[:, i]] for i in range(L)]).prod(0)
@@ -438,8 +450,8 @@ def test_correctors_keep_the_noisy_distribution():
 
 @pytest.mark.parametrize("preset", ("tales", "shakespeare", "stories"))
 def test_uniform_noise_starts_unsure(preset):
-    """A new network knows little, and the bound says so; large tied embeddings would be sure of what they see (26 nats), where
-    this bound has no gradient."""
+    """A new network knows little, and the bound says so; large tied embeddings would be sure of
+    what they see (26 nats), where this bound has no gradient."""
     cfg = load([preset, "--objective", "uniform", "--n_layer", "2"])[0]
     torch.manual_seed(1)
     model, rows = Transformer(cfg, 101), torch.randint(100, (256, 16), generator=generator(1))
@@ -451,7 +463,8 @@ def test_uniform_noise_starts_unsure(preset):
 
 
 def test_uniform_training_loss_is_an_unbiased_bound():
-    """Whatever the schedule, on rows of one noise level each (the lookup wants that): m by quadrature, noise drawn."""
+    """Whatever the schedule, on rows of one noise level each (the lookup wants that): m by
+    quadrature, noise drawn."""
     cfg = settings(objective="uniform", corruption="bernoulli", schedule="poly2")
     drawn = family_of(cfg).corrupt((4000, L), generator(3))
     kept = (~drawn.masked).float().mean(1)
@@ -520,11 +533,12 @@ def test_gradients_of_the_training_loss_are_those_of_the_exact_bound(n):
 
 
 def test_gradients_under_uniform_noise_and_of_ar():
-    """The training loss's own draws against the exact integral; and the autoregressive loss against a plain loop."""
+    """The training loss's own draws against the exact integral; and the autoregressive loss against
+    a plain loop."""
     model = network(vocab_size=4, n_layer=1, time_conditioning="sinusoidal").float()
     for p in model.parameters():
         p.data.div_(6)
-    chosen, cfg = [0, ROW, 50, 77], settings(objective="uniform", **config.family_defaults("uniform", FAMILIES))
+    chosen, cfg = [0, ROW, 50, 77], settings(objective="uniform", **family_defaults("uniform", FAMILIES))
     exact = gradient(model, exact_uniform_nelbo(model, 8, chosen).mean().float() / L)
     rows = SEQUENCES[chosen].repeat(15_000, 1)[torch.randperm(60_000, generator=generator(7))]
     drawn = family_of(cfg).corrupt((60_000, L), generator(6))
@@ -580,7 +594,8 @@ def test_the_density_of_times_follows_the_spread_of_the_losses():
 
 
 def prefixes(rows):
-    """(which tokens of the rows of L are given, (rows, L) bool: the first 0, 1 or 2, or all; how many, (rows,))"""
+    """(which tokens of the rows of L are given, (rows, L) bool: the first 0, 1 or 2, or all; how
+    many, (rows,))"""
     cut = torch.tensor([0, 1, 2, L])[torch.arange(rows) % 4][torch.randperm(rows, generator=generator("cut"))]
     return torch.arange(L) < cut[:, None], cut
 
@@ -589,8 +604,8 @@ def prefixes(rows):
     ({}, Lookup()), ({"schedule": "cos"}, Lookup()), ({"corruption": "bernoulli"}, Lookup()),
     ({"block_len": 2, "seq_len": L}, Blocks(2)), ({"block_len": 1, "seq_len": L}, Blocks(1)), ({"objective": "ar"}, Causal())))
 def test_given_tokens_are_never_noised_and_cost_nothing(changes, model):
-    """Loss and bound are -log p of the rest given them, in the mean over masks, with the perfect network; whatever other rows are
-    given."""
+    """Loss and bound are -log p of the rest given them, in the mean over masks, with the perfect
+    network; whatever other rows are given."""
     kind, R = family(**changes), 8000
     given, cut = prefixes(R)
     x0 = SEQUENCES[[ROW]].expand(R, L)

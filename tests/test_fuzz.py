@@ -1,5 +1,6 @@
-"""Bad input at random, from fixed seeds: mutated checkpoints and command lines. They end in success, or in one line and exit
-code 2; never in a traceback, without memory, or with something written that nobody asked for."""
+"""Bad input at random, from fixed seeds: mutated checkpoints and command lines. They end in
+success, or in one line and exit code 2; never in a traceback, without memory, or with something
+written that nobody asked for."""
 import copy
 import dataclasses
 import os
@@ -137,7 +138,8 @@ VALUES = ("", "0", "1", "2", "-1", "0.5", "-0.5", "1e400", "nan", "1_0", "10" * 
 
 
 def command(kind, dice, fixed=()):
-    """Some flags of the dataclass `kind`, but for the fixed ones, with values that may or may not fit."""
+    """Some flags of the dataclass `kind`, but for the fixed ones, with values that may or may not
+    fit."""
     fields = [f for f in dataclasses.fields(kind) if f.name not in fixed]
     words = []
     for f in dice.sample(fields, dice.choice((1, 1, 2, 3))):

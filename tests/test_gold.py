@@ -1,12 +1,15 @@
-"""The net under the second edition of the house: what the code did before anything moved, recorded in gold.json.
+"""The net under the second edition of the house: what the code did before anything moved, recorded
+in gold.json.
 
     python tests/test_gold.py                      records anew
-    GOLD_TOLERANCE=1e-5 pytest tests/test_gold.py  on the machine that recorded: training too, and texts
+    GOLD_TOLERANCE=1e-5 pytest tests/test_gold.py  on the machine that recorded: training too, and
+                                                   texts
     pytest tests/test_gold.py                      on any machine
 
-Sampling goes through networks in float64, whose float32 confidences are the same on every machine: its steps are compared
-by hash. Losses and gradients in float64 may differ by the order of a sum (1e-9), the float32 bound likewise (1e-5). Twenty
-steps of training in float32 let the last digit of a matrix product, another one on every kind of CPU, grow: 1e-3.
+Sampling goes through networks in float64, whose float32 confidences are the same on every machine:
+its steps are compared by hash. Losses and gradients in float64 may differ by the order of a sum
+(1e-9), the float32 bound likewise (1e-5). Twenty steps of training in float32 let the last digit of
+a matrix product, another one on every kind of CPU, grow: 1e-3.
 """
 import contextlib
 import hashlib
@@ -94,8 +97,9 @@ def sampling_cases():
                         {"min_tokens": 2, "schedule": "cos", "top_k": 2}, {"top": 2, "steps": 5, "seeds": [3, 1, 4, 1]}):
             yield f"toy, {name}, {options}", lambda name=name, options=options: sample(
                 Lookup(blur=0.2), test_maths.CANVAS, sampler=name, **options)
-    # a prompt and a suffix; a prompt; a text with holes before and behind. Each begins with a token, which stays in sight:
-    # where all is masked, positions tie exactly, and the last digit decides, which depends on the machine
+    # a prompt and a suffix; a prompt; a text with holes before and behind. Each begins with a
+    # token, which stays in sight: where all is masked, positions tie exactly, and the last digit
+    # decides, which depends on the machine
     suffix = test_maths.REAL.clone()
     suffix[2, 0] = 7
     for name in ("confidence", "threshold:0.5", "ancestral", "remdm_cap:0.2", "remask", "entropy_bounded:0.5", "first_hitting"):
@@ -180,7 +184,8 @@ RUNS = {"tales": "tales", "blocks": "tales --block_len 11", "ar": "tales --objec
 
 
 def training(name, folder):
-    """Entries of the log, the held-out metrics and the metrics of levels of 20 steps; with "resumed" of 10, and 10 more."""
+    """Entries of the log, the held-out metrics and the metrics of levels of 20 steps; with
+    "resumed" of 10, and 10 more."""
     words = [*RUNS[name].split(), *conftest.TINY, "--max_iters", "20", "--eval_interval", "5", "--dtype", "float32", "--out_dir",
              str(folder), "--short_rows", "0.2", "--batch_size", "8", "--micro_batch", "4"]
     report = train.train(conftest.load([*words, "--name", "run", "--final_samples", "2"])[0], quiet=True)

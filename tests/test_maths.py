@@ -1,6 +1,8 @@
-"""The mathematics against exact answers: a toy distribution through the same loss and sampler code as the real network.
+"""The mathematics against exact answers: a toy distribution through the same loss and sampler code
+as the real network.
 
-Expected values are those of the design's mathematics document, section 5; the item is named at each test.
+Expected values are those of the design's mathematics document, section 5; the item is named at each
+test.
 """
 import itertools
 import math
@@ -38,7 +40,8 @@ SUBSETS = torch.tensor([s for s in itertools.product((False, True), repeat=L) if
 
 
 def exact_nelbo(model, x0):
-    """NELBO of each row of x0 in nats, all 15 masks enumerated: sum over S of 1 / (|S| C(4, |S|)) sum of CE over S."""
+    """NELBO of each row of x0 in nats, all 15 masks enumerated: sum over S of 1 / (|S| C(4, |S|))
+    sum of CE over S."""
     total = torch.zeros(len(x0), dtype=torch.float64)
     for subset in SUBSETS:
         size = int(subset.sum())
@@ -88,7 +91,8 @@ def test_schedule(name):
 
 
 def test_mean_mask_share_of_the_sources():
-    """Discrete t in 1..T, as the sources draw it: their documents say .368 for the cosine, which holds for cos only."""
+    """Discrete t in 1..T, as the sources draw it: their documents say .368 for the cosine, which
+    holds for cos only."""
     t = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
     assert mask_ratio("cos", t).mean().item() == pytest.approx(1 - 2 / math.pi, abs=1e-6)  # .363
     assert mask_ratio("cos2", t).mean().item() == pytest.approx(0.5, abs=1e-6)
@@ -145,7 +149,8 @@ def view(**values):
 
 
 def test_posterior_of_masking_is_bayes():
-    """q(x_s = x0 | x_t = MASK, x0) = (m_t - m_s) / m_t is the chance that `ancestral` reveals with, from Bayes."""
+    """q(x_s = x0 | x_t = MASK, x0) = (m_t - m_s) / m_t is the chance that `ancestral` reveals with,
+    from Bayes."""
     for m_s, m_t in ((0.0, 0.4), (0.2, 0.7), (0.5, 1.0)):
         joint = torch.tensor([[(1 - m_s) * (1 - (m_t - m_s) / (1 - m_s)), (1 - m_s) * (m_t - m_s) / (1 - m_s)],
                               [0.0, m_s]], dtype=torch.float64)  # x_s in (x0, MASK) by x_t in (x0, MASK)
@@ -184,7 +189,8 @@ def test_bound_of_an_imperfect_network():
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_the_bound_does_not_depend_on_the_schedule(name):
-    """Integral over t of m'(t) / m(t) E[sum of CE] is the set form, for every schedule (40-node Gauss-Legendre)."""
+    """Integral over t of m'(t) / m(t) E[sum of CE] is the set form, for every schedule (40-node
+    Gauss-Legendre)."""
     import numpy as np
     model, x0 = Lookup(blur=0.2), SEQUENCES[[15]]
     ce = torch.stack([MASKED.weighted_ce(model, x0, Corruption(s[None], torch.tensor([1.0]).double()))[0] * L
@@ -200,7 +206,8 @@ def test_the_bound_does_not_depend_on_the_schedule(name):
 @pytest.mark.parametrize("name, corruption, complementary", [
     *((name, corruption, False) for name in SCHEDULES for corruption in ("count", "bernoulli")), ("linear", "count", True)])
 def test_training_loss_is_an_unbiased_bound(name, corruption, complementary):
-    """With elbo weights the loss averages to the bound, for every schedule, both kinds of corruption and masks in pairs."""
+    """With elbo weights the loss averages to the bound, for every schedule, both kinds of
+    corruption and masks in pairs."""
     cfg, model = settings(schedule=name, corruption=corruption, complementary=complementary), Lookup(blur=0.2)
     x0 = torch.tensor([[0, 1, 2, 0]]).expand(4000, L)
     means = torch.stack([MASKED.weighted_ce(model, x0, family_of(cfg).corrupt((4000, L), generator(name, i))).mean() * L
@@ -215,7 +222,8 @@ GAPS = {1: (.580047, .5800), 2: (.277612, .1507), 4: (.135703, .0421), 8: (.0670
 
 @pytest.mark.parametrize("T", GAPS)
 def test_discrete_time_loss_has_the_documented_gap(T):
-    """Item 5's E[L_T] - H, with the weights that `draw_corruption` gives T discrete times on the linear schedule."""
+    """Item 5's E[L_T] - H, with the weights that `draw_corruption` gives T discrete times on the
+    linear schedule."""
     expected = GAPS[T][0]
     cfg = settings(corruption="bernoulli", diffusion_steps=T)
     drawn = family_of(cfg).corrupt((T, L), generator(8))  # stratified: each time once
@@ -237,7 +245,8 @@ def test_bound_estimator_is_unbiased_and_its_masks_are_fixed():
     estimate = (P * per_sequence).sum().item()
     spread = (P * (nll.double().mean(1).view(50, 81).var(0) / 50 * L**2).sqrt()).sum().item()
     assert abs(estimate - 3.7346923253) < 4 * spread
-    # a row's own mean is unbiased too: its counts differ from pass to pass, so one row in many passes is enough
+    # a row's own mean is unbiased too: its counts differ from pass to pass, so one row in many
+    # passes is enough
     one = MASKED.nelbo(model, SEQUENCES[[15]].expand(64, L), 64) * L
     assert one.mean(1).std() < 0.3 * one.std(), "every row sees all counts"
     assert one.mean(1)[7].item() == pytest.approx(4.7418612289, abs=5 * one.std().item() / 8)
@@ -247,7 +256,8 @@ def test_bound_estimator_is_unbiased_and_its_masks_are_fixed():
 
 
 def test_other_weightings():
-    """flat is 1 a masked token, clip is elbo up to 5, pooled is the mean over all masked tokens of the batch."""
+    """flat is 1 a masked token, clip is elbo up to 5, pooled is the mean over all masked tokens of
+    the batch."""
     for corruption in ("count", "bernoulli"):
         draw = lambda w: family_of(settings(loss_weighting=w, corruption=corruption)).corrupt((64, 32), generator(9))
         assert (draw("flat").weight == 1).all()
@@ -264,7 +274,8 @@ def test_other_weightings():
 
 
 def ancestral_law(model, grid):
-    """Exact law (81,) of ancestral sampling on a grid of mask ratios, by dynamic programming over all canvases."""
+    """Exact law (81,) of ancestral sampling on a grid of mask ratios, by dynamic programming over
+    all canvases."""
     p = model(CANVASES).softmax(-1)
     law = {(MASK,) * L: 1.0}
     for here, there in zip(grid[:-1], grid[1:]):
@@ -323,7 +334,8 @@ def many(sampler, n, model=None, **options):
 @pytest.mark.parametrize("schedule", ("linear", "poly2"))
 @pytest.mark.parametrize("T", (1, 2, 4))
 def test_ancestral_sampler_follows_its_law(T, schedule):
-    """The sampler itself, at so few steps that its law is far from the data's: total variation to the law is noise."""
+    """The sampler itself, at so few steps that its law is far from the data's: total variation to
+    the law is noise."""
     rows, _ = many("ancestral", 40_000, steps=T, schedule=schedule)
     law = ancestral_law(Lookup(), mask_ratio(schedule, torch.linspace(1, 0, T + 1, dtype=torch.float64)).tolist())
     assert total_variation(empirical(rows), law) < 0.0255  # 1.7 times the expected noise of 40,000 draws
@@ -364,10 +376,11 @@ def test_several_tokens_at_a_time_err_by_the_documented_amount(steps, expected):
 
 
 def exact_law(sampler, steps):
-    """Exact law (81,) of what `sampler` writes in so many steps with the perfect network, by dynamic programming.
+    """Exact law (81,) of what `sampler` writes in so many steps with the perfect network, by
+    dynamic programming.
 
-    Written anew from the papers, with plain Python numbers and not with the rules' code. A state is the canvas, the
-    confidence and the probability with which each token was written.
+    Written anew from the papers, with plain Python numbers and not with the rules' code. A state is
+    the canvas, the confidence and the probability with which each token was written.
     """
     name, _, number = sampler.partition(":")
     table = conditionals()
@@ -484,7 +497,8 @@ def test_documented_laws(sampler, steps, expected):
     ("remask", 2), ("remask", 3), ("remdm_cap:0.3", 3), ("remdm_rescale:0.5", 3), ("remdm_conf:1", 3),
     ("remdm_loop:0.1", 4)])
 def test_samplers_follow_their_laws(sampler, steps):
-    """Total variation to the exact law is noise; the chosen cases are those where rules differ from each other."""
+    """Total variation to the exact law is noise; the chosen cases are those where rules differ from
+    each other."""
     rows, _ = many(sampler, 40_000, steps=steps)
     law = exact_law(sampler, steps)
     assert law.sum().item() == pytest.approx(1, abs=1e-9)
@@ -492,8 +506,9 @@ def test_samplers_follow_their_laws(sampler, steps):
 
 
 def test_confidence_of_the_drawn_token_is_wrong():
-    """Negative control: choosing the position by the probability of the token drawn there (LLaDA, Fast-dLLM, the
-    micro-dLLMs) collapses the distribution, which is why `max_probability` is of the distribution."""
+    """Negative control: choosing the position by the probability of the token drawn there (LLaDA,
+    Fast-dLLM, the micro-dLLMs) collapses the distribution, which is why `max_probability` is of the
+    distribution."""
     model, n = Lookup(), 20_000
     ids = torch.full((n, L), MASK)
     for k in range(L):
@@ -615,11 +630,13 @@ def test_two_stage_draw_keeps_the_tail():
 
 
 def test_one_stage_float32_draw_loses_the_tail():
-    """Negative control: drawing from the mixture with MASK by float32 Gumbel noise, as MDLM's first code did, in a step
-    of T = 10,000. The largest of 2,000 float32 uniforms is floor(2^24 v^(1/2000)) / 2^24, drawn directly.
+    """Negative control: drawing from the mixture with MASK by float32 Gumbel noise, as MDLM's first
+    code did, in a step of T = 10,000. The largest of 2,000 float32 uniforms is floor(2^24
+    v^(1/2000)) / 2^24, drawn directly.
 
-    Noise above the largest float32 value piles up there, so the loss is less than if it vanished (share .085), but the
-    tail keeps about a fifth instead of a half. In float64, through the same race, it keeps its half.
+    Noise above the largest float32 value piles up there, so the loss is less than if it vanished
+    (share .085), but the tail keeps about a fifth instead of a half. In float64, through the same
+    race, it keeps its half.
     """
     V, u, n = 2000, 1e-4, 10_000_000
 
@@ -649,7 +666,8 @@ def test_row_uniforms_are_uniform_and_independent():
 
 @pytest.mark.parametrize("sampler", ("remdm_cap:0.1", "remdm_cap:0.9", "remdm_rescale:0.7"))
 def test_remasking_keeps_the_marginals(sampler):
-    """(1 - sigma) alpha_t + (1 - alpha_t) u = alpha_s for every step of the grid, whatever sigma is (ReMDM)."""
+    """(1 - sigma) alpha_t + (1 - alpha_t) u = alpha_s for every step of the grid, whatever sigma is
+    (ReMDM)."""
     found = policies.find_sampler(sampler)
     u = (torch.arange(100_000, dtype=torch.float64) + 0.5)[None] / 100_000
     yes, no = torch.ones_like(u, dtype=torch.bool), torch.zeros_like(u, dtype=torch.bool)
@@ -667,7 +685,8 @@ def test_loop_grid():
 
 
 def test_counts_of_the_notes():
-    """max(1, masks // steps left) has no final jump: of 128 tokens in 100 steps, one each, then two each."""
+    """max(1, masks // steps left) has no final jump: of 128 tokens in 100 steps, one each, then two
+    each."""
     counts = [int(step.fresh.sum()) for step in sample(Uniform(), torch.ones(1, 128, dtype=torch.long),
                                                        sampler="notes", steps=100)]
     assert counts == [1] * 72 + [2] * 28
@@ -692,7 +711,8 @@ def test_one_block_is_no_block(sampler):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("size", (1, 2, 3))
 def test_blocks_are_written_left_to_right(sampler, size):
-    """Each row counts its blocks from its own first MASK, and no block begins before the last one is complete."""
+    """Each row counts its blocks from its own first MASK, and no block begins before the last one
+    is complete."""
     first = (CANVAS == MASK).int().argmax(1)
     number = (torch.arange(L) - first[:, None]).clamp(min=0) // size
     for step in sample(Lookup(blur=0.3), CANVAS, sampler=sampler, decode_block=size, steps=6):
@@ -730,7 +750,8 @@ def test_rules_that_look_at_the_data_keep_to_the_steps():
 
 
 def test_guidance():
-    """(1 + w) times the logits with the prompt, minus w times those without; w = 0 is off; two evaluations a step."""
+    """(1 + w) times the logits with the prompt, minus w times those without; w = 0 is off; two
+    evaluations a step."""
     prompted = torch.tensor([[0, 2, MASK, MASK]])
     plain, evaluations = documents_of(Lookup(), prompted, seeds=[5])
     assert torch.equal(documents_of(Lookup(), prompted, seeds=[5], guidance=1e-9)[0], plain) and evaluations == 2
@@ -799,7 +820,8 @@ def test_a_cache_that_is_always_refreshed_changes_nothing(cache, sampler):
 @pytest.mark.parametrize("sampler", ("confidence", "threshold:0.5", "ancestral", "remdm_cap:0.2"))
 @pytest.mark.parametrize("refresh", (0, 2))
 def test_a_row_with_a_cache_does_not_depend_on_its_batch(cache, sampler, refresh):
-    """Also for rules whose first step in a block writes nothing, and rows whose blocks begin in different places."""
+    """Also for rules whose first step in a block writes nothing, and rows whose blocks begin in
+    different places."""
     model = network()
     options = dict(sampler=sampler, decode_block=6, steps=40, cache=cache, cache_refresh=refresh)
     together, _ = documents_of(model, REAL, seeds=[1, 2, 3], **options)
@@ -809,7 +831,8 @@ def test_a_row_with_a_cache_does_not_depend_on_its_batch(cache, sampler, refresh
 
 @pytest.mark.parametrize("cache", ("prefix", "dual"))
 def test_a_cache_computes_less_and_is_exact_at_first(cache):
-    """The first step of a block is the uncached one, later ones see stale keys; fewer positions are computed."""
+    """The first step of a block is the uncached one, later ones see stale keys; fewer positions are
+    computed."""
     seen = []
 
     options = dict(sampler="confidence", decode_block=8, seeds=[1], top=3)
@@ -824,7 +847,8 @@ def test_a_cache_computes_less_and_is_exact_at_first(cache):
 
 
 def test_texts_longer_than_the_window():
-    """Each block is written with as much of the text before it as fits; the network never sees more than its window."""
+    """Each block is written with as much of the text before it as fits; the network never sees more
+    than its window."""
     seen = []
 
     canvas = torch.full((1, 60), 10)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from toy import settings
 
-from config import Config, SampleConfig, family_defaults
+from config import Config, SampleConfig
 from model import Transformer
 from utils import (
     corpus,
@@ -27,6 +27,7 @@ from utils import (
 )
 from utils import page as pages
 from utils.families import FAMILIES, family_of
+from utils.settings import family_defaults
 from utils.tokenizer import train_bpe, train_char
 
 
@@ -271,7 +272,8 @@ setTimeout(() => { seen.push(look()); document.title = JSON.stringify(seen); }, 
 
 
 def test_the_page_in_a_browser(bpe, tmp_path):
-    """Keys, slider, play, colours and alternatives in a headless browser, where one is installed."""
+    """Keys, slider, play, colours and alternatives in a headless browser, where one is
+    installed."""
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
     if browser is None:
         pytest.skip("no Chromium or Chrome is installed")
@@ -301,7 +303,8 @@ def test_diversity():
 
 
 def test_diversity_of_known_texts():
-    """Of "a b a b a b c": words a b c of 7, pairs ab ba bc of 6; runs of four abab baba abab babc: one of 4 repeats."""
+    """Of "a b a b a b c": words a b c of 7, pairs ab ba bc of 6; runs of four abab baba abab babc:
+    one of 4 repeats."""
     report = samples.diversity(["a b a b a b c"])
     assert report["distinct_1"] == pytest.approx(3 / 7) and report["distinct_2"] == pytest.approx(3 / 6)
     assert report["distinct_3"] == pytest.approx(3 / 5) and report["repetition"] == pytest.approx(1 / 4)
@@ -347,7 +350,8 @@ def test_a_network_that_knows_nothing_by_level(objective, changes):
 
 
 def test_pooled_cross_entropy_is_the_training_loss():
-    """Of the sources' preset: what their training prints, on the held-out rows; the schedule weighs it."""
+    """Of the sources' preset: what their training prints, on the held-out rows; the schedule weighs
+    it."""
     text, rows = train_char(["abcdefgh"], documents=False), torch.randint(8, (256, 16), generator=runtime.generator(2))
     found = {}
     for schedule in ("linear", "md4_cosine"):
@@ -408,7 +412,8 @@ def test_what_fills_up_a_row_is_no_copied_text():
 
 
 def test_a_judge_counts_nats_per_character():
-    """A network that knows nothing says ln V a token, of one character each; windows are cut, and nothing is scored twice."""
+    """A network that knows nothing says ln V a token, of one character each; windows are cut, and
+    nothing is scored twice."""
     text = train_char(["abcdefgh"], documents=False)
     cfg, model = tiny_model("ar")
     torch.nn.init.zeros_(model.head.weight)

@@ -53,7 +53,8 @@ def test_select_gives_the_same_logits(kind):
 
 
 def test_first_loss_is_ln_v():
-    """Zero initialisation: exactly; N(0, 0.02), tied or not: nearly. (A tied head cannot start at zero.)"""
+    """Zero initialisation: exactly; N(0, 0.02), tied or not: nearly. (A tied head cannot start at
+    zero.)"""
     for changes, tolerance in (({"init": "zero"}, 1e-6), ({"init": "normal"}, 0.05),
                                ({"init": "normal", "tie_embeddings": True}, 0.05)):
         torch.manual_seed(0)
@@ -83,7 +84,8 @@ def test_row_zero_of_the_time_table_is_for_clean_text_only():
 
 
 def test_who_may_look_at_whom():
-    """A causal mask hides the future exactly; a bool mask hides what it says; full attention hides nothing."""
+    """A causal mask hides the future exactly; a bool mask hides what it says; full attention hides
+    nothing."""
     model, changed = build(), IDS.clone()
     changed[0, 5] = 7
     before, after = model(IDS), model(changed)
@@ -176,8 +178,9 @@ def test_learning_rate():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_overfits_one_sequence(kind):
-    """With a given first token, as in document rows: rotary positions are relative, so a row of nothing but MASKs
-    looks the same everywhere, and no network of this kind can know where it is in it."""
+    """With a given first token, as in document rows: rotary positions are relative, so a row of
+    nothing but MASKs looks the same everywhere, and no network of this kind can know where it is in
+    it."""
     torch.manual_seed(0)
     model = Transformer(shape(init="zero", **kind), 12).train()
     x0 = torch.randint(11, (1, 8), generator=runtime.generator(2)).expand(32, 8)
@@ -198,7 +201,8 @@ def test_overfits_one_sequence(kind):
 
 
 def test_learns_the_toy_chain():
-    """Two layers on samples of the toy reach E[NELBO] - H < 0.02 nats, judged on all 81 sequences with their weights."""
+    """Two layers on samples of the toy reach E[NELBO] - H < 0.02 nats, judged on all 81 sequences
+    with their weights."""
     from test_maths import ENTROPY, exact_nelbo
     from toy import SEQUENCES, P
     torch.manual_seed(0)
@@ -218,7 +222,8 @@ def test_learns_the_toy_chain():
 
 
 def test_rotary_base_is_the_longest_wavelength():
-    """A pair of channels turns by one radian a token, the slowest by 1 / base (but for half a step); 10,000 as published."""
+    """A pair of channels turns by one radian a token, the slowest by 1 / base (but for half a
+    step); 10,000 as published."""
     for base in (100.0, 10_000.0):
         cos, sin = rotary_table(torch.tensor([1]), 64, base)
         angle = torch.atan2(sin[0, 0, :32], cos[0, 0, :32])

@@ -40,7 +40,8 @@ def test_probabilities_of_a_small_grammar_sum_to_one():
 
 
 def test_entropy_of_a_small_grammar_is_exact():
-    """Which also shows that no story has two derivations: they would make it smaller than the formula says."""
+    """Which also shows that no story has two derivations: they would make it smaller than the
+    formula says."""
     stories = set(every_story(SMALL))
     exact = -sum(math.exp(p) * p for p in (log_prob(story, SMALL) for story in stories))
     assert entropy(SMALL) == pytest.approx(exact, abs=1e-9)
@@ -82,7 +83,8 @@ def test_broken_agreement_is_found():
 
 
 def test_sentences_in_the_same_place_are_equally_long():
-    """In all plots, so the position of a word tells which sentence it belongs to; see the comment at PLOTS."""
+    """In all plots, so the position of a word tells which sentence it belongs to; see the comment
+    at PLOTS."""
     import re
 
     def words(template):

@@ -79,7 +79,8 @@ def test_documents_survive_the_file(tmp_path):
 @pytest.mark.parametrize("kind", ("jsonl", "parquet"))
 def test_local_datasets(kind, tmp_path, monkeypatch):
     import datasets
-    # it waits that long, in seconds, for threads of pyarrow after a shuffled .parquet file, five by default
+    # it waits that long, in seconds, for threads of pyarrow after a shuffled .parquet file, five by
+    # default
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1)
     path = str(tmp_path / f"x.{kind}")
     rows = [{"text": f"story {i}", "body": f"body {i}"} for i in range(30)]

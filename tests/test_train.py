@@ -1,4 +1,5 @@
-"""Training at scale and in trouble: micro-batches, several processes, shards, kills, full disks, exact resuming."""
+"""Training at scale and in trouble: micro-batches, several processes, shards, kills, full disks,
+exact resuming."""
 import dataclasses
 import json
 import math
@@ -40,9 +41,10 @@ from utils import (
 )
 from utils.cli import UserError
 from utils.families import FAMILIES, family_of
+from utils.settings import family_defaults
 
 CPU = ranks.Hardware(torch.device("cpu"))
-UNIFORM = config.family_defaults("uniform", FAMILIES) | {"objective": "uniform"}
+UNIFORM = family_defaults("uniform", FAMILIES) | {"objective": "uniform"}
 TINY = dict(data="tales", rows="document", vocab_size=1024, seq_len=67, n_layer=1, n_head=2, n_embd=16, batch_size=4,
             tie_embeddings=True, max_iters=6, eval_interval=3, eval_rows=4, final_rows=4, final_masks=2, final_samples=0, compile="off",
             device="cpu", dtype="float32", name="tiny")
@@ -74,8 +76,8 @@ def assert_close(a, b, tolerance):
                                      {"corruption": "bernoulli", "rows": "stream", "seq_len": 32}, {"block_len": 11},
                                      {"objective": "ar"}, UNIFORM))
 def test_micro_batches_are_the_batch(changes):
-    """Ten steps in fp32: two rows at a time, or all at once. With the sum of gradients instead of the mean, or other masks,
-    the weights would differ by their own size."""
+    """Ten steps in fp32: two rows at a time, or all at once. With the sum of gradients instead of
+    the mean, or other masks, the weights would differ by their own size."""
     for name, micro_batch in (("whole", 0), ("parts", 2)):
         train.train(tiny(name=name, micro_batch=micro_batch, max_iters=10, eval_interval=10, short_rows=0.2, **changes), quiet=True)
     assert_close(weights("whole"), weights("parts"), 1e-5)
@@ -108,8 +110,8 @@ def test_ranks_share_the_batch():
     (64, 256, 0, 16, {"complementary": True}), (8, 5, 0, 2, {"complementary": True}), (2, 3, 0, 2, {"complementary": True}),
     (16, 64, 0, 4, {"block_len": 16}), (16, 65, 1, 16, {"block_len": 4}), (8, 16, 0, 8, {"block_len": 1})))
 def test_a_layout_has_a_static_bound(B, L, given, size, changes):
-    """All pieces of a batch have an index of one length at every step; it lists the masked positions, then -1; and it is
-    hardly longer than needed."""
+    """All pieces of a batch have an index of one length at every step; it lists the masked
+    positions, then -1; and it is hardly longer than needed."""
     cfg = toy.settings(**{"seq_len": L, "rows": "document" if given else "stream"} | changes)
     complementary, n = cfg.complementary, cfg.block_len or L - given
     units = B * (L - given) // n
@@ -137,8 +139,8 @@ def test_an_index_filled_up_changes_no_loss():
 
 
 def test_complementary_masks():
-    """Each token of a pair's text is masked in one row or the other (both, if a row has all masked); the number of masks
-    stays uniform, so that the loss stays the bound (test_maths.py)."""
+    """Each token of a pair's text is masked in one row or the other (both, if a row has all
+    masked); the number of masks stays uniform, so that the loss stays the bound (test_maths.py)."""
     cfg, counts = toy.settings(complementary=True), []
     for step in range(400):
         masked, weight, *_ = family_of(cfg).corrupt((8, 4), runtime.generator(step))
@@ -208,7 +210,8 @@ def test_what_is_judged_and_sampled_is_the_average():
                                      {"weight_decay": 0.1, "softcap": 15.0, "rope_base": 1000.0}, {"time_sampling": "importance"},
                                      UNIFORM, {"objective": "ar"}, {"block_len": 6}))
 def test_resuming_is_exact(changes, monkeypatch):
-    """Any number of stops: weights, optimizer state, average, log and best-so-far are those of a run in one go."""
+    """Any number of stops: weights, optimizer state, average, log and best-so-far are those of a
+    run in one go."""
     whole = tiny(name="whole", dropout=0.1, short_rows=0.5, save_interval=1, **changes)
     monkeypatch.setattr(importance, "EVERY", 2)
     train.train(whole, quiet=True)
@@ -248,7 +251,8 @@ def test_resuming_is_exact(changes, monkeypatch):
 
 
 def test_a_stop_between_evaluations_leaves_no_trace(monkeypatch):
-    """Ctrl-C after step 4 of 6, evaluations at 3 and 6: saved and not evaluated, so that log and best stay the same."""
+    """Ctrl-C after step 4 of 6, evaluations at 3 and 6: saved and not evaluated, so that log and
+    best stay the same."""
     whole = tiny(name="whole")
     train.train(whole, quiet=True)
     interrupt(monkeypatch, 3, signal.SIGTERM)
@@ -263,7 +267,8 @@ def test_a_stop_between_evaluations_leaves_no_trace(monkeypatch):
 
 @pytest.mark.parametrize("stop, begin", ((1, 0), (3, 1)))
 def test_a_stopped_run_that_ends_where_it_stopped_is_judged(stop, begin, monkeypatch):
-    """Ctrl-C between evaluations, and no step is left to do: these steps get their evaluation, also if it is the first."""
+    """Ctrl-C between evaluations, and no step is left to do: these steps get their evaluation, also
+    if it is the first."""
     interrupt(monkeypatch, stop, signal.SIGINT)
     train.train(tiny(eval_interval=3))
     assert len(open("artifacts/logs/tiny.jsonl").readlines()) == begin
@@ -299,7 +304,8 @@ def test_another_text_is_no_way_to_go_on(tmp_path):
 
 
 def forkserver():
-    """Processes that start in milliseconds: forked from one that has imported torch and this project, and no more."""
+    """Processes that start in milliseconds: forked from one that has imported torch and this
+    project, and no more."""
     os.environ["PYTHONPATH"] = os.pathsep.join([ROOT, os.path.join(ROOT, "tests")])
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "train", "test_train"])
@@ -315,8 +321,8 @@ def save_for_ever(path):
 
 
 def test_a_kill_at_any_moment_leaves_a_checkpoint(tmp_path):
-    """24 kills at random moments, most of them inside a save: what is there is whole, and no older than the last save
-    that had ended."""
+    """24 kills at random moments, most of them inside a save: what is there is whole, and no older
+    than the last save that had ended."""
     path, dice, steps, unfinished = str(tmp_path / "x.pt"), random.Random(0), [0], 0
     for _ in range(24):
         child = forkserver().Process(target=save_for_ever, args=(path,))
@@ -337,7 +343,8 @@ def test_a_kill_at_any_moment_leaves_a_checkpoint(tmp_path):
 
 
 def test_a_run_that_is_killed_again_and_again(tmp_path):
-    """kill -9 at three random moments of a run that saves at every step; what it ends with is what it would have been."""
+    """kill -9 at three random moments of a run that saves at every step; what it ends with is what
+    it would have been."""
     long = dict(max_iters=60, eval_interval=20, save_interval=1)
     train.train(tiny(name="whole", **long), quiet=True)
     dice, path, cfg, state = random.Random(1), "artifacts/models/parts.pt", tiny(name="parts", **long), None
@@ -358,7 +365,8 @@ def test_a_run_that_is_killed_again_and_again(tmp_path):
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(monkeypatch):
-    """Files may not grow beyond 100 kB after step 3: the checkpoint (200 kB) cannot be written; then not even the log."""
+    """Files may not grow beyond 100 kB after step 3: the checkpoint (200 kB) cannot be written;
+    then not even the log."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     draw = train.draw_batch
 
@@ -412,8 +420,8 @@ def test_a_crash_in_the_final_metrics_loses_nothing(monkeypatch):
 
 @pytest.mark.parametrize("of_last", (4.0, 6.0, math.nan))
 def test_the_best_is_found_anew_at_the_end(of_last, monkeypatch):
-    """One mask a row finds step 3 the best of 3 and 6; all of them may find that it is the last. A resumed run has to be
-    better than what was found."""
+    """One mask a row finds step 3 the best of 3 and 6; all of them may find that it is the last. A
+    resumed run has to be better than what was found."""
     nlls, finals = [1.0, 2.0, 1.5], [5.0, of_last, 3.0, 8.0]
     monkeypatch.setattr(metrics, "mean_and_errors", lambda nll: (nlls.pop(0), 0.1, 0.1))
     monkeypatch.setattr(metrics, "held_out", lambda *_: {"bound_nats_per_token": finals.pop(0)})
@@ -457,7 +465,8 @@ def test_evaluations_take_no_more_rows_than_training(monkeypatch):
 
 
 def test_float16_steps_over_an_overflow(monkeypatch):
-    """Gradients of step 3 that float16 cannot hold: no optimizer steps, the scale is halved, and the run goes on."""
+    """Gradients of step 3 that float16 cannot hold: no optimizer steps, the scale is halved, and
+    the run goes on."""
     draw = train.draw_batch
 
     def large(family, data, step, *rest):
@@ -488,8 +497,8 @@ cli.run(train.main)
 
 
 def test_two_processes_are_one_and_survive_a_crash(tmp_path):
-    """torchrun with two processes, one of which dies at step 7: it starts again from the checkpoint of step 5 by itself,
-    under the same name, and ends with the weights of one process in one go."""
+    """torchrun with two processes, one of which dies at step 7: it starts again from the checkpoint
+    of step 5 by itself, under the same name, and ends with the weights of one process in one go."""
     changes = dict(max_iters=10, eval_interval=5, short_rows=0.2, micro_batch=1, ema=0.9, name="tiny")
     train.train(tiny(**changes), quiet=True)
     os.rename("artifacts", "alone")
@@ -512,7 +521,8 @@ def test_two_processes_are_one_and_survive_a_crash(tmp_path):
 
 @pytest.mark.parametrize("rank, local, before, after", ((0, "0", 0, 2), (4, "0", 1, 1), (5, "1", 2, 0)))
 def test_a_first_process_that_fails_lets_the_others_go_on(rank, local, before, after, monkeypatch):
-    """What one process cannot find the others cannot either, and say so, instead of waiting for it in vain."""
+    """What one process cannot find the others cannot either, and say so, instead of waiting for it
+    in vain."""
     calls = []
     monkeypatch.setenv("LOCAL_RANK", local)
     monkeypatch.setattr(ranks.dist, "barrier", lambda: calls.append("barrier"))
@@ -523,7 +533,8 @@ def test_a_first_process_that_fails_lets_the_others_go_on(rank, local, before, a
 
 
 def test_a_restart_finds_its_own_run(monkeypatch):
-    """An earlier job of the same name is not gone on with, and over several nodes there is no guess."""
+    """An earlier job of the same name is not gone on with, and over several nodes there is no
+    guess."""
     for name, value in (("RUN_ID", "run1"), ("RESTART_COUNT", "0")):
         monkeypatch.setenv(f"TORCHELASTIC_{name}", value)
     monkeypatch.setenv("WORLD_SIZE", "1")
@@ -612,7 +623,8 @@ def test_a_full_disk_loses_no_shard(stories, monkeypatch):
 
 
 def test_shards_go_on_after_an_interruption(stories, monkeypatch, capsys):
-    """Stopped in the middle of the third shard, and asked for more later: the same files as in one go."""
+    """Stopped in the middle of the third shard, and asked for more later: the same files as in one
+    go."""
     make_shards(COMMAND + "whole.bin", monkeypatch)
     documents_of = texts.documents_of
 
@@ -638,7 +650,8 @@ def test_shards_go_on_after_an_interruption(stories, monkeypatch, capsys):
 
 
 def write_and_measure(pipe):
-    """Shards from two .jsonl, in a process of its own; sends by how many kB the second one made its peak memory grow."""
+    """Shards from two .jsonl, in a process of its own; sends by how many kB the second one made its
+    peak memory grow."""
     for name in ("some", "many"):  # the first also pays for imports, threads and buffers
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         data_script.main(f"--dataset {name}.jsonl {WRITE} {name}.bin".split())
@@ -649,8 +662,8 @@ WRITE = "--text-column body --tokens 1B --tokenizer t.json --output"
 
 
 def test_shards_are_written_in_flat_memory(stories):
-    """70,000 documents more, 20 MB, make the whole process grow by hardly more than what `datasets` and the tokenizer keep
-    for themselves (26 MB), through the same calls as those for the hub."""
+    """70,000 documents more, 20 MB, make the whole process grow by hardly more than what `datasets`
+    and the tokenizer keep for themselves (26 MB), through the same calls as those for the hub."""
     documents, _ = stories
     for name, count in (("some", 50_000), ("many", 120_000)):
         with open(f"{name}.jsonl", "w") as file:

@@ -1,7 +1,9 @@
-"""A distribution small enough to know everything about: 4 tokens of 3 kinds, a Markov chain, 81 sequences.
+"""A distribution small enough to know everything about: 4 tokens of 3 kinds, a Markov chain, 81
+sequences.
 
-`Lookup` is a "network" that looks up exact conditionals; it goes through the same loss and sampler code as the real
-one. All expected values of test_maths.py are exact properties of this distribution.
+`Lookup` is a "network" that looks up exact conditionals; it goes through the same loss and sampler
+code as the real one. All expected values of test_maths.py are exact properties of this
+distribution.
 """
 import dataclasses
 import itertools
@@ -35,7 +37,8 @@ def conditionals():
 
 
 class Lookup:
-    """The perfect network, or with blur > 0 an imperfect one: (1 - blur) p + blur / 3. Counts its evaluations."""
+    """The perfect network, or with blur > 0 an imperfect one: (1 - blur) p + blur / 3. Counts its
+    evaluations."""
     vocab_size = V + 1
 
     def __init__(self, blur=0.0):
@@ -59,7 +62,8 @@ def total_variation(p, q):
 
 
 def settings(**changes):
-    """A Config with changes, unchecked (also of pairs that no run may have), whose loss is the bound."""
+    """A Config with changes, unchecked (also of pairs that no run may have), whose loss is the
+    bound."""
     assert changes.keys() <= {f.name for f in dataclasses.fields(Config)}
     return SimpleNamespace(**dataclasses.asdict(Config()) | {"loss_weighting": "elbo"} | changes)
 
@@ -70,7 +74,8 @@ def family(**changes):
 
 
 def sample(model, canvas, *, window=None, stop=None, seeds=None, top=0, **changes):
-    """`diffusion.sample` of a model of `settings`; changes are of them or of SampleConfig, whose top_p is 1 here."""
+    """`diffusion.sample` of a model of `settings`; changes are of them or of SampleConfig, whose
+    top_p is 1 here."""
     names = {f.name for f in dataclasses.fields(SampleConfig)}
     how = SampleConfig(**{"top_p": 1.0} | {k: v for k, v in changes.items() if k in names})
     kind = family(**{k: v for k, v in changes.items() if k not in names})

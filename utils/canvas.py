@@ -1,5 +1,5 @@
-"""Canvases: rows of ids, MASK where the model generates. Prompted, infilled and unconditional samples differ only in where
-the MASKs are."""
+"""Canvases: rows of ids, MASK where the model generates. Prompted, infilled and unconditional
+samples differ only in where the MASKs are."""
 import re
 
 from config import LONGEST
@@ -14,7 +14,8 @@ GUIDE_HOLE = 5  # tokens of [___], the hole of the "Let's build a diffusion LM" 
 
 
 def parse_infill(template):
-    """'Tom [8] a [3] boat.' -> ['Tom ', 8, ' a ', 3, ' boat.']. [___] is a hole of five, \\[, \\] and \\\\ are plain."""
+    """'Tom [8] a [3] boat.' -> ['Tom ', 8, ' a ', 3, ' boat.']. [___] is a hole of five, \\[, \\]
+    and \\\\ are plain."""
     parts, plain, position = [], "", 0
     for match in HOLE.finditer(template):
         plain += template[position:match.start()]
@@ -36,10 +37,11 @@ def parse_infill(template):
 
 
 def build(tokenizer, parts, window):
-    """One row (list of ids) from parts: str is given, int a number of MASKs, None MASKs to the end of the window.
+    """One row (list of ids) from parts: str is given, int a number of MASKs, None MASKs to the end
+    of the window.
 
-    A model of documents starts with a given `<|endoftext|>`: a document begins here. A token of BPE carries the space
-    in front of a word, so the space before a hole is left to the hole.
+    A model of documents starts with a given `<|endoftext|>`: a document begins here. A token of BPE
+    carries the space in front of a word, so the space before a hole is left to the hole.
     """
     row = [] if tokenizer.end is None else [tokenizer.end]
     ids = iter(tokenizer.encode([
@@ -59,16 +61,18 @@ def build(tokenizer, parts, window):
 
 
 def end(tokenizer, ids, blank=None):
-    """Where the text of a sampled row (list of ids) ends: at the first `<|endoftext|>` that the model wrote after all
-    given text. blank is the canvas (list of ids) that the row began as; None is an unconditional one."""
+    """Where the text of a sampled row (list of ids) ends: at the first `<|endoftext|>` that the
+    model wrote after all given text. blank is the canvas (list of ids) that the row began as; None
+    is an unconditional one."""
     given = [i for i, token in enumerate(blank or ()) if token != tokenizer.mask]
     after = given[-1] + 1 if given else 1
     return ids.index(tokenizer.end, after) if tokenizer.end in ids[after:] else len(ids)
 
 
 def finished(tokenizer, ids, blank=None, stop=True):
-    """Text (str) of a sampled row (list of ids): from after the `<|endoftext|>` that starts it to its `end`; with
-    stop=False all of it, each `<|endoftext|>` as in a prepared file, on a line of its own."""
+    """Text (str) of a sampled row (list of ids): from after the `<|endoftext|>` that starts it to
+    its `end`; with stop=False all of it, each `<|endoftext|>` as in a prepared file, on a line of
+    its own."""
     if tokenizer.end is None:
         return tokenizer.decode(ids)
     if stop:
@@ -83,8 +87,8 @@ def finished(tokenizer, ids, blank=None, stop=True):
 
 
 def documents(tokenizer, ids, rows):
-    """Texts (list of str) of an unconditional sample: one where rows (of the config) is "document", and where it is
-    "stream" all that stand whole between two `<|endoftext|>`."""
+    """Texts (list of str) of an unconditional sample: one where rows (of the config) is "document",
+    and where it is "stream" all that stand whole between two `<|endoftext|>`."""
     if rows == "document":
         return [finished(tokenizer, ids)]
     ends = [i for i, token in enumerate(ids) if token == tokenizer.end]
@@ -95,7 +99,8 @@ def documents(tokenizer, ids, rows):
 
 
 def rows_of(how, family, tokenizer):
-    """Rows to fill: list of (canvas, a list of ids; seed), as how (SampleConfig) has prompts, holes and numbers of samples."""
+    """Rows to fill: list of (canvas, a list of ids; seed), as how (SampleConfig) has prompts, holes
+    and numbers of samples."""
     if how.infill:
         templates = [parse_infill(how.infill)]
     else:
@@ -129,7 +134,8 @@ def given_after_a_hole(row, mask):
 
 
 def batches(rows, family, vocabulary, device):
-    """Indices (lists) of the rows, a list of (canvas, seed), that are generated together: those of a length, as many as fit."""
+    """Indices (lists) of the rows, a list of (canvas, seed), that are generated together: those of
+    a length, as many as fit."""
     for length in dict.fromkeys(len(row) for row, _ in rows):
         members = [i for i, (row, _) in enumerate(rows) if len(row) == length]
         size = runtime.rows_at_once(family, vocabulary, length, device)

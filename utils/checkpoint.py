@@ -1,7 +1,8 @@
 """Checkpoints: one file that holds all that inference or a resumed run needs.
 
-Tensors, numbers, strings, lists and dicts only, and loaded with weights_only=True, so that opening a stranger's file
-runs no code. Written beside the old file and then renamed, so that a crash at any moment leaves the old file whole.
+Tensors, numbers, strings, lists and dicts only, and loaded with weights_only=True, so that opening
+a stranger's file runs no code. Written beside the old file and then renamed, so that a crash at any
+moment leaves the old file whole.
 """
 import contextlib
 import dataclasses
@@ -26,7 +27,8 @@ MAY_CHANGE = {"max_iters", "max_minutes", "save_interval", "device", "dtype", "c
 
 
 def save(path, state):
-    """Write the dict `state` to `path`, all or nothing. A full disk or missing permission is a UserError."""
+    """Write the dict `state` to `path`, all or nothing. A full disk or missing permission is a
+    UserError."""
     # torch's zip writer turns a failed write into RuntimeError
     with cli.replacing(path, RuntimeError) as temporary, open(temporary, "wb") as file:
         torch.save(state, file)
@@ -39,8 +41,8 @@ ENTRIES_OR_NONE = {"ema": dict, "corpus": str, "job": str, "density": torch.Tens
 
 
 def check_state(state, path):
-    """Complain of the first entry of what should be a checkpoint (dict) that is not as `snapshot` writes it: anybody may have
-    made the file."""
+    """Complain of the first entry of what should be a checkpoint (dict) that is not as `snapshot`
+    writes it: anybody may have made the file."""
     if not isinstance(state, dict) or type(state.get("version")) is not int:
         raise UserError(f"{path} is no checkpoint of this program")
     if state["version"] != config.VERSION:
@@ -59,7 +61,8 @@ def check_state(state, path):
     for part in ("model", "ema"):
         tensors |= {f"{part}'s {name}": weights for name, weights in (state.get(part) or {}).items()}
     for name, tensor in tensors.items():
-        # neither sparse nor without memory of its own, which a small file can make arbitrarily large
+        # neither sparse nor without memory of its own, which a small file can make arbitrarily
+        # large
         plain = torch.is_tensor(tensor) and tensor.dtype in PLAIN and tensor.layout == torch.strided and not tensor.is_nested and (
             tensor.device.type == "cpu" and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes())
         if not plain or not tensor.isfinite().all():
@@ -70,7 +73,8 @@ def check_state(state, path):
 
 @contextlib.contextmanager
 def fitting(path):
-    """Turn what happens where the contents of a checkpoint are of the right types, but not of this network, into a UserError."""
+    """Turn what happens where the contents of a checkpoint are of the right types, but not of this
+    network, into a UserError."""
     try:
         yield
     except (KeyError, IndexError, RuntimeError, TypeError, ValueError, AttributeError) as error:
@@ -82,7 +86,8 @@ def fitting(path):
 
 
 def read(path):
-    """The dict that `save` wrote. A file that is missing, damaged or no checkpoint is a UserError."""
+    """The dict that `save` wrote. A file that is missing, damaged or no checkpoint is a
+    UserError."""
     if not os.path.isfile(path):
         raise UserError(f"there is no checkpoint {path}; train one with: python train.py")
     try:
@@ -96,7 +101,8 @@ def read(path):
 
 
 def newest(folder=os.path.join(Config.out_dir, "models"), best=True):
-    """Path of the newest run's checkpoint in `folder`: its best file (or the last one, to resume)."""
+    """Path of the newest run's checkpoint in `folder`: its best file (or the last one, to
+    resume)."""
     files = [os.path.join(folder, f) for f in os.listdir(folder) if f.endswith(".pt")] if os.path.isdir(folder) else []
     last = [f for f in files if not f.endswith(".best.pt")]
     if not files or not (last or best):
@@ -120,8 +126,8 @@ def unused_name(out_dir, name):
 
 
 def interrupted(out_dir, name):
-    """Path of the checkpoint to go on with where torchrun has started this process anew: that of the run called `name`,
-    name-2, ..., that this job wrote; "" if there is none."""
+    """Path of the checkpoint to go on with where torchrun has started this process anew: that of
+    the run called `name`, name-2, ..., that this job wrote; "" if there is none."""
     folder = os.path.join(out_dir, "models")
     if not ranks.restarted() or not os.path.isdir(folder):
         return ""
@@ -134,21 +140,23 @@ def interrupted(out_dir, name):
 
 
 def snapshot(cfg, data, model, step, nll, **more):
-    """State for `save`: what inference needs, and `more` for a resumed run. data is its Corpus, nll the last held-out bound."""
+    """State for `save`: what inference needs, and `more` for a resumed run. data is its Corpus, nll
+    the last held-out bound."""
     return {"version": config.VERSION, "config": dataclasses.asdict(cfg), "sample": sample_defaults(), "corpus": data.fingerprint,
             "tokenizer": data.tokenizer.to_json(), "step": step, "nll": nll, "model": model.state_dict(), **more}
 
 
 def sample_defaults():
-    """How config.py says that this model should be sampled: the group "how", but for the machine's own."""
+    """How config.py says that this model should be sampled: the group "how", but for the machine's
+    own."""
     names = [f.name for f in dataclasses.fields(SampleConfig)]
     how = names[names.index("sampler"):names.index("device")]
     return {name: getattr(SampleConfig(), name) for name in how}
 
 
 def sampling(state, path):
-    """How the author of a checkpoint (dict) wanted it sampled (dict). A UserError where it says anything else: a file to write,
-    say."""
+    """How the author of a checkpoint (dict) wanted it sampled (dict). A UserError where it says
+    anything else: a file to write, say."""
     with fitting(path):
         if unknown := set(state["sample"]) - set(sample_defaults()):
             raise UserError(f"there is no way of sampling called {sorted(map(str, unknown))[0]}")
@@ -174,9 +182,11 @@ def restore(state, device, path="the checkpoint"):
 
 
 def resumed_config(positional, overrides):
-    """(Config, checkpoint dict) for --resume: the run's own settings, with the allowed changes of the command line.
+    """(Config, checkpoint dict) for --resume: the run's own settings, with the allowed changes of
+    the command line.
 
-    The run goes on where its checkpoint lies, FOLDER/models/NAME.pt, so that no other run can be overwritten.
+    The run goes on where its checkpoint lies, FOLDER/models/NAME.pt, so that no other run can be
+    overwritten.
     """
     if positional:
         raise UserError(f"--resume takes its preset from the checkpoint; leave out {positional[0]}")

@@ -1,4 +1,5 @@
-"""What all command lines share: a dataclass whose fields are flags, errors in one line, exit codes, whole files."""
+"""What all command lines share: a dataclass whose fields are flags, errors in one line, exit codes,
+whole files."""
 import contextlib
 import dataclasses
 import difflib
@@ -26,8 +27,9 @@ def no_memory(error):
 def replacing(path, *also):
     """A name to write to, which takes the place of `path` once all is written and on the disk.
 
-    What was there stays whole if that fails, or if the machine stops at any moment. OSError (full disk, missing permission)
-    and the exceptions `also` become a UserError. A link stays one; a device, /dev/stdout say, is written as it is.
+    What was there stays whole if that fails, or if the machine stops at any moment. OSError (full
+    disk, missing permission) and the exceptions `also` become a UserError. A link stays one; a
+    device, /dev/stdout say, is written as it is.
     """
     target = os.path.realpath(path)
     device = os.path.exists(target) and not os.path.isfile(target)
@@ -63,8 +65,8 @@ MOST = 10**12  # of a whole number whose field names no other: beyond, C integer
 
 
 def field(default, help, group=None, choices=None, low=None, high=None, above=None, below=None, alias=None):
-    """A dataclass field that is a flag. `group` starts a heading of --help, for this field and those after it; alias is an older
-    name of it, which flags, experiments and checkpoints may use.
+    """A dataclass field that is a flag. `group` starts a heading of --help, for this field and
+    those after it; alias is an older name of it, which flags, experiments and checkpoints may use.
 
     low <= value <= high, above < value < below: what `check` allows, where given.
     """
@@ -79,8 +81,9 @@ def aliases(kind):
 
 
 def check(config):
-    """Complain of the first field of the dataclass `config` that is none of its choices or beyond its limits, so before
-    anything is computed or memory taken. None, where it is the default, stands for a value that is found later."""
+    """Complain of the first field of the dataclass `config` that is none of its choices or beyond
+    its limits, so before anything is computed or memory taken. None, where it is the default,
+    stands for a value that is found later."""
     for f in dataclasses.fields(config):
         choices, value, limit = f.metadata["choices"], getattr(config, f.name), f.metadata["limits"]
         if value is None:
@@ -97,6 +100,11 @@ def check(config):
                 raise UserError(f"{f.name}={value} {words} {shown}")
 
 
+def refuse(config, names, why):
+    """Complain of the settings called `names` of the dataclass `config`."""
+    raise UserError(f"{', '.join(f'{name}={getattr(config, name)}' for name in names)}: {why}")
+
+
 def check_name(kind, name, known):
     """Complain where there is no `kind` (say, sampler) called `name`; known is its dictionary."""
     if name not in known:
@@ -104,8 +112,8 @@ def check_name(kind, name, known):
 
 
 def check_needs(family, settings):
-    """Complain of the first of the settings (a dataclass) that the family cannot have: family.needs is a table {setting: allowed
-    values}, family.why {setting: why so}."""
+    """Complain of the first of the settings (a dataclass) that the family cannot have: family.needs
+    is a table {setting: allowed values}, family.why {setting: why so}."""
     for name, allowed in family.needs.items():
         value = getattr(settings, name, allowed[0])
         if value not in allowed:
@@ -131,7 +139,8 @@ def convert(f, text):
 
 
 def parse(argv, kind):
-    """Command line -> (positional arguments, overrides): `--key value`, `--key=value`, `--bool`; - and _ are one."""
+    """Command line -> (positional arguments, overrides): `--key value`, `--key=value`, `--bool`; -
+    and _ are one."""
     fields, older = {f.name: f for f in dataclasses.fields(kind)}, aliases(kind)
     positional, overrides, rest = [], {}, list(argv)
     while rest:
@@ -210,7 +219,8 @@ def duration(seconds):
 
 
 def command(kind, run, usage, unexpected=None, lists=None):
-    """The main(argv) of a script: calls run(positional arguments, overrides), whose flags are the fields of the dataclass kind.
+    """The main(argv) of a script: calls run(positional arguments, overrides), whose flags are the
+    fields of the dataclass kind.
 
     unexpected  what to say where there is a positional argument and may be none
     lists       function that shows what --list does
@@ -228,7 +238,8 @@ def command(kind, run, usage, unexpected=None, lists=None):
 
 
 def run(main):
-    """Call main(sys.argv[1:]) as a script does; what the user can mend ends in one line and exit code 2."""
+    """Call main(sys.argv[1:]) as a script does; what the user can mend ends in one line and exit
+    code 2."""
     try:
         main(sys.argv[1:])
     except UserError as error:

@@ -42,8 +42,8 @@ def tales_held_out(cfg):
 
 
 def tales_batch(tokenizer, cfg, held_out, step, rows=slice(None)):
-    """A batch of stories that nobody has seen, none of them in the set `held_out`: one a row, or (rows=stream) windows
-    of stories that follow each other."""
+    """A batch of stories that nobody has seen, none of them in the set `held_out`: one a row, or
+    (rows=stream) windows of stories that follow each other."""
     size = cfg.batch_size * cfg.seq_len
     n = cfg.batch_size if cfg.rows == "document" else size // SHORTEST_TALE + 2
     stories = tales.generate(f"train {cfg.seed} {step}", n)
@@ -60,13 +60,15 @@ def tales_batch(tokenizer, cfg, held_out, step, rows=slice(None)):
 
 
 def latest(batch, cfg, steps, limit):
-    """The rows of the last batches of a run of so many steps, about `limit` tokens together: (N, L) int."""
+    """The rows of the last batches of a run of so many steps, about `limit` tokens together: (N, L)
+    int."""
     first = steps - max(1, limit // (cfg.batch_size * cfg.seq_len))
     return torch.cat([batch(step).int() for step in range(max(0, first), max(1, steps))])
 
 
 def load(cfg, tokenizer=None):
-    """Corpus of cfg.data. `text` is the tokenizer of a checkpoint to go on with; else cfg.tokenizer decides."""
+    """Corpus of cfg.data. `text` is the tokenizer of a checkpoint to go on with; else cfg.tokenizer
+    decides."""
     if cfg.max_documents and (cfg.data == "tales" or os.path.isdir(cfg.data)):
         raise UserError(f"max_documents={cfg.max_documents} with {cfg.data}: only a text file is cut to its first documents")
     if cfg.data == "tales":
@@ -110,8 +112,8 @@ def fingerprint(ids):
 
 
 def check_same(data, recorded, cfg):
-    """Refuse to go on with a run on other training tokens than those whose fingerprint its checkpoint recorded (None: it
-    recorded none)."""
+    """Refuse to go on with a run on other training tokens than those whose fingerprint its
+    checkpoint recorded (None: it recorded none)."""
     if recorded and data.fingerprint != recorded:
         raise UserError(f"{cfg.data} is not the text that {cfg.name} was trained on (fingerprint {recorded}, now "
                         f"{data.fingerprint}; {data.tokens:,} training tokens); restore it, or start a new run with "
@@ -119,7 +121,8 @@ def check_same(data, recorded, cfg):
 
 
 def make_tokenizer(cfg, sample, documents):
-    """Tokenizer for cfg.tokenizer: characters of `sample` (list of str), a BPE trained on it, or a tokenizer file."""
+    """Tokenizer for cfg.tokenizer: characters of `sample` (list of str), a BPE trained on it, or a
+    tokenizer file."""
     say = print if is_first() else lambda line: None
     if cfg.tokenizer == "char":
         return tokenizers.train_char(sample, documents)

@@ -23,8 +23,8 @@ class Corpus(NamedTuple):
 
 
 def cut(document):
-    """A document in pieces of some PIECE characters. A cut is made before a single space, where byte-level BPE never
-    joins; in a text without spaces, anywhere."""
+    """A document in pieces of some PIECE characters. A cut is made before a single space, where
+    byte-level BPE never joins; in a text without spaces, anywhere."""
     start, space = 0, re.compile(r"(?<=\S) (?=\S)")
     while start < len(document):
         end = start + PIECE
@@ -48,7 +48,8 @@ def in_batches(texts):
 
 
 def encode(documents, tokenizer):
-    """Ids of each of the documents (list of str): list of (n,) int32. Long ones are cut, so that memory stays flat."""
+    """Ids of each of the documents (list of str): list of (n,) int32. Long ones are cut, so that
+    memory stays flat."""
     pieces = [list(cut(document)) for document in documents]
     ids = (np.array(i, np.int32) for batch in in_batches(chain(*pieces)) for i in tokenizer.encode(batch, "the corpus"))
     return [np.concatenate([np.zeros(0, np.int32), *islice(ids, len(part))]) for part in pieces]
@@ -60,7 +61,8 @@ def end_of(tokenizer):
 
 
 def token_stream(documents, tokenizer):
-    """The documents one after the other, (N,) int32; with an end token, one before the first and one after each."""
+    """The documents one after the other, (N,) int32; with an end token, one before the first and
+    one after each."""
     end = end_of(tokenizer)
     return torch.from_numpy(np.concatenate([end] + [part for ids in encode(documents, tokenizer) for part in (ids, end)]))
 
@@ -68,8 +70,8 @@ def token_stream(documents, tokenizer):
 def document_rows(documents, tokenizer, seq_len):
     """(rows, seq_len) long: `<|endoftext|>`, the document, `<|endoftext|>` to the end.
 
-    A document that is longer than the window takes several rows, each with an `<|endoftext|>` in front: every row
-    starts with one, which is what `diffusion.bos_tokens` relies on.
+    A document that is longer than the window takes several rows, each with an `<|endoftext|>` in
+    front: every row starts with one, which is what `diffusion.bos_tokens` relies on.
     """
     if tokenizer.end is None:
         raise UserError("rows=document needs a tokenizer with <|endoftext|>, and so a corpus of several documents "
@@ -85,7 +87,8 @@ def document_rows(documents, tokenizer, seq_len):
 
 
 def held_out_rows(documents, tokenizer, cfg):
-    """The held-out documents as non-overlapping windows; what is left over at the end is dropped."""
+    """The held-out documents as non-overlapping windows; what is left over at the end is
+    dropped."""
     if cfg.rows == "document":
         return document_rows(documents, tokenizer, cfg.seq_len)
     return windows(token_stream(documents, tokenizer), cfg)

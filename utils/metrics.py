@@ -1,4 +1,5 @@
-"""The final metrics block: numbers about a trained model, each with its unit, and how they are shown."""
+"""The final metrics block: numbers about a trained model, each with its unit, and how they are
+shown."""
 import dataclasses
 import math
 import statistics
@@ -12,7 +13,8 @@ SEARCHED = 5_000_000  # training tokens that copies are looked for in
 
 
 def final(model, family, data, hardware, steps, count, how, judge=None):
-    """The final metrics block but for `held_out` (dict): `levels_of`, and of `count` samples what `samples.judge_rows` says.
+    """The final metrics block but for `held_out` (dict): `levels_of`, and of `count` samples what
+    `samples.judge_rows` says.
 
     steps     of the run, which say what it was trained on where that has no end
     how       SampleConfig of the samples
@@ -31,10 +33,12 @@ def final(model, family, data, hardware, steps, count, how, judge=None):
 
 
 def held_out(model, family, data, device):
-    """Held-out bound of `model` on the first cfg.final_rows held-out rows, in every unit (dict of floats).
+    """Held-out bound of `model` on the first cfg.final_rows held-out rows, in every unit (dict of
+    floats).
 
-    `<|endoftext|>` counts in nats and not in characters: a model also has to say where a text ends. On tales the
-    exact -log_prob of the same stories stands beside the bound. Of an autoregressive model the "bound" is exact.
+    `<|endoftext|>` counts in nats and not in characters: a model also has to say where a text ends.
+    On tales the exact -log_prob of the same stories stands beside the bound. Of an autoregressive
+    model the "bound" is exact.
     """
     cfg = family.cfg
     rows = data.held_out[: cfg.final_rows].to(device)
@@ -56,7 +60,8 @@ def mean_and_errors(nll):
     """Mean of nll (R, passes) and its two standard errors, over rows and over masks.
 
     rows   what another sample of as many held-out rows would change (their own masks included)
-    masks  what other masks on the same rows would change; passes are independent, so their spread tells (nan for one)
+    masks  what other masks on the same rows would change; passes are independent, so their spread
+           tells (nan for one)
     """
     R, passes = nll.shape
     rows = nll.mean(1).std().item() / math.sqrt(R) if R > 1 else math.nan
@@ -74,11 +79,13 @@ LEVELS = 10
 
 @torch.no_grad()
 def levels_of(model, family, data, device):
-    """What the network knows of masked tokens at each noise level, on the held-out rows of `held_out`: {"levels": list of
-    dicts of loss (nats), entropy of its distribution (nats), accuracy of its likeliest token}, and their means.
+    """What the network knows of masked tokens at each noise level, on the held-out rows of
+    `held_out`: {"levels": list of dicts of loss (nats), entropy of its distribution (nats),
+    accuracy of its likeliest token}, and their means.
 
-    At what is corrupted as the family's `probes` say. For masks also the sources' "perplexity", the exponential of the mean
-    cross entropy of all masked tokens under the training schedule: no likelihood, and another number with every schedule.
+    At what is corrupted as the family's `probes` say. For masks also the sources' "perplexity", the
+    exponential of the mean cross entropy of all masked tokens under the training schedule: no
+    likelihood, and another number with every schedule.
     """
     rows, generator = data.held_out[: family.cfg.final_rows].to(device), torch.Generator().manual_seed(0)
     levels, losses = {}, torch.full(rows.shape, math.nan)
@@ -97,7 +104,8 @@ def levels_of(model, family, data, device):
 
 
 def pooled_ce(model, cfg, rows, generator):
-    """Mean cross entropy, in nats, of all tokens of rows (R, L) that are masked under the training schedule."""
+    """Mean cross entropy, in nats, of all tokens of rows (R, L) that are masked under the training
+    schedule."""
     family = families.family_of(dataclasses.replace(cfg, loss_weighting="pooled", time_sampling="uniform", complementary=False))
     losses = []
     for part in rows.split(cfg.micro_batch or 64):
@@ -108,8 +116,8 @@ def pooled_ce(model, cfg, rows, generator):
 
 
 def _look(model, family, rows, corruption):
-    """(loss, entropy, 1.0 where the likeliest token is right), each (R, L) with nan where rows (R, L) are not corrupted, on the
-    CPU."""
+    """(loss, entropy, 1.0 where the likeliest token is right), each (R, L) with nan where rows (R,
+    L) are not corrupted, on the CPU."""
     out, size = torch.full((3, *rows.shape), math.nan), family.cfg.micro_batch or 64
     for number, (x0, piece) in enumerate(zip(rows.split(size), corruption.split(slice(0, len(rows)), size))):
         index = piece.masked.flatten().nonzero()[:, 0]
@@ -128,8 +136,9 @@ def _means(level, found):
 
 @torch.no_grad()
 def left_to_right(model, family, rows):
-    """-log p of rows (R, L) when the network generates them from left to right, one token at a time: (R,) nats per token.
-    The exact likelihood of a sampler that does; of an autoregressive network, its likelihood. Not for uniform noise."""
+    """-log p of rows (R, L) when the network generates them from left to right, one token at a
+    time: (R,) nats per token. The exact likelihood of a sampler that does; of an autoregressive
+    network, its likelihood. Not for uniform noise."""
     L, out, at_once = rows.size(1), [], family.cfg.micro_batch or 64
     for row in rows:
         canvases = row.expand(L - family.bos, L).clone()

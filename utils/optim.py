@@ -5,9 +5,11 @@ import torch
 
 
 def orthogonalise(g, dtype, steps=5):
-    """Roughly U V^T of each matrix U S V^T in g (n, rows, columns): Newton-Schulz, the coefficients of Jordan 2024.
+    """Roughly U V^T of each matrix U S V^T in g (n, rows, columns): Newton-Schulz, the coefficients
+    of Jordan 2024.
 
-    The singular values end near 1, between about 0.7 and 1.2, which trains as well as exactly 1 and costs less.
+    The singular values end near 1, between about 0.7 and 1.2, which trains as well as exactly 1 and
+    costs less.
     """
     x = g.to(dtype)
     tall = x.size(1) > x.size(2)
@@ -20,11 +22,13 @@ def orthogonalise(g, dtype, steps=5):
 
 
 class Muon(torch.optim.Optimizer):
-    """torch.optim.Muon's update with all matrices of a shape orthogonalised at once, and in float32 for runs in float32:
-    bfloat16 turns their last digit into the third. `scripts/lab/bench.py train` times the two, a test compares their steps.
+    """torch.optim.Muon's update with all matrices of a shape orthogonalised at once, and in float32
+    for runs in float32: bfloat16 turns their last digit into the third. `scripts/lab/bench.py
+    train` times the two, a test compares their steps.
 
-    params are matrices; lr is scaled by sqrt(max(1, rows / columns)), momentum is Nesterov's, less than Jordan's 0.95
-    because runs of some hundred steps are better with less; dtype is that of the orthogonalisation.
+    params are matrices; lr is scaled by sqrt(max(1, rows / columns)), momentum is Nesterov's, less
+    than Jordan's 0.95 because runs of some hundred steps are better with less; dtype is that of the
+    orthogonalisation.
     """
 
     def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, dtype=torch.float32):
@@ -53,8 +57,9 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(model, cfg, dtype=torch.float32):
-    """List of optimizers. Muon (Jordan 2024) moves the block matrices, each step orthogonalised, in bfloat16 if that is
-    the run's dtype; AdamW moves embeddings, head and vectors. Each group remembers its full learning rate in "peak"."""
+    """List of optimizers. Muon (Jordan 2024) moves the block matrices, each step orthogonalised, in
+    bfloat16 if that is the run's dtype; AdamW moves embeddings, head and vectors. Each group
+    remembers its full learning rate in "peak"."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and name.startswith("blocks.")]
     if cfg.optimizer == "adamw":
         matrices = []
@@ -75,9 +80,9 @@ STATE = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "Muon": {"momentum_buffer"}
 
 
 def load(optimizer, saved, begun):
-    """Put what the state dict `saved` has averaged into `optimizer`, which keeps its own settings: a resumed run may have other
-    learning rates. A ValueError where it is of other parameters, or lacks some though the run has `begun`, which torch would
-    notice at the next step or never."""
+    """Put what the state dict `saved` has averaged into `optimizer`, which keeps its own settings:
+    a resumed run may have other learning rates. A ValueError where it is of other parameters, or
+    lacks some though the run has `begun`, which torch would notice at the next step or never."""
     if begun and set(saved["state"]) != set(range(sum(len(group["params"]) for group in optimizer.param_groups))):
         raise ValueError("its optimizer has not averaged the gradients of each parameter")
     optimizer.load_state_dict({"state": saved["state"], "param_groups": optimizer.state_dict()["param_groups"]})
@@ -90,17 +95,20 @@ def load(optimizer, saved, begun):
 
 @torch.no_grad()
 def update_average(average, model, decay, step):
-    """Move the weights of `average` towards those of `model` after step (from 0), exponentially, in float32.
+    """Move the weights of `average` towards those of `model` after step (from 0), exponentially, in
+    float32.
 
-    The decay is less at first, (1 + step) / (10 + step), so that the random beginning is soon forgotten. (Not torch's
-    AveragedModel: it counts on the GPU, and a decay that depends on the count would wait for it at every step.)
+    The decay is less at first, (1 + step) / (10 + step), so that the random beginning is soon
+    forgotten. (Not torch's AveragedModel: it counts on the GPU, and a decay that depends on the
+    count would wait for it at every step.)
     """
     weight = 1 - min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), weight)
 
 
 def lr_scale(cfg, step, progress):
-    """Factor on every learning rate at `step` (from 0), with the share `progress` in [0, 1] of the run behind it."""
+    """Factor on every learning rate at `step` (from 0), with the share `progress` in [0, 1] of the
+    run behind it."""
     warmup = min(1.0, (step + 1) / max(1, cfg.warmup_iters))
     if cfg.lr_decay == "constant" or not cfg.decay_share:
         return warmup

@@ -1,4 +1,5 @@
-"""Pictures of numbers. matplotlib is imported when one is drawn: it takes seconds, and a GPU machine may lack it."""
+"""Pictures of numbers. matplotlib is imported when one is drawn: it takes seconds, and a GPU
+machine may lack it."""
 import json
 import os
 
@@ -16,7 +17,8 @@ def pyplot():
 
 
 def loss_curves(logs, path):
-    """Training loss and held-out bound over the steps of the runs whose JSONL `logs` are given, as a PNG at `path`."""
+    """Training loss and held-out bound over the steps of the runs whose JSONL `logs` are given, as
+    a PNG at `path`."""
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     for number, log in enumerate(logs):

@@ -1,4 +1,5 @@
-"""Where a run computes: this process's hardware, and the other processes, one a GPU, that torchrun started."""
+"""Where a run computes: this process's hardware, and the other processes, one a GPU, that torchrun
+started."""
 import contextlib
 import os
 from typing import NamedTuple
@@ -11,7 +12,8 @@ from utils.cli import UserError
 
 
 class Hardware(NamedTuple):
-    """Where a run computes: the device and the number format of this process, and its place among those that torchrun started."""
+    """Where a run computes: the device and the number format of this process, and its place among
+    those that torchrun started."""
     device: torch.device
     dtype: torch.dtype = torch.float32  # of matrix products
     rank: int = 0   # of this process
@@ -43,10 +45,11 @@ class Hardware(NamedTuple):
 
 
 def start(device, dtype):
-    """The Hardware of a run; joins the other processes where torchrun started this one. device and dtype as in `choose_device` and
-    `choose_dtype`.
+    """The Hardware of a run; joins the other processes where torchrun started this one. device and
+    dtype as in `choose_device` and `choose_dtype`.
 
-    Small things are agreed on over gloo, on the CPU, so that no process waits for its GPU; gradients go over nccl.
+    Small things are agreed on over gloo, on the CPU, so that no process waits for its GPU;
+    gradients go over nccl.
     """
     device, name = runtime.choose_device(device), dtype
     if "LOCAL_RANK" not in os.environ:
@@ -82,15 +85,16 @@ def end(hardware):
 
 
 def torchrun_job():
-    """Name (str) of the torchrun job that this process belongs to, the same after each of its restarts; "" without.
-    Its process is part of it: the name alone may have been given to an earlier job."""
+    """Name (str) of the torchrun job that this process belongs to, the same after each of its
+    restarts; "" without. Its process is part of it: the name alone may have been given to an
+    earlier job."""
     name = os.environ.get("TORCHELASTIC_RUN_ID", "")
     return name and f"{name} of process {os.getppid()}"
 
 
 def restarted():
-    """Whether torchrun has started all processes anew, after a crash. On one node: several nodes count for themselves,
-    and are not known to agree."""
+    """Whether torchrun has started all processes anew, after a crash. On one node: several nodes
+    count for themselves, and are not known to agree."""
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         return False
     if os.environ["WORLD_SIZE"] != os.environ["LOCAL_WORLD_SIZE"]:
@@ -100,8 +104,8 @@ def restarted():
 
 @contextlib.contextmanager
 def first_rank_first(hardware):
-    """The first process goes through, then the first of each machine, then the others: they make the files that these find,
-    and machines may share a disk."""
+    """The first process goes through, then the first of each machine, then the others: they make
+    the files that these find, and machines may share a disk."""
     turn = 0 if not hardware.rank else 1 if os.environ["LOCAL_RANK"] == "0" else 2
     for _ in range(turn):
         dist.barrier()
@@ -128,5 +132,6 @@ def distribute(model, hardware):
 
 
 def gradient_sync(network, wanted):
-    """Context of a backward pass, after which the processes' gradients are averaged or (more rows follow) not yet."""
+    """Context of a backward pass, after which the processes' gradients are averaged or (more rows
+    follow) not yet."""
     return contextlib.nullcontext() if wanted or not hasattr(network, "no_sync") else network.no_sync()

@@ -16,13 +16,15 @@ from utils.cli import UserError, reason
 
 
 def generator(*key):
-    """A CPU random generator that is a function of `key` (numbers and strings), so nothing has to be saved."""
+    """A CPU random generator that is a function of `key` (numbers and strings), so nothing has to
+    be saved."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def choose_device(name):
-    """torch.device for auto | cpu | cuda | mps; a device that is asked for and missing is a UserError."""
+    """torch.device for auto | cpu | cuda | mps; a device that is asked for and missing is a
+    UserError."""
     has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(device for device, available in has.items() if available)
@@ -32,8 +34,9 @@ def choose_device(name):
 
 
 def has_bfloat16(device):
-    """Whether bfloat16 is faster than float32 there, not just emulated. ATEN_CPU_CAPABILITY=avx2 in the environment, which
-    keeps PyTorch from a CPU's newer instructions, makes it a machine without."""
+    """Whether bfloat16 is faster than float32 there, not just emulated. ATEN_CPU_CAPABILITY=avx2 in
+    the environment, which keeps PyTorch from a CPU's newer instructions, makes it a machine
+    without."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
     return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512" and (
@@ -41,16 +44,17 @@ def has_bfloat16(device):
 
 
 def choose_dtype(name, device):
-    """torch.dtype of matrix products for auto | float32 | bfloat16 | float16, where a network is trained."""
+    """torch.dtype of matrix products for auto | float32 | bfloat16 | float16, where a network is
+    trained."""
     if name == "auto":
         name = "bfloat16" if has_bfloat16(device) else "float16" if device.type == "cuda" else "float32"
     return getattr(torch, name)
 
 
 def dtype_of_run(name, trained, device, path):
-    """torch.dtype in which the network of the checkpoint `path` is judged and sampled: `name`, or for "auto" that of its
-    training, `trained`, so that its figures and texts can be had again on any machine. A line on stderr says where the device
-    emulates it."""
+    """torch.dtype in which the network of the checkpoint `path` is judged and sampled: `name`, or
+    for "auto" that of its training, `trained`, so that its figures and texts can be had again on
+    any machine. A line on stderr says where the device emulates it."""
     name = trained if name == "auto" else name
     dtype = torch.float32 if name == "auto" else getattr(torch, name)  # a run that did not say is judged as any machine can
     if not has_bfloat16(device) if dtype == torch.bfloat16 else dtype == torch.float16 and device.type == "cpu":
@@ -65,8 +69,9 @@ AT_ONCE = {"cpu": 2**26, "cuda": 2**27, "mps": 2**26}
 
 
 def rows_at_once(family, vocabulary, length, device):
-    """How many rows of `length` tokens may be written together, so that memory does not grow with their number: by their
-    logits, which a model that writes left to right has in its block alone, and by what a pass keeps of each layer."""
+    """How many rows of `length` tokens may be written together, so that memory does not grow with
+    their number: by their logits, which a model that writes left to right has in its block alone,
+    and by what a pass keeps of each layer."""
     cfg, seen = family.cfg, min(length, family.cfg.seq_len)
     asked = min(seen, family.block_len or seen)
     return max(1, AT_ONCE[device.type] // max(asked * vocabulary, seen * cfg.n_layer * cfg.n_embd // 4))
@@ -78,8 +83,8 @@ def dtype_name(dtype):
 
 
 def move(tensor, device):
-    """`tensor` on `device`. A GPU need not wait for it if it is pinned (elsewhere a copy that nobody waits for may read
-    memory that has been given away)."""
+    """`tensor` on `device`. A GPU need not wait for it if it is pinned (elsewhere a copy that
+    nobody waits for may read memory that has been given away)."""
     return tensor.to(device, non_blocking=device.type == "cuda")
 
 
@@ -93,8 +98,8 @@ def autocast(device, dtype):
 def keep_memory():
     """Let freed memory stay with the process (glibc only), for training on a CPU.
 
-    By default every tensor above 32 MB is fetched from the system page by page and given back when freed, which took a
-    third to a half of a training step's time.
+    By default every tensor above 32 MB is fetched from the system page by page and given back when
+    freed, which took a third to a half of a training step's time.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -105,7 +110,8 @@ def keep_memory():
 
 
 def peak_memory(device):
-    """Most memory in use so far, in bytes: of the GPU, or of the process (0 where the system does not tell)."""
+    """Most memory in use so far, in bytes: of the GPU, or of the process (0 where the system does
+    not tell)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -117,7 +123,8 @@ def peak_memory(device):
 
 
 def total_memory():
-    """Bytes of this machine's memory, without swap, or of its container's (inf where the system does not tell)."""
+    """Bytes of this machine's memory, without swap, or of its container's (inf where the system
+    does not tell)."""
     try:
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):  # Windows
@@ -131,8 +138,8 @@ def total_memory():
 
 
 def check_memory(needed, what):
-    """Complain before memory is taken of which `what` (str) needs at least so many bytes: a system that has less ends a
-    process without a word."""
+    """Complain before memory is taken of which `what` (str) needs at least so many bytes: a system
+    that has less ends a process without a word."""
     if needed > (total := total_memory()):
         raise UserError(f"{what} needs at least {needed / 2**30:,.1f} GB, and this machine has {total / 2**30:,.1f} GB")
 
@@ -144,9 +151,10 @@ def reset_peak_memory(device):
 
 
 def keep_compiled_apart():
-    """Give the code that is compiled for this kind of CPU a cache of its own, unless the user has chosen one. The compiler does
-    not ask code that it finds there for which instructions it was made: what a CPU with AVX-512 had left ended in a
-    segmentation fault under ATEN_CPU_CAPABILITY=avx2."""
+    """Give the code that is compiled for this kind of CPU a cache of its own, unless the user has
+    chosen one. The compiler does not ask code that it finds there for which instructions it was
+    made: what a CPU with AVX-512 had left ended in a segmentation fault under
+    ATEN_CPU_CAPABILITY=avx2."""
     with contextlib.suppress(ImportError):  # without a compiler there is no cache
         from torch._inductor.runtime.cache_dir_utils import default_cache_dir
         name, usual = "TORCHINDUCTOR_CACHE_DIR", default_cache_dir()
@@ -155,8 +163,9 @@ def keep_compiled_apart():
 
 
 def compile_network(model, token_nll, device, try_out):
-    """(`model` compiled, sharing its weights; token_nll compiled; what try_out(model, token_nll) returned, which runs
-    training passes, in which the compilation happens). Without a working compiler None, and a line that says so.
+    """(`model` compiled, sharing its weights; token_nll compiled; what try_out(model, token_nll)
+    returned, which runs training passes, in which the compilation happens). Without a working
+    compiler None, and a line that says so.
 
     It is compiled in parts: one compilation serves all blocks.
     """
@@ -190,8 +199,8 @@ def is_first():
 
 
 def on_interrupt(action):
-    """Call `action` at the first Ctrl-C or SIGTERM instead of stopping at once; returns what to hand back to
-    `restore_signals`. A second one stops at once."""
+    """Call `action` at the first Ctrl-C or SIGTERM instead of stopping at once; returns what to
+    hand back to `restore_signals`. A second one stops at once."""
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def handle(*_):
@@ -209,7 +218,8 @@ def restore_signals(previous):
 
 
 def begin_log(path, step):
-    """Make the JSONL log at `path`, or take its entries after `step` away (a resumed run writes them anew)."""
+    """Make the JSONL log at `path`, or take its entries after `step` away (a resumed run writes
+    them anew)."""
     try:
         if not step:
             os.makedirs(os.path.dirname(path) or ".", exist_ok=True)

@@ -1,4 +1,5 @@
-"""Samples: generated to be judged, and what is said of them: diversity, copies, validity, a judge's NLL."""
+"""Samples: generated to be judged, and what is said of them: diversity, copies, validity, a judge's
+NLL."""
 import math
 import time
 from collections import Counter
@@ -12,10 +13,11 @@ from utils import tokenizer as tokenizers
 
 
 def sample_rows(generate, family, tokenizer, count, device):
-    """`count` unconditional samples (count, seq_len) with the seeds 0, 1, ..., and what else generate returns for each
-    (count,), all on the CPU.
+    """`count` unconditional samples (count, seq_len) with the seeds 0, 1, ..., and what else
+    generate returns for each (count,), all on the CPU.
 
-    generate(blank (b, seq_len), seeds (list of b)) returns the ids and the rest for 50 rows at a time, or as many as fit.
+    generate(blank (b, seq_len), seeds (list of b)) returns the ids and the rest for 50 rows at a
+    time, or as many as fit.
     """
     parts, window = [], family.cfg.seq_len
     for seeds in torch.arange(count).split(min(50, runtime.rows_at_once(family, tokenizer.vocab_size, window, device))):
@@ -27,8 +29,8 @@ def sample_rows(generate, family, tokenizer, count, device):
 def generate_rows(model, family, tokenizer, count, device, how):
     """(`count` unconditional samples (count, seq_len) long, figures of how they were written).
 
-    change_rate  share of the tokens to generate that a step changes, masks or unmasks; under uniform noise the first step shows
-                 all, which counts as a change of all
+    change_rate  share of the tokens to generate that a step changes, masks or unmasks; under
+                 uniform noise the first step shows all, which counts as a change of all
     """
     start = time.perf_counter()
 
@@ -44,7 +46,8 @@ def generate_rows(model, family, tokenizer, count, device, how):
 
 
 def reference_rows(held_out, tokenizer, count):
-    """Up to `count` held-out windows (R, L) that begin as samples do: where there is an `<|endoftext|>`, with one."""
+    """Up to `count` held-out windows (R, L) that begin as samples do: where there is an
+    `<|endoftext|>`, with one."""
     L, flat = held_out.size(1), held_out.flatten()
     starts, free = [], 0  # that do not overlap: text that stands in two windows would be less varied
     if tokenizer.end is not None:
@@ -58,8 +61,8 @@ def reference_rows(held_out, tokenizer, count):
 
 
 def judge_rows(rows, *, tokenizer, cfg, training, judge, device):
-    """Figures (dict) of samples or real text, rows (R, L) long: diversity, copies from the `training` rows (N, L), validity
-    on tales, and the judge's nats per character."""
+    """Figures (dict) of samples or real text, rows (R, L) long: diversity, copies from the
+    `training` rows (N, L), validity on tales, and the judge's nats per character."""
     between = f"\n{tokenizers.END}\n"  # documents of a stream
     texts = [canvas.finished(tokenizer, row, stop=cfg.rows == "document").replace(between, "\n") for row in rows.tolist()]
     report = {"texts": len(texts)} | diversity(texts)
@@ -76,7 +79,8 @@ def judge_rows(rows, *, tokenizer, cfg, training, judge, device):
 
 
 def without_filling(rows, tokenizer, cfg):
-    """rows (R, L) with -1 for the `<|endoftext|>` that fill up what follows the end of a document, where a row is one."""
+    """rows (R, L) with -1 for the `<|endoftext|>` that fill up what follows the end of a document,
+    where a row is one."""
     rows = rows.clone()
     if cfg.rows == "document":
         for row in rows:
@@ -94,7 +98,8 @@ class Judge(NamedTuple):
 
 @torch.no_grad()
 def judge_texts(texts, judge, device):
-    """Nats per character of texts (list of str) under an autoregressive model: generative NLL. Texts are cut in windows."""
+    """Nats per character of texts (list of str) under an autoregressive model: generative NLL.
+    Texts are cut in windows."""
     model, family, tokenizer, dtype = judge
     total, characters, window = 0.0, 0, family.cfg.seq_len
     begin = [] if tokenizer.end is None else [tokenizer.end]
@@ -115,8 +120,8 @@ def judge_tales(texts):
 
     valid        whole stories of the grammar       grammatical  sentences that the grammar has
     agreeing     sentences that also fit the story so far
-    distinct     different texts                    log_prob     mean exact log-probability of the valid ones;
-                                                                 against -entropy: lower is broken, higher collapsed
+    distinct     different texts                    log_prob     mean exact log-probability of the
+                 valid ones; against -entropy: lower is broken, higher collapsed
     """
     log_probs = [p for text in texts if (p := tales.log_prob(text)) > -math.inf]
     verdicts = [verdict for text in texts for verdict in tales.judge(text)]
@@ -132,8 +137,10 @@ def diversity(texts):
     """How varied sampled texts (list of str) are, in words.
 
     distinct_n        different runs of n words, a share of all such runs (n = 1, 2, 3)
-    repetition        share of a text's runs of four words that it has had before, the mean over texts
-    self_overlap      share of a text's runs of four words that some other text has too, the mean over texts
+    repetition        share of a text's runs of four words that it has had before, the mean over
+                      texts
+    self_overlap      share of a text's runs of four words that some other text has too, the mean
+                      over texts
     unigram_entropy   of the words of all texts together, in nats
     """
     words = [text.split() for text in texts]
@@ -153,11 +160,11 @@ def diversity(texts):
 
 
 def longest_copies(rows, training):
-    """Longest run of tokens that each of rows (R, L), -1 where there is none, shares with any of the training rows (N, L):
-    (R,) long.
+    """Longest run of tokens that each of rows (R, L), -1 where there is none, shares with any of
+    the training rows (N, L): (R,) long.
 
-    Runs are compared by a 64-bit polynomial hash; the length is found by bisection, since a copy of n tokens holds
-    one of n - 1.
+    Runs are compared by a 64-bit polynomial hash; the length is found by bisection, since a copy of
+    n tokens holds one of n - 1.
     """
     low = torch.zeros(len(rows), dtype=torch.long)
     high = torch.full((len(rows),), rows.size(1), dtype=torch.long)
@@ -171,14 +178,16 @@ def longest_copies(rows, training):
 
 
 def shared_runs(rows, training, n):
-    """Share of the runs of n tokens of rows (R, L), -1 where there is none, that the training rows (N, L) have too."""
+    """Share of the runs of n tokens of rows (R, L), -1 where there is none, that the training rows
+    (N, L) have too."""
     if rows.size(1) < n or not (whole := (rows.unfold(1, n, 1) >= 0).all(-1)).any():
         return 0.0
     return _is_shared(_run_hashes(rows, n), training, n)[whole].float().mean().item()
 
 
 def _is_shared(hashes, training, n):
-    """Which of `hashes` (of runs of n tokens) occur in the training rows (N, L): bool, of the same shape."""
+    """Which of `hashes` (of runs of n tokens) occur in the training rows (N, L): bool, of the same
+    shape."""
     wanted = hashes.flatten().unique()
     shared = torch.zeros(len(wanted), dtype=torch.bool)
     for part in training.split(8192):  # few rows are looked for and many looked through, so the few are sorted
@@ -191,7 +200,8 @@ def _is_shared(hashes, training, n):
 
 
 def _run_hashes(rows, n):
-    """Hash of every run of n tokens of rows (R, L): (R, L - n + 1), 64-bit integers that wrap around.
+    """Hash of every run of n tokens of rows (R, L): (R, L - n + 1), 64-bit integers that wrap
+    around.
 
     A run of a + b tokens has the hash hash_a * M^b + hash_b, so log2(n) steps are enough.
     """

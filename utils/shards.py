@@ -18,16 +18,19 @@ SHARD_TOKENS, SHARD_HELD_OUT = 100_000_000, 0.005  # of prepared shards
 
 
 def write_shards(folder, source, tokenizer, wanted, settings, progress=lambda tokens: None):
-    """Write documents as token shards into `folder`; returns its index (dict). Goes on where an earlier call stopped.
+    """Write documents as token shards into `folder`; returns its index (dict). Goes on where an
+    earlier call stopped.
 
-    source    `open_dataset` and its texts as a function: (dataset with state_dict, dataset -> iterator of str)
+    source    `open_dataset` and its texts as a function: (dataset with state_dict, dataset ->
+              iterator of str)
     wanted    training tokens, at least; less where the source ends
     settings  dict of what the shards are made from; a folder made from something else is refused
     progress  called with the training tokens so far
 
-    The folder holds tokenizer.json, index.json and, for each shard, train_NNNNN.bin and held_out_NNNNN.bin: ids of
-    uint16 or uint32, `<|endoftext|>` between documents. One document in 200 is held out, by a hash of its text. A shard
-    counts when index.json names it, which is written last, with the source's place: an interruption costs one shard.
+    The folder holds tokenizer.json, index.json and, for each shard, train_NNNNN.bin and
+    held_out_NNNNN.bin: ids of uint16 or uint32, `<|endoftext|>` between documents. One document in
+    200 is held out, by a hash of its text. A shard counts when index.json names it, which is
+    written last, with the source's place: an interruption costs one shard.
     """
     (dataset, read), end = source, end_of(tokenizer)
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
@@ -89,7 +92,8 @@ def read_index(folder):
 
 
 def load_shards(cfg, tokenizer=None):
-    """Corpus of a folder that `write_shards` made, by memory map: each batch reads its own windows only."""
+    """Corpus of a folder that `write_shards` made, by memory map: each batch reads its own windows
+    only."""
     index = read_index(cfg.data)
     own = tokenizers.load(os.path.join(cfg.data, "tokenizer.json"))
     if tokenizer is not None and tokenizer.to_json() != own.to_json():

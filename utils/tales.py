@@ -1,14 +1,16 @@
 """Tales: a small probabilistic grammar of children's stories, the built-in corpus.
 
-Real text has no known right answer: nobody can say how probable a sentence is, so nobody can say whether a model
-that samples it is right. This grammar can. `generate` writes stories, `log_prob` gives the exact probability of any
-text (-inf when it is no story), and `entropy` gives the exact limit that no model's loss can go below. Names,
-pronouns, objects, places and feelings recur over a whole story, so a model has to learn agreement over distance,
-which is what separates a language model from a table of word pairs.
+Real text has no known right answer: nobody can say how probable a sentence is, so nobody can say
+whether a model that samples it is right. This grammar can. `generate` writes stories, `log_prob`
+gives the exact probability of any text (-inf when it is no story), and `entropy` gives the exact
+limit that no model's loss can go below. Names, pronouns, objects, places and feelings recur over a
+whole story, so a model has to learn agreement over distance, which is what separates a language
+model from a table of word pairs.
 
-A grammar is data: variables (each a list of equally likely choices), forms (what a choice looks like in the text)
-and plots (a list of places in the story, each with equally likely sentences). A story draws a plot, a choice for
-every variable and a sentence for every place. To add a plot, add a list to `PLOTS`; nothing else changes.
+A grammar is data: variables (each a list of equally likely choices), forms (what a choice looks
+like in the text) and plots (a list of places in the story, each with equally likely sentences). A
+story draws a plot, a choice for every variable and a sentence for every place. To add a plot, add a
+list to `PLOTS`; nothing else changes.
 """
 import math
 import random
@@ -55,10 +57,11 @@ OPENING = ["Once upon a time, a {trait} {kind} named {name} lived {place}.",
            "{name} was a {trait} {kind} who had a small cosy home {place}.",
            "{Place}, long ago, there lived a {trait} {kind} named {name}."]
 
-# The first sentences of all plots are equally long in words and punctuation marks, and so are the second, and so on: a
-# network that sees a few words then knows which sentence they belong to, and minutes of training are enough. Stories end
-# in two ways, for the same reason. Name, pronoun, helper and feeling recur in nearly every story, object and place in
-# many, the rest never: a word that is seldom repeated is the last that a network learns to repeat.
+# The first sentences of all plots are equally long in words and punctuation marks, and so are the
+# second, and so on: a network that sees a few words then knows which sentence they belong to, and
+# minutes of training are enough. Stories end in two ways, for the same reason. Name, pronoun,
+# helper and feeling recur in nearly every story, object and place in many, the rest never: a word
+# that is seldom repeated is the last that a network learns to repeat.
 PLOTS = {
     "lost": [
         OPENING,
@@ -134,7 +137,8 @@ TALES = Grammar(VARIABLES, FORMS, PLOTS)
 
 
 def stream(seed, grammar=TALES):
-    """Stories (iterator of str) without end, the same for the same seed (int or str) on every machine."""
+    """Stories (iterator of str) without end, the same for the same seed (int or str) on every
+    machine."""
     rng, plots = random.Random(seed), list(grammar.plots.values())
     pick = lambda choices: choices[int(rng.random() * len(choices))]  # random.choice's result may change with Python
     while True:
@@ -161,8 +165,9 @@ class _Rendered(dict):
 
 
 # --- judging stories ------------------------------------------------------------------------------
-# A piece of text at a placeholder leaves a set of choices possible for its variable ("she" leaves the girls). A
-# derivation is consistent when the sets of all placeholders of a variable have a choice in common.
+# A piece of text at a placeholder leaves a set of choices possible for its variable ("she" leaves
+# the girls). A derivation is consistent when the sets of all placeholders of a variable have a
+# choice in common.
 
 
 class _Compiled(NamedTuple):
@@ -195,7 +200,8 @@ def _compile(grammar):
 
 
 def _bind(match, placeholders, bound, grammar, allowed):
-    """`bound` (variable -> possible choices) narrowed by one matched sentence, or None where it contradicts."""
+    """`bound` (variable -> possible choices) narrowed by one matched sentence, or None where it
+    contradicts."""
     bound = dict(bound)
     for placeholder, text in zip(placeholders, match.groups()):
         variable, choices = grammar.forms[placeholder][0], allowed[placeholder][text]
@@ -206,7 +212,8 @@ def _bind(match, placeholders, bound, grammar, allowed):
 
 
 def _derivations(text, plot, grammar, bound, start=0):
-    """Every way to read text[start:] as the rest of `plot`: yields the sets of choices that it leaves possible."""
+    """Every way to read text[start:] as the rest of `plot`: yields the sets of choices that it
+    leaves possible."""
     if not plot:
         if start == len(text):
             yield bound
@@ -222,9 +229,11 @@ def _derivations(text, plot, grammar, bound, start=0):
 
 
 def log_prob(story, grammar=TALES):
-    """Exact natural-log probability (float) of `story` (str) under `generate`; -inf if it is no story.
+    """Exact natural-log probability (float) of `story` (str) under `generate`; -inf if it is no
+    story.
 
-    The sum over all derivations. Derivations of one text differ in plot or sentences, so their probabilities add.
+    The sum over all derivations. Derivations of one text differ in plot or sentences, so their
+    probabilities add.
     """
     total = 0.0
     for plot in grammar.plots.values():
@@ -237,8 +246,9 @@ def log_prob(story, grammar=TALES):
 def entropy(grammar=TALES):
     """Exact entropy of a story in nats (float): what the best possible model needs for one.
 
-    Exact because every story has one derivation (a test checks it) and a variable that occurs in a story is shown
-    there in full: H = H(plot) + H(sentences | plot) + sum over variables of P(it occurs) log(number of choices).
+    Exact because every story has one derivation (a test checks it) and a variable that occurs in a
+    story is shown there in full: H = H(plot) + H(sentences | plot) + sum over variables of P(it
+    occurs) log(number of choices).
     """
     total = math.log(len(grammar.plots))
     for plot in grammar.plots.values():
@@ -255,7 +265,8 @@ def judge(story, grammar=TALES):
     """One verdict per sentence of `story` (list of str): "ok", "agreement" or "ungrammatical".
 
     ok            some sentence of the grammar reads so and fits all earlier sentences
-    agreement     the grammar has such a sentence, but it contradicts an earlier one (another name, object, place)
+    agreement     the grammar has such a sentence, but it contradicts an earlier one (another name,
+                  object, place)
     ungrammatical no sentence of the grammar reads so, or it contradicts itself
     """
     patterns, allowed = _compile(grammar)

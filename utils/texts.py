@@ -1,9 +1,11 @@
-"""Documents: read from text files and datasets, streamed, downloaded, mended, written, and parted for training.
+"""Documents: read from text files and datasets, streamed, downloaded, mended, written, and parted
+for training.
 
-A prepared text file separates documents by a line that holds only `<|endoftext|>`. Documents stay whole: each goes to
-training or to the held-out part by a hash of its text, so the same document is never in both, and the tokenizer,
-which is trained on the training part only, never sees held-out text. (An alphabet of characters is that of the whole
-corpus, as is usual: it has nothing to learn from frequencies.)
+A prepared text file separates documents by a line that holds only `<|endoftext|>`. Documents stay
+whole: each goes to training or to the held-out part by a hash of its text, so the same document is
+never in both, and the tokenizer, which is trained on the training part only, never sees held-out
+text. (An alphabet of characters is that of the whole corpus, as is usual: it has nothing to learn
+from frequencies.)
 """
 import contextlib
 import hashlib
@@ -28,7 +30,8 @@ LOCAL = (".jsonl", ".json", ".parquet")
 
 
 def read_documents(path, column="text"):
-    """Documents (list of str) of a local .txt, .jsonl or .parquet file; `column` of the latter two."""
+    """Documents (list of str) of a local .txt, .jsonl or .parquet file; `column` of the latter
+    two."""
     if not os.path.exists(path):
         raise UserError(f"there is no file {path}; scripts/data.py makes corpora, --data takes any .txt, .jsonl "
                         "or .parquet file")
@@ -51,7 +54,8 @@ def read_documents(path, column="text"):
 
 @contextlib.contextmanager
 def reading(name):
-    """Turn the errors of `datasets`, of which there are dozens of kinds, its own and its backends', into UserErrors."""
+    """Turn the errors of `datasets`, of which there are dozens of kinds, its own and its backends',
+    into UserErrors."""
     try:
         yield
     except UserError:
@@ -64,8 +68,8 @@ def reading(name):
 
 
 def open_dataset(name, split="train", config=None):
-    """A Hugging Face dataset, or a local .jsonl or .parquet file, as a `datasets.IterableDataset`: never downloaded or
-    held in memory as a whole."""
+    """A Hugging Face dataset, or a local .jsonl or .parquet file, as a `datasets.IterableDataset`:
+    never downloaded or held in memory as a whole."""
     import datasets  # here, because it takes seconds to import and most runs do not need it
     with reading(name):
         if name.endswith(LOCAL):
@@ -91,7 +95,8 @@ def documents_of(dataset, name, column="text"):
 
 
 def stream_dataset(name, split="train", config=None, column="text", seed=None, shuffle_buffer=10_000):
-    """Documents (iterator of str) of a dataset; with a seed, shuffled through a buffer of `shuffle_buffer`."""
+    """Documents (iterator of str) of a dataset; with a seed, shuffled through a buffer of
+    `shuffle_buffer`."""
     dataset = open_dataset(name, split, config)
     if seed is not None:
         dataset = dataset.shuffle(seed=seed, buffer_size=shuffle_buffer)
@@ -118,8 +123,9 @@ _MOJIBAKE = re.compile(f"[\u00c2-\u00f4][{re.escape(''.join(_TAIL))}]{{1,3}}")
 
 
 def repair_mojibake(text):
-    """UTF-8 that somebody read as Windows-1252, put right: the three characters that a quotation mark became are one
-    again. Only sequences that are valid UTF-8 change, so real quotation marks and accents stay as they are."""
+    """UTF-8 that somebody read as Windows-1252, put right: the three characters that a quotation
+    mark became are one again. Only sequences that are valid UTF-8 change, so real quotation marks
+    and accents stay as they are."""
     def repair(match):
         found = match.group()
         for end in range(len(found), 1, -1):
@@ -132,7 +138,8 @@ def repair_mojibake(text):
 
 
 def write_documents(path, documents, separator=None):
-    """Write documents (iterable of str) as a prepared text file, all or nothing; returns how many."""
+    """Write documents (iterable of str) as a prepared text file, all or nothing; returns how
+    many."""
     separator, count = separator or f"\n{tokenizers.END}\n", 0
     with cli.replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         for document in documents:
@@ -168,7 +175,8 @@ def is_held_out(document, share=HELD_OUT):
 
 
 def split(documents):
-    """(training, held-out) documents. A single document is cut at its last tenth; of several, at least one each."""
+    """(training, held-out) documents. A single document is cut at its last tenth; of several, at
+    least one each."""
     if len(documents) == 1:
         cut = int(len(documents[0]) * (1 - HELD_OUT))
         if not cut:

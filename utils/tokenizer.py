@@ -1,7 +1,9 @@
-"""Tokenizers: characters or byte-level BPE, both a `tokenizers.Tokenizer` underneath, both one JSON file.
+"""Tokenizers: characters or byte-level BPE, both a `tokenizers.Tokenizer` underneath, both one JSON
+file.
 
-Ids 0..V-1 are real tokens. MASK is not one of them: its id is V, and no text encodes to it. Corpora of several
-documents have a real token `<|endoftext|>` between documents; the same letters in a text are plain text.
+Ids 0..V-1 are real tokens. MASK is not one of them: its id is V, and no text encodes to it. Corpora
+of several documents have a real token `<|endoftext|>` between documents; the same letters in a text
+are plain text.
 """
 import os
 
@@ -41,7 +43,8 @@ class Tokenizer:
         self._characters = {t for t in vocab if t != END} if self.is_char else None
 
     def encode(self, texts, what="the text"):
-        """List of str -> list of lists of ids. A character that a character vocabulary lacks is a UserError."""
+        """List of str -> list of lists of ids. A character that a character vocabulary lacks is a
+        UserError."""
         if self.is_char:
             for text in texts:
                 if unknown := set(text) - self._characters:
@@ -72,8 +75,9 @@ class Tokenizer:
     def pieces(self, ids):
         """One str per id, together the text: for pictures in which every token has its place.
 
-        A BPE token may end inside a character of several bytes: the character then belongs to its first token, and
-        what never becomes a character (a MASK stands in between) is shown as \\x... . MASK and `<|endoftext|>` are "".
+        A BPE token may end inside a character of several bytes: the character then belongs to its
+        first token, and what never becomes a character (a MASK stands in between) is shown as
+        \\x... . MASK and `<|endoftext|>` are "".
         """
         raw = list(map(self._bytes, ids))
         out, position = [""] * len(ids), 0
@@ -97,7 +101,8 @@ class Tokenizer:
 
 
 def _byte_alphabet():
-    """Character -> byte of the byte-level alphabet (GPT-2): printable bytes stand for themselves."""
+    """Character -> byte of the byte-level alphabet (GPT-2): printable bytes stand for
+    themselves."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
@@ -107,7 +112,8 @@ _BYTE = _byte_alphabet()
 
 
 def train_char(texts, documents):
-    """A token for every character of `texts` (iterable of str), sorted; `documents` adds `<|endoftext|>`."""
+    """A token for every character of `texts` (iterable of str), sorted; `documents` adds
+    `<|endoftext|>`."""
     characters = sorted(set().union(*map(set, texts)))
     vocab = {c: i for i, c in enumerate(characters + [END] * documents)}
     tokenizer = Backend(models.WordLevel(vocab))
@@ -117,9 +123,11 @@ def train_char(texts, documents):
 
 
 def train_bpe(texts, vocab_size, min_frequency=2):
-    """Byte-level BPE from `texts` (iterable of str) with vocab_size - 1 real tokens, `<|endoftext|>` among them.
+    """Byte-level BPE from `texts` (iterable of str) with vocab_size - 1 real tokens,
+    `<|endoftext|>` among them.
 
-    All 256 bytes are in the alphabet, so every string round-trips. A small text may give fewer tokens.
+    All 256 bytes are in the alphabet, so every string round-trips. A small text may give fewer
+    tokens.
     """
     if vocab_size < 258:
         raise UserError(f"vocab_size={vocab_size} is too small: 256 bytes, {END} and MASK need 258")

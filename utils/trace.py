@@ -20,8 +20,8 @@ class Frame(NamedTuple):
 
 
 def most_states(row, how, family, mask):
-    """How many states a trace of the row (list of ids) can have at most; a step that changes nothing
-    has none."""
+    """How many states a trace of the row (list of ids) can have at most; a step that changes
+    nothing has none."""
     masks, sampler = row.count(mask), family.sampler(how)
     if sampler.policy is policies.reverse:
         return (how.steps or len(row)) * (1 + how.correctors)
@@ -34,8 +34,8 @@ def most_states(row, how, family, mask):
 
 
 def check_states(row, how, family, mask):
-    """Complain where a trace of the row (list of ids), as how (SampleConfig) wants it, would not fit
-    into memory: a token takes some 90 bytes in a state, and 600 with its alternatives."""
+    """Complain where a trace of the row (list of ids), as how (SampleConfig) wants it, would not
+    fit into memory: a token takes some 90 bytes in a state, and 600 with its alternatives."""
     states, tokens, every = most_states(row, how, family, mask), len(row), how.trace_every
     most = MOST_STATES // (8 if how.viz_html else 1)
     if (states // every) * tokens > most:

@@ -1,14 +1,18 @@
-"""Comparisons: one table of differences, one figure, one command each. What is done already is not done again.
+"""Comparisons: one table of differences, one figure, one command each. What is done already is not
+done again.
 
-    python scripts/lab/ablate.py optimizer                                 trains each variant; likewise weighting, ...
-    python scripts/lab/ablate.py optimizer --base shakespeare --iters 300  the same at a preset's own size
+    python scripts/lab/ablate.py optimizer                                 trains each variant;
+                                                                           likewise weighting, ...
+    python scripts/lab/ablate.py optimizer --base shakespeare --iters 300  the same at a preset's
+                                                                           own size
     python scripts/lab/ablate.py optimizer --data data/stories.txt         the same on another text
     python scripts/lab/ablate.py samplers                                  the newest tales run
-    python scripts/lab/ablate.py samplers --checkpoint artifacts/models/tales.best.pt --num_samples 200
+    python scripts/lab/ablate.py samplers --checkpoint artifacts/models/tales.best.pt --num_samples
+    200
 
-Writes artifacts/ablations/NAME.csv, .md and .png (NAME_BASE_on_DATA with those). To add a comparison, add a
-function and an entry to COMPARISONS; a comparison of training runs is an entry of compare_training.TRAINED.
-Those of samplers stand in compare_samplers.py.
+Writes artifacts/ablations/NAME.csv, .md and .png (NAME_BASE_on_DATA with those). To add a
+comparison, add a function and an entry to COMPARISONS; a comparison of training runs is an entry of
+compare_training.TRAINED. Those of samplers stand in compare_samplers.py.
 """
 import csv
 import os
@@ -80,8 +84,8 @@ def read_table(path):
 
 
 def write_tables(rows, summary, stem):
-    """The rows as CSV and those of the summary as Markdown, each replaced as a whole. What is the same in all rows of the
-    Markdown stands above it."""
+    """The rows as CSV and those of the summary as Markdown, each replaced as a whole. What is the
+    same in all rows of the Markdown stands above it."""
     names = lambda rows: list(dict.fromkeys(name for row in rows for name in row))
     with cli.replacing(f"{stem}.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, names(rows), restval="")

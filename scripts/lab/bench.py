@@ -1,10 +1,15 @@
-"""Time what users wait for. Machines are noisy: everything is timed in turn in one run and given as medians.
+"""Time what users wait for. Machines are noisy: everything is timed in turn in one run and given as
+medians.
 
-    python scripts/lab/bench.py train shakespeare               tokens/s of a preset, beside the sources' recipe
+    python scripts/lab/bench.py train shakespeare               tokens/s of a preset, beside the
+                                                                sources' recipe
     python scripts/lab/bench.py train tales --rounds 9 --json train.json
-    python scripts/lab/bench.py sample stories --batches 1,16   tokens/s of every sampler, beside the sources' procedure
-    python scripts/lab/bench.py sample artifacts/models/tales.best.pt --samplers confidence,entropy_bounded:0.03
-    python scripts/lab/bench.py video                           seconds to encode 256 tokens x 100 steps as MP4
+    python scripts/lab/bench.py sample stories --batches 1,16   tokens/s of every sampler, beside
+                                                                the sources' procedure
+    python scripts/lab/bench.py sample artifacts/models/tales.best.pt --samplers
+    confidence,entropy_bounded:0.03
+    python scripts/lab/bench.py video                           seconds to encode 256 tokens x 100
+                                                                steps as MP4
 """
 import dataclasses
 import os
@@ -18,7 +23,6 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspa
 
 import torch
 
-import config
 import diffusion
 from config import LONGEST, Config, SampleConfig
 from model import Transformer
@@ -29,6 +33,7 @@ from utils import (
     families,
     policies,
     runtime,
+    settings,
     tales,
     trace,
     video,
@@ -62,17 +67,19 @@ class BenchConfig:
 
 
 def bench_sample(name, options):
-    """Figures (dict) for every sampler on a network of the preset's shape with random weights, or a checkpoint (.pt).
+    """Figures (dict) for every sampler on a network of the preset's shape with random weights, or a
+    checkpoint (.pt).
 
-    Policies that look at the data take as many NFE as the data ask for (with random weights that says nothing
-    about a trained network), first_hitting one a token, all others at most options.steps.
+    Policies that look at the data take as many NFE as the data ask for (with random weights that
+    says nothing about a trained network), first_hitting one a token, all others at most
+    options.steps.
     """
     device = runtime.choose_device(options.device)
     dtype = runtime.choose_dtype("auto", device)
     if name.endswith(".pt"):
         model, _, cfg = checkpoint.restore(checkpoint.read(name), device, name)
     else:
-        cfg = cli.merge(Config, config.preset(name))
+        cfg = cli.merge(Config, settings.preset(name))
         torch.manual_seed(0)
         model = Transformer(cfg, cfg.vocab_size if cfg.tokenizer != "char" else 66).to(device).eval()
         torch.nn.init.normal_(model.head.weight, std=0.02)
@@ -130,8 +137,9 @@ def show_sample(report):
 
 
 def bench_video(name, options):
-    """Seconds to encode a trace of 256 tokens and 100 steps, written by a network of the preset's shape."""
-    cfg = dataclasses.replace(cli.merge(Config, config.preset(name)), seq_len=256)
+    """Seconds to encode a trace of 256 tokens and 100 steps, written by a network of the preset's
+    shape."""
+    cfg = dataclasses.replace(cli.merge(Config, settings.preset(name)), seq_len=256)
     tokenizer = tokenizers.train_bpe(tales.generate("video", 500), 512)
     torch.manual_seed(0)
     model = Transformer(cfg, tokenizer.vocab_size).eval()

@@ -15,15 +15,15 @@ import diffusion
 import train
 from config import Config
 from model import Transformer
-from utils import cli, corpus, families, optim, ranks, runtime
+from utils import cli, corpus, families, optim, ranks, runtime, settings
 from utils.cli import UserError
 
 SOURCE = "the sources' recipe, float32 eager"
 
 
 def training_step(cfg, vocab_size, device, dtype=torch.float32, compiled=False, torchs_muon=False):
-    """(function that does one training step of `cfg` on random tokens, with train.py's code, optimizer included, and
-    returns how many positions are scored; parameters)."""
+    """(function that does one training step of `cfg` on random tokens, with train.py's code,
+    optimizer included, and returns how many positions are scored; parameters)."""
     torch.manual_seed(0)
     model = Transformer(cfg, vocab_size).to(device).train()
     family = families.family_of(cfg)
@@ -52,9 +52,10 @@ def training_step(cfg, vocab_size, device, dtype=torch.float32, compiled=False, 
 
 
 def serve(pipe, keep_memory, *setting):
-    """A process of its own for each variant, so that none profits or suffers from another's memory: does as many steps
-    as it is told after one that does not count, since the others' turns have emptied the caches, and sends their median
-    seconds, positions scored, parameters, and peak memory so far."""
+    """A process of its own for each variant, so that none profits or suffers from another's memory:
+    does as many steps as it is told after one that does not count, since the others' turns have
+    emptied the caches, and sends their median seconds, positions scored, parameters, and peak
+    memory so far."""
     if keep_memory:
         runtime.keep_memory()
     try:
@@ -120,15 +121,17 @@ def matrix_rate(device, dtype, size):
 
 
 def model_flops(cfg, vocab_size, scored):
-    """FLOPs of a forward and backward pass of a batch: 6 a parameter of the blocks and token, attention, and the head at
-    the `scored` positions; nothing for embeddings, norms or what is computed twice."""
+    """FLOPs of a forward and backward pass of a batch: 6 a parameter of the blocks and token,
+    attention, and the head at the `scored` positions; nothing for embeddings, norms or what is
+    computed twice."""
     tokens = cfg.batch_size * cfg.seq_len
     blocks = sum(p.numel() for p in Transformer(cfg, vocab_size).blocks.parameters())
     return (6 * blocks + 12 * cfg.n_layer * cfg.n_embd * cfg.seq_len) * tokens + 6 * cfg.n_embd * (vocab_size - 1) * scored
 
 
 def training_variants(cfg, dtype):
-    """Label -> (whether memory is kept, Config, dtype, whether compiled, whether with torch.optim.Muon), in order."""
+    """Label -> (whether memory is kept, Config, dtype, whether compiled, whether with
+    torch.optim.Muon), in order."""
     shape = {name: getattr(cfg, name) for name in ("n_layer", "n_head", "n_embd", "seq_len", "micro_batch")}
     recipe = cli.merge(Config, config.MICRO, shape, {"loss_weighting": "full"})  # head and loss at all positions
     label, full = runtime.dtype_name(dtype), torch.float32
@@ -143,8 +146,8 @@ def training_variants(cfg, dtype):
 
 
 def time_together(variants, vocab_size, device, matrices, options):
-    """(label -> list of answers of `serve`, one a round; median FLOP/s of matrix products), all in turn, each for the
-    rows of the largest step."""
+    """(label -> list of answers of `serve`, one a round; median FLOP/s of matrix products), all in
+    turn, each for the rows of the largest step."""
     processes = [Variant(label, keep, cfg, vocab_size, device, *rest) for label, (keep, cfg, *rest) in variants.items()]
     answers, rates, most = {label: [] for label in variants}, [], max(cfg.batch_size for _, cfg, *_ in variants.values())
     try:
@@ -159,8 +162,9 @@ def time_together(variants, vocab_size, device, matrices, options):
 
 
 def bench_train(name, options):
-    """Figures (dict) for one preset: the sources' recipe, and what this machine's own choices give, step by step."""
-    cfg = dataclasses.replace(cli.merge(Config, config.preset(name)), short_rows=0.0)
+    """Figures (dict) for one preset: the sources' recipe, and what this machine's own choices give,
+    step by step."""
+    cfg = dataclasses.replace(cli.merge(Config, settings.preset(name)), short_rows=0.0)
     device = runtime.choose_device(options.device)
     dtype = runtime.choose_dtype("auto", device)
     vocab_size = 66 if cfg.tokenizer == "char" else cfg.vocab_size  # of Tiny Shakespeare, or what BPE is trained to
@@ -172,8 +176,8 @@ def bench_train(name, options):
     tokens = lambda label: variants[label][1].batch_size * variants[label][1].seq_len
     own, timed = f"{runtime.dtype_name(dtype)} compiled", {}
     for label in [SOURCE, *labels] if device.type == "cuda" else labels:
-        # beside the sources' recipe, since a machine's speed drifts (torch's Muon beside ours, from which it hardly
-        # differs); alone on a GPU, which may lack memory for both
+        # beside the sources' recipe, since a machine's speed drifts (torch's Muon beside ours, from
+        # which it hardly differs); alone on a GPU, which may lack memory for both
         reference = own if label == f"{own}, torch.optim.Muon" and own in figures else SOURCE
         group = [label] if device.type == "cuda" else [reference, label]
         try:

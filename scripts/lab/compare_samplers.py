@@ -1,7 +1,8 @@
-"""Ways of writing with one trained network, compared: the sampler comparisons of scripts/lab/ablate.py, which runs them.
+"""Ways of writing with one trained network, compared: the sampler comparisons of
+scripts/lab/ablate.py, which runs them.
 
-Each is a function from ablate.py's options to the settings, and one from them to (the function that measures a setting,
-what its figures depend on besides).
+Each is a function from ablate.py's options to the settings, and one from them to (the function that
+measures a setting, what its figures depend on besides).
 """
 import re
 import time
@@ -36,7 +37,8 @@ NUMBERS = {"threshold": (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99), "factor": (0.3, 0
 
 
 def sampler_settings(options):
-    """Every sampler over its own range of cost: steps, or its number; and what cutting off unlikely tokens does."""
+    """Every sampler over its own range of cost: steps, or its number; and what cutting off unlikely
+    tokens does."""
     rows = []
     for name, sampler in policies.SAMPLERS.items():
         if name in NUMBERS:
@@ -56,7 +58,8 @@ def sampler_settings(options):
 
 
 def masked_model(path, device):
-    """(model, Tokenizer, Config, checkpoint dict) of a masked model of the whole window, whose sampler is a choice.
+    """(model, Tokenizer, Config, checkpoint dict) of a masked model of the whole window, whose
+    sampler is a choice.
 
     path "": the newest run's best. A UserError refuses other families.
     """
@@ -71,7 +74,8 @@ def masked_model(path, device):
 
 
 def trained(options):
-    """(model, family, Tokenizer, its step, Hardware, what figures of it depend on) of the checkpoint that is meant."""
+    """(model, family, Tokenizer, its step, Hardware, what figures of it depend on) of the
+    checkpoint that is meant."""
     device = runtime.choose_device(options.device)
     model, tokenizer, cfg, state = masked_model(options.checkpoint, device)
     dtype = runtime.dtype_of_run(options.dtype, cfg.dtype, device, options.checkpoint or "the newest checkpoint")
@@ -81,8 +85,9 @@ def trained(options):
 
 
 def generate(model, family, setting, blank, seeds):
-    """Ids and NFE of each row of blank (B, L) generated with the options of `diffusion.sample` in setting (dict), or
-    by the micro-dLLMs' procedure ("source"), or with a wrong clock ("notes, misled")."""
+    """Ids and NFE of each row of blank (B, L) generated with the options of `diffusion.sample` in
+    setting (dict), or by the micro-dLLMs' procedure ("source"), or with a wrong clock ("notes,
+    misled")."""
     how = setting | {"steps": setting["steps"] or None}
     if how["sampler"] == "source":
         return yardstick.sampler(model, blank, how["steps"], seeds[0]), torch.full((len(blank),), how["steps"])
@@ -93,7 +98,8 @@ def generate(model, family, setting, blank, seeds):
 
 
 def judge_samplers(options):
-    """(function from a setting to its figures, with one tales model for all; what the figures depend on besides)."""
+    """(function from a setting to its figures, with one tales model for all; what the figures
+    depend on besides)."""
     model, family, tokenizer, _, hardware, common = trained(options)
     cfg = family.cfg
     if cfg.data != "tales":
@@ -112,7 +118,8 @@ def judge_samplers(options):
 
 
 def temperature_settings(options):
-    """The default sampler and one token at a time, from always the likeliest token to beyond the network's own."""
+    """The default sampler and one token at a time, from always the likeliest token to beyond the
+    network's own."""
     return [{"sampler": sampler, "steps": "", "temperature": t, "top_p": 1.0}
             for sampler in (SampleConfig.sampler, "first_hitting") for t in (0.0, 0.3, 0.6, 0.8, 0.9, 1.0, 1.1, 1.3)]
 
@@ -126,12 +133,15 @@ def order_settings(options):
 
 
 def measure_order(options):
-    """(function from a sampler to when each kind of character is written; what it depends on besides).
+    """(function from a sampler to when each kind of character is written; what it depends on
+    besides).
 
-    place         mean place in the order of writing, from 0 (first) to 1, of the tokens that stand for the most frequent
-                  quarter of the training text (frequent) and the least frequent quarter (rare)
+    place         mean place in the order of writing, from 0 (first) to 1, of the tokens that stand
+                  for the most frequent quarter of the training text (frequent) and the least
+                  frequent quarter (rare)
     early, all    share of frequent ones among the first tenth that is written, and among all
-    correlation   of a token's place with its frequency in the training text: negative where frequent ones come first
+    correlation   of a token's place with its frequency in the training text: negative where
+                  frequent ones come first
     """
     model, family, tokenizer, steps, hardware, common = trained(options)
     cfg, device = family.cfg, hardware.device
@@ -166,8 +176,9 @@ def measure_order(options):
 
 
 def misled(model, steps):
-    """`model`, told at each step what the notes' sampler tells it: their schedule's mask ratio at that time, though their
-    sampler unmasks about as many tokens in each, so that another share is still masked."""
+    """`model`, told at each step what the notes' sampler tells it: their schedule's mask ratio at
+    that time, though their sampler unmasks about as many tokens in each, so that another share is
+    still masked."""
     times = iter(range(steps - 1, -1, -1))
 
     def network(ids, noise_level, **more):
@@ -178,8 +189,8 @@ def misled(model, steps):
 
 
 def spelling_settings(options):
-    """The notes' sampler with their 100 and 300 steps, with and without their clock, beside others with as many, the default, and
-    other temperatures."""
+    """The notes' sampler with their 100 and 300 steps, with and without their clock, beside others
+    with as many, the default, and other temperatures."""
     rows = [("notes", 100), ("notes", 300), ("notes, misled", 100), ("notes, misled", 300), ("confidence", 100), ("random", 100),
             ("ancestral", 100), ("ancestral", 300), ("ancestral", 1000), ("remask", 100), ("source", 101), ("first_hitting", "")]
     best = [{"sampler": SampleConfig.sampler, "steps": "", "temperature": t, "top_p": 1.0} for t in (0.0, 0.5, 0.8, 1.0)]
@@ -192,7 +203,8 @@ def measure_spelling(options):
     """(function from a setting to how its samples are spelled; what that depends on besides).
 
     words     share of the samples' words that the training text has
-    speakers  share of their lines that end in a colon, and so name a speaker, that the training text has; None without such
+    speakers  share of their lines that end in a colon, and so name a speaker, that the training
+              text has; None without such
     """
     model, family, tokenizer, steps, hardware, common = trained(options)
     cfg = family.cfg

@@ -1,7 +1,7 @@
 """Training runs, compared: the comparisons of scripts/lab/ablate.py that train, which runs them.
 
-Each is a function from ablate.py's options to a dict of variants: name -> differences from the base, in order. All are judged by
-the same bound, on the same held-out rows with the same masks.
+Each is a function from ablate.py's options to a dict of variants: name -> differences from the
+base, in order. All are judged by the same bound, on the same held-out rows with the same masks.
 """
 import dataclasses
 import hashlib
@@ -17,7 +17,7 @@ import config
 import diffusion
 import train
 from config import Config
-from utils import cli, runtime
+from utils import cli, runtime, settings
 from utils.cli import UserError
 from utils.families import FAMILIES
 
@@ -26,15 +26,15 @@ def rounded(value):
     return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
 
 
-# Each comparison is a dict of variants: name -> differences from the base, in order. All are judged by the same bound,
-# on the same held-out rows with the same masks.
+# Each comparison is a dict of variants: name -> differences from the base, in order. All are judged
+# by the same bound, on the same held-out rows with the same masks.
 
 SMALL = dict(n_layer=4, n_head=4, n_embd=128, seq_len=64, batch_size=64, lr=0.01)
 
 
 def recipe(options):
-    """The sources' recipe and ours; ours shorter and longer, without each of its parts, and with what it leaves out.
-    What a base has already is left out of its table."""
+    """The sources' recipe and ours; ours shorter and longer, without each of its parts, and with
+    what it leaves out. What a base has already is left out of its table."""
     base = cli.merge(Config, base_config(options))
     loss = "full" if base.tokenizer == "char" else "pooled"  # as in the two micro-dLLMs
     yardstick = config.MICRO | {"rows": base.rows, "loss_weighting": loss, "dtype": "float32", "compile": "off"}
@@ -74,7 +74,8 @@ def recipe(options):
 
 
 def batch_size(options):
-    """As many rows in more or fewer steps, with the same learning rates and with their square root law."""
+    """As many rows in more or fewer steps, with the same learning rates and with their square root
+    law."""
     base, shares = cli.merge(Config, base_config(options)), (0.25, 0.5, 1, 2, 4)
     plain = {share: {"batch_size": round(base.batch_size * share), "max_iters": max(1, round(options.iters / share))}
              for share in shares}
@@ -84,21 +85,23 @@ def batch_size(options):
 
 
 def families(options):
-    """Autoregressive, blocks, masked and uniform at equal size, on the same rows. In windows of blocks of 64."""
+    """Autoregressive, blocks, masked and uniform at equal size, on the same rows. In windows of
+    blocks of 64."""
     base = cli.merge(Config, base_config(options))
     bos, tokens = diffusion.bos_tokens(base), base.seq_len * base.batch_size
     window = max(128, -(-base.seq_len // 64) * 64) + bos
     common = {"seq_len": window}
     if not bos:  # as many tokens a step; documents stay as many
         common["batch_size"] = max(1, tokens // window)
-    uniform = config.family_defaults("uniform", FAMILIES) | {"objective": "uniform", "time_conditioning": "sinusoidal"}  # adaln is larger
+    uniform = settings.family_defaults("uniform", FAMILIES) | {"objective": "uniform", "time_conditioning": "sinusoidal"}  # adaln is larger
     return {"autoregressive": common | {"objective": "ar"}} | {
         f"blocks of {size}": common | {"block_len": size} for size in (1, 4, 16, 64)} | {
         "masked": common, "uniform noise": common | uniform}
 
 
 def ar_vs_diffusion(options):
-    """Many epochs over 200 documents: who overfits when. The loss of all is the bound, so that curves compare."""
+    """Many epochs over 200 documents: who overfits when. The loss of all is the bound, so that
+    curves compare."""
     common = {"max_documents": 200, "loss_weighting": "elbo", "short_rows": 0.0}
     return {f"{name}{f', dropout {dropout:g}' if dropout else ''}": common | changes | {"dropout": dropout}
             for name, changes in (("autoregressive", {"objective": "ar"}), ("masked", {})) for dropout in (0.0, 0.1, 0.2)}
@@ -115,7 +118,8 @@ OWN_FAMILIES = {"masked, causal": CausalMasked}  # of `attention` alone
 
 
 def window(options):
-    """Windows of other lengths, with as many tokens a step; each judged on its own windows of the same text."""
+    """Windows of other lengths, with as many tokens a step; each judged on its own windows of the
+    same text."""
     base = cli.merge(Config, base_config(options))
     return {f"{size} tokens": {"seq_len": size, "batch_size": max(1, base.batch_size * base.seq_len // size),
                                "eval_rows": 16_384 // size, "final_rows": 65_536 // size}
@@ -123,8 +127,9 @@ def window(options):
 
 
 def expected_loss(options):
-    """The beginnings of the guide's and the notes' runs, whose documents say which loss to expect when, at the base's shape, and
-    ours. Their learning rates do not decay yet; their losses are their own. Windows of 128, as theirs."""
+    """The beginnings of the guide's and the notes' runs, whose documents say which loss to expect
+    when, at the base's shape, and ours. Their learning rates do not decay yet; their losses are
+    their own. Windows of 128, as theirs."""
     shape = ("data", "tokenizer", "rows", "n_layer", "n_head", "n_embd", "seq_len")
     theirs = {f"the recipe of the {name}": {key: value for key, value in config.PRESETS[name].items() if key not in shape} | {
         "lr_decay": "constant", "max_iters": options.iters} for name in ("guide", "notes")}
@@ -165,7 +170,7 @@ TRAINED = {
 
 
 def base_config(options):
-    base = config.PRESETS["shakespeare"] | SMALL if not options.base else config.preset(options.base)
+    base = config.PRESETS["shakespeare"] | SMALL if not options.base else settings.preset(options.base)
     data = {"data": options.data, "tokenizer": "bpe"} if options.data else {}
     return {"name": "run"} | base | data | {
         "max_iters": options.iters, "device": options.device, "dtype": options.dtype, "compile": options.compile,
@@ -182,7 +187,8 @@ LATER = {"objective": "masked", "time_sampling": "uniform"}  # what all was befo
 
 
 def train_settings(comparison, options):
-    """One training run each. "config" tells runs apart that differ in anything but their names and seeds."""
+    """One training run each. "config" tells runs apart that differ in anything but their names and
+    seeds."""
     def fingerprint(cfg):  # of what is switched on, so that a setting which is added to config.py changes nothing
         on = [(TABLES.get(k, k), v) for k, v in dataclasses.asdict(cfg).items() if v and k != "seed" and LATER.get(k) != v]
         return hashlib.sha256(repr(on).encode()).hexdigest()[:8]
@@ -229,7 +235,8 @@ FIGURES = ("bound", "bits_per_character", "se_rows", "se_masks", "last_bound", "
 
 
 def over_seeds(rows):
-    """One row for each variant: means over its seeds, and the standard error of the bound over them."""
+    """One row for each variant: means over its seeds, and the standard error of the bound over
+    them."""
     groups = {}
     for row in rows:
         key = {name: row[name] for name in row if name not in (*FIGURES, "seed", "curve")}

@@ -5,15 +5,17 @@ from utils import plots
 
 
 def curve(row):
-    """Points (steps, minutes, held-out bound, and where it was recorded the training loss) of a row of
-    scripts/lab/ablate.py's training runs (dict of str)."""
+    """Points (steps, minutes, held-out bound, and where it was recorded the training loss) of a row
+    of scripts/lab/ablate.py's training runs (dict of str)."""
     return [tuple(map(float, point.split(":"))) for point in row["curve"].split()]
 
 
 def bound_over_cost(rows, title, path):
-    """Held-out bound of training runs over the rows seen and over the minutes taken, and where each variant ends.
+    """Held-out bound of training runs over the rows seen and over the minutes taken, and where each
+    variant ends.
 
-    rows are those of scripts/lab/ablate.py's training comparisons (dicts of str); every seed is a curve. A PNG at `path`.
+    rows are those of scripts/lab/ablate.py's training comparisons (dicts of str); every seed is a
+    curve. A PNG at `path`.
     """
     plt = plots.pyplot()
     from matplotlib import ticker
@@ -47,8 +49,8 @@ def bound_over_cost(rows, title, path):
 
 
 def overfitting(rows, title, path):
-    """Held-out bound and training loss of scripts/lab/ablate.py's training runs (dicts of str) over the rows seen; the lowest
-    bound of each is marked. A PNG at `path`."""
+    """Held-out bound and training loss of scripts/lab/ablate.py's training runs (dicts of str) over
+    the rows seen; the lowest bound of each is marked. A PNG at `path`."""
     plt = plots.pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(13, 5), layout="constrained", sharex=True, sharey=True)
     for number, row in enumerate(row for row in rows if row["curve"]):
@@ -72,7 +74,8 @@ ENOUGH = 10  # % valid, for a mean over the valid ones to be more than noise
 
 
 def quality_against_cost(rows, title, path):
-    """Share of valid samples, and distance of their log-probability from -entropy, over network evaluations.
+    """Share of valid samples, and distance of their log-probability from -entropy, over network
+    evaluations.
 
     rows are those of scripts/lab/ablate.py samplers (dicts of str); a PNG at `path`.
     """
@@ -118,8 +121,9 @@ def quality_against_cost(rows, title, path):
 
 
 def over_temperature(rows, title, path):
-    """Share of valid samples, of different ones, and what valid ones are worth, over the temperature; rows are those of
-    scripts/lab/ablate.py temperature (dicts of str). A PNG at `path`."""
+    """Share of valid samples, of different ones, and what valid ones are worth, over the
+    temperature; rows are those of scripts/lab/ablate.py temperature (dicts of str). A PNG at
+    `path`."""
     plt = plots.pyplot()
     figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     surplus = lambda row: float(row["log_prob"]) + float(row["entropy"]) if row["log_prob"] else math.nan
@@ -140,8 +144,9 @@ def over_temperature(rows, title, path):
 
 
 def bars(rows, title, path, *, names, what, legend):
-    """The figures called `names` (list of str), in the unit `what`, of each row of scripts/lab/ablate.py's comparisons of samplers
-    (dicts of str), beside each other. A PNG at `path`."""
+    """The figures called `names` (list of str), in the unit `what`, of each row of
+    scripts/lab/ablate.py's comparisons of samplers (dicts of str), beside each other. A PNG at
+    `path`."""
     plt = plots.pyplot()
     figure, axis = plt.subplots(figsize=(4 + 0.5 * len(rows), 4.5), layout="constrained")
     width = 0.8 / len(names)

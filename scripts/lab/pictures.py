@@ -43,7 +43,8 @@ def schedules(options, path):
 
 
 def weights(options, path):
-    """The weight omega(m) that the mean over masked tokens gives to each mask ratio, and the bound's, which is 1."""
+    """The weight omega(m) that the mean over masked tokens gives to each mask ratio, and the
+    bound's, which is 1."""
     figure, axis = plots.pyplot().subplots(figsize=(6, 4), layout="constrained")
     m = torch.linspace(0, 1, 1001, dtype=torch.float64)[1:-1]
     axis.axhline(1, color=plots.OKABE_ITO[-1], lw=2, label="the bound, whatever the schedule")
@@ -74,7 +75,8 @@ def masking(options, path):
 
 
 def replacing(options, path):
-    """A sentence under uniform noise: what is replaced (orange) becomes any word, and nothing but the colour shows it."""
+    """A sentence under uniform noise: what is replaced (orange) becomes any word, and nothing but
+    the colour shows it."""
     anything = sorted(set(" ".join(tales.generate("picture", 200)).split()))
     words = tales.generate("picture", 1)[0].split()[:14]
     generator = runtime.generator("picture")
@@ -121,7 +123,8 @@ def time_embedding(options, path):
 
 
 def samplers_at_work(options, path):
-    """Who gets revealed when: a story by every sampler, steps from top to bottom, tokens from left to right."""
+    """Who gets revealed when: a story by every sampler, steps from top to bottom, tokens from left
+    to right."""
     device = runtime.choose_device(options.device)
     model, tokenizer, cfg, _ = compare_samplers.masked_model(options.checkpoint, device)
     blank = torch.tensor([canvas.build(tokenizer, [None], cfg.seq_len)], device=device)

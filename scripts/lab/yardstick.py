@@ -7,11 +7,12 @@ import torch
 
 @torch.no_grad()
 def sampler(model, canvas, steps=101, seed=0):
-    """The micro-dLLMs' sampler as published, the yardstick of `sample`: the ids (B, L) that it ends with.
+    """The micro-dLLMs' sampler as published, the yardstick of `sample`: the ids (B, L) that it ends
+    with.
 
-    Each step computes all positions, draws a token everywhere, keeps the surest by the probability of the token drawn
-    and masks the rest; a last pass takes the likeliest token at every position. (Their network can draw MASK; ours
-    has no logit for it, and is told the true mask ratio.)
+    Each step computes all positions, draws a token everywhere, keeps the surest by the probability
+    of the token drawn and masks the rest; a last pass takes the likeliest token at every position.
+    (Their network can draw MASK; ours has no logit for it, and is told the true mask ratio.)
     """
     mask, free = model.vocab_size - 1, canvas == model.vocab_size - 1
     ids, total = canvas.clone(), free.sum(1)
