@@ -8,6 +8,7 @@ in a file of its own:
     # my_experiment.py                       python train.py my_experiment.py --max_iters 2000
     config = {"preset": "shakespeare", "n_layer": 4}
 """
+
 import os
 from dataclasses import dataclass
 
@@ -18,15 +19,16 @@ VERSION = 2  # of what a checkpoint stores
 # Limits that no use comes near, so that a slip of the finger ends in one line and not in a machine
 # without memory.
 SEEDS = 2**62 - 1
-LONGEST = 2**17      # tokens of a text or a window
+LONGEST = 2**17  # tokens of a text or a window
 MOST_TOKENS = 2**27  # in a training step, of all devices together: a gigabyte of ids
 DEVICES, DTYPES = ("auto", "cpu", "cuda", "mps"), ("auto", "float32", "bfloat16", "float16")
 
-# fmt: off (tables: a setting a line)
+# fmt: off
+
+
 @dataclass(frozen=True)
 class Config:
-    name: str = field("", "name of the run: artifacts/models/NAME.pt (default: the preset's)",
-        "run")
+    name: str = field("", "of the run: artifacts/models/NAME.pt (default: the preset's)", "run")
     seed: int = field(1337, "of the weights, the batches and the masks", low=0, high=SEEDS)
     out_dir: str = field("artifacts", "folder for models/, logs/, plots/, tokenizer/")
     resume: str = field("", "continue a run: path of its checkpoint, or auto for the newest")
@@ -58,16 +60,14 @@ class Config:
     n_embd: int = field(384, "channels", low=1, high=2**16)
     seq_len: int = field(256, "tokens in a window", low=2, high=LONGEST, alias="block_size")
     dropout: float = field(0.0, "share of activations dropped in training", low=0, below=1)
-    tie_embeddings: bool = field(True, "one matrix for embedding and head: better for BPE, no "
-        "matter for characters")
+    tie_embeddings: bool = field(True, "one matrix for embedding and head: better for BPE")
     init: str = field("normal", "normal: N(0, 0.02) as in the sources; zero: projections and head "
         "start at zero", choices=("normal", "zero"))
     time_conditioning: str = field("none", "how the network is told the mask ratio",
         choices=("none", "table", "sinusoidal", "adaln"))
     rope_base: float = field(100.0, "longest rotary wavelength, in units of 2 pi tokens: with "
         "short ones a network finds its near neighbours sooner", low=1)
-    softcap: float = field(0.0, "logits are squeezed into -softcap..softcap by tanh (0: not)",
-        low=0)
+    softcap: float = field(0.0, "logits are squeezed into -softcap..softcap (0: not)", low=0)
 
     objective: str = field("masked", "masked: diffusion; uniform: diffusion with random tokens "
         "instead of masks; ar: the same transformer from left to right, to compare", "objective")
@@ -82,38 +82,32 @@ class Config:
         "is always the ELBO", choices=("elbo", "flat", "clip", "pooled", "full"))
     time_sampling: str = field("uniform", "importance: times in proportion to the spread of their "
         "losses, reweighted; measured anew every 100 steps", choices=("uniform", "importance"))
-    complementary: bool = field(False, "rows in pairs: the same text, masked where the other is "
-        "not")
+    complementary: bool = field(False, "rows in pairs: one text, masked where the other is not")
 
     batch_size: int = field(64, "rows a step, of all devices together", "optimisation", low=1)
-    micro_batch: int = field(0, "rows of one forward and backward pass, gradients summed up (0: "
-        "all at once)", low=0)
+    micro_batch: int = field(0, "rows of one pass, gradients summed up (0: all at once)", low=0)
     activation_checkpointing: bool = field(False, "compute activations anew in the backward pass: "
         "less memory, slower")
     optimizer: str = field("muon", "muon: Muon for block matrices, AdamW for the rest; adamw: "
         "AdamW for all", choices=("muon", "adamw"))
-    lr: float = field(0.005, "learning rate of AdamW; narrower networks bear more: 0.01 at 128 "
-        "channels", low=0)
+    lr: float = field(0.005, "of AdamW; narrower networks bear more: 0.01 at 128 channels", low=0)
     muon_lr: float = field(0.03, "learning rate of Muon", low=0)
     beta1: float = field(0.8, "AdamW", low=0, below=1)
     beta2: float = field(0.95, "AdamW", low=0, below=1)
     weight_decay: float = field(0.0, "decoupled, on matrices", low=0)
     warmup_iters: int = field(5, "steps of linear warm-up", low=0)
-    lr_decay: str = field("linear", "shape of the decay to zero",
-        choices=("linear", "cosine", "constant"))
+    lr_decay: str = field("linear", "its shape", choices=("linear", "cosine", "constant"))
     decay_share: float = field(0.5, "share of the run, at its end, over which the learning rate "
         "decays", low=0, high=1)
     grad_clip: float = field(1.0, "largest norm of the gradient (0: off)", low=0)
     ema: float = field(0.0, "decay of an average of the weights, which is then what is judged and "
         "sampled (0: none)", low=0, below=1)
 
-    eval_interval: int = field(250, "steps between held-out bounds, samples and log lines",
-        "evaluation", low=1)
+    eval_interval: int = field(250, "steps between held-out bounds and logs", "evaluation", low=1)
     eval_rows: int = field(256, "held-out rows while training, each with one mask", low=1)
     final_rows: int = field(256, "held-out rows at the end, each with final_masks masks", low=1)
     final_masks: int = field(8, "masks a row at the end", low=1, high=10_000)
-    final_samples: int = field(64, "samples that the final metrics judge (0: the bound alone)",
-        low=0, high=10**5)
+    final_samples: int = field(64, "that the final metrics judge (0: none)", low=0, high=10**5)
 
     def __post_init__(self):
         check(self)
@@ -179,13 +173,11 @@ class SampleConfig:
         "tokens to generate, or, under uniform noise, in the text)", low=1, high=LONGEST)
     schedule: str = field("linear", "mask ratio over the steps")
     min_tokens: int = field(1, "least number of tokens a step, for policies with a count", low=1)
-    temperature: float = field(1.0, "of the token distribution; 0: always the likeliest token",
-        low=0)
+    temperature: float = field(1.0, "of the tokens; 0: always the likeliest", low=0)
     top_k: int = field(0, "draw from the k likeliest tokens (0: all)", low=0)
     # 0.98 leaves the text as varied, and cuts off the many tokens that a small network gives a
     # little too much
-    top_p: float = field(0.98, "draw from the likeliest tokens that sum to this (1: all)", above=0,
-        high=1)
+    top_p: float = field(0.98, "draw from the likeliest that sum to this (1: all)", above=0, high=1)
     guidance: float = field(0.0, "classifier-free guidance by masking the prompt; twice the work "
         "(0: off)", low=0)
     decode_block: int = field(0, "generate left to right in blocks of so many tokens (0: all at "
@@ -193,8 +185,7 @@ class SampleConfig:
     cache: str = field("auto", "keep keys and values: prefix, dual: around the block, faster, "
         "approximate; auto: only those that stay exact (ar and block models)",
         choices=("auto", "none", "prefix", "dual"))
-    cache_refresh: int = field(0, "steps after which a cache is computed anew (0: once a block)",
-        low=0)
+    cache_refresh: int = field(0, "steps until a cache is made anew (0: once a block)", low=0)
     correctors: int = field(0, "uniform noise: sweeps after each step that draw an eighth of the "
         "tokens anew; with a prompt, 2 bring the text much nearer to what the model means", low=0,
         high=1000)

@@ -63,10 +63,8 @@ def load(overrides):
     model, tokenizer, cfg = checkpoint.restore(state, device, path)
     family = families.family_of(cfg)
     if "sampler" in overrides and how.sampler.partition(":")[0] not in family.samplers:
-        raise UserError(
-            f"sampler={how.sampler} with {family.name}, which has one of its own: "
-            "--steps says how long it works"
-        )
+        own = "which has one of its own: --steps says how long it works"
+        raise UserError(f"sampler={how.sampler} with {family.name}, {own}")
     dtype = runtime.dtype_of_run(how.dtype, cfg.dtype, device, path)
     name = os.path.basename(path).removesuffix(".pt")
     return how, Loaded(name, model, family, tokenizer, ranks.Hardware(device, dtype))
@@ -93,9 +91,8 @@ def generate(loaded, how):
     NFE, seconds).
 
     A result is a dict: text, seed, sampler, evaluations (NFE), tokens, confidence and step (when
-    each token settled; 0: given) of its own row; seconds and tokens_per_second of the rows that are
-    generated together with it, counting the tokens of the finished texts and not the time of
-    viewers.
+    each token settled; 0: given) of its own row; seconds and tokens_per_second, of the finished
+    texts and without the time of viewers, of the rows that are generated together with it.
     """
     family, tokenizer, device = loaded.family, loaded.tokenizer, loaded.hardware.device
     rows = canvas.rows_of(how, family, tokenizer)
@@ -103,13 +100,10 @@ def generate(loaded, how):
     stop = None if how.no_stop else tokenizer.end
     for members in canvas.batches(rows, family, tokenizer.vocab_size, device):
         first, blank = 0 in members, torch.tensor([rows[i][0] for i in members], device=device)
-        options = {
-            "window": family.cfg.seq_len,
-            "stop": stop,
-            "seeds": [rows[i][1] for i in members],
-        }
-        options["top"] = ALTERNATIVES if how.viz_html and first else 0
-        watch = Stopwatch(diffusion.sample(family, loaded.model, blank, how, **options), device)
+        top = ALTERNATIVES if how.viz_html and first else 0
+        more = dict(window=family.cfg.seq_len, seeds=[rows[i][1] for i in members], top=top)
+        stream = diffusion.sample(family, loaded.model, blank, how, stop=stop, **more)
+        watch = Stopwatch(stream, device)
         steps = iter(watch)
         if first and (how.viz_video or how.viz_gif or how.viz_html):
             trace.check_states(rows[0][0], how, family, tokenizer.mask)
@@ -120,7 +114,7 @@ def generate(loaded, how):
         last, settled = follow(steps, blank == tokenizer.mask, loaded.hardware, first and how.live)
         nfe, seconds, ids = nfe + last.nfe, seconds + watch.seconds, last.ids.tolist()
         end = lambda r, i: None if how.no_stop else canvas.end(tokenizer, ids[r], rows[i][0])
-        texts = [rows[i][0][: end(r, i)] for r, i in enumerate(members)]
+        texts = (rows[i][0][: end(r, i)] for r, i in enumerate(members))
         generated = sum(text.count(tokenizer.mask) for text in texts)
         for r, i in enumerate(members):
             results[i] = {
@@ -153,10 +147,8 @@ def follow(steps, masked, hardware, quiet):
 
 def write_traces(loaded, how, frames, procedure):
     """The files of --viz-video, --viz-gif and --viz-html."""
-    title = (
-        f"{loaded.name} · {procedure} · temperature {how.temperature:g} · "
-        f"{frames[-1].nfe} evaluations"
-    )
+    title = f"{loaded.name} · {procedure} · temperature {how.temperature:g}"
+    title += f" · {frames[-1].nfe} evaluations"
     for target, write in ((how.viz_video, video.write_mp4), (how.viz_gif, video.write_gif)):
         if target:
             write(target, video.pictures(frames, loaded.tokenizer, title), how.gif_frame_ms)

@@ -9,6 +9,7 @@ arXiv:2010.04245), MLP with ReLU^2 (arXiv:2109.08668) and expansion 4, no biases
 Notation, the same in every file: B rows, L positions, C = n_embd channels, H heads, V real tokens
 (ids 0..V-1), the MASK token is id V, and cfg's `vocab_size` = V + 1 counts it.
 """
+
 import math
 from functools import partial
 
@@ -26,7 +27,9 @@ def norm(x):
 def rotary_table(positions, head_dim, base):
     """cos and sin of the rotary angles, (..., L, 1, head_dim) fp32, for integer positions (..., L):
     once for each channel of a pair, the sine with the sign that `rotate` needs."""
-    frequency = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim)
+    frequency = base ** (
+        -torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
+    )
     angle = positions.float()[..., None, None] * frequency
     cos, sin = angle.cos(), angle.sin()
     return torch.cat((cos, cos), dim=-1), torch.cat((sin, -sin), dim=-1)
@@ -88,7 +91,8 @@ class Attention(nn.Module):
         mask = attention if torch.is_tensor(attention) else None  # True = may look
         # No dropout of attention weights: it rules out the fused kernels and made a training step
         # twice as slow.
-        attend = partial(F.scaled_dot_product_attention, attn_mask=mask, is_causal=isinstance(attention, str))
+        causal = isinstance(attention, str)
+        attend = partial(F.scaled_dot_product_attention, attn_mask=mask, is_causal=causal)
         if x.device.type != "cpu" or not torch.is_grad_enabled():
             y = attend(q, k, v)
         elif v.dtype == torch.bfloat16 and L <= 512:
@@ -96,7 +100,9 @@ class Attention(nn.Module):
             y = ShortAttention.apply(q.to(v.dtype), k.to(v.dtype), v, mask)
         else:
             with torch.autocast("cpu", enabled=False):
-                y = attend(*(part.to(torch.promote_types(part.dtype, torch.float32)) for part in (q, k, v)))
+                y = attend(
+                    *(part.to(torch.promote_types(part.dtype, torch.float32)) for part in (q, k, v))
+                )
         return self.proj(y.transpose(1, 2).reshape(B, L, C))
 
 
@@ -117,13 +123,18 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(cfg.dropout)
         # adaLN (arXiv:2212.09748): the noise level shifts and scales what each half of the block
         # reads
-        self.modulation = nn.Linear(cfg.n_embd, 4 * cfg.n_embd) if cfg.time_conditioning == "adaln" else None
+        self.modulation = (
+            nn.Linear(cfg.n_embd, 4 * cfg.n_embd) if cfg.time_conditioning == "adaln" else None
+        )
 
     def forward(self, x, cos, sin, attention, condition, cache):
         read1 = read2 = norm
         if self.modulation is not None:
             shift1, scale1, shift2, scale2 = self.modulation(F.silu(condition)).chunk(4, dim=-1)
-            read1, read2 = (lambda x: norm(x) * (1 + scale1) + shift1), (lambda x: norm(x) * (1 + scale2) + shift2)
+            read1, read2 = (
+                (lambda x: norm(x) * (1 + scale1) + shift1),
+                (lambda x: norm(x) * (1 + scale2) + shift2),
+            )
         x = x + self.dropout(self.attn(read1(x), cos, sin, attention, cache))
         return x + self.dropout(self.mlp(read2(x)))
 
@@ -143,7 +154,9 @@ class NoiseEmbedding(nn.Module):
         if self.steps:
             self.table = nn.Embedding(self.steps + 1, cfg.n_embd)
         else:
-            self.mlp = nn.Sequential(nn.Linear(cfg.n_embd, cfg.n_embd), nn.SiLU(), nn.Linear(cfg.n_embd, cfg.n_embd))
+            self.mlp = nn.Sequential(
+                nn.Linear(cfg.n_embd, cfg.n_embd), nn.SiLU(), nn.Linear(cfg.n_embd, cfg.n_embd)
+            )
 
     def forward(self, level):
         if self.steps:
@@ -155,7 +168,9 @@ class NoiseEmbedding(nn.Module):
 def waves(level, width):
     """Sines and cosines of 1000 times the level (...,), at frequencies from 1 to 1/10,000: (...,
     width), width even."""
-    frequency = torch.exp(-math.log(10_000) * torch.arange(width // 2, device=level.device) / (width // 2 - 1))
+    frequency = torch.exp(
+        -math.log(10_000) * torch.arange(width // 2, device=level.device) / (width // 2 - 1)
+    )
     angle = 1000 * level[..., None] * frequency
     return torch.cat((angle.sin(), angle.cos()), dim=-1)
 
@@ -163,7 +178,9 @@ def waves(level, width):
 def count_parameters(cfg, vocab_size):
     """How many parameters `Transformer(cfg, vocab_size)` has, without making it."""
     C, adaln = cfg.n_embd, cfg.time_conditioning == "adaln"
-    noise = {"none": 0, "table": (cfg.diffusion_steps + 1) * C}.get(cfg.time_conditioning, 2 * (C * C + C))
+    noise = {"none": 0, "table": (cfg.diffusion_steps + 1) * C}.get(
+        cfg.time_conditioning, 2 * (C * C + C)
+    )
     blocks = cfg.n_layer * (12 * C * C + adaln * (4 * C * C + 4 * C))
     return vocab_size * C * (1 if cfg.tie_embeddings else 2) + blocks + noise
 
@@ -193,7 +210,9 @@ class Transformer(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
                 if getattr(module, "bias", None) is not None:
                     nn.init.zeros_(module.bias)
-        if self.cfg.init == "zero":  # every block starts as the identity, and every token as equally likely
+        if (
+            self.cfg.init == "zero"
+        ):  # every block starts as the identity, and every token as equally likely
             for block in self.blocks:
                 # uniform of the variance that keeps activations at size 1 (C channels in), as in
                 # modded-nanogpt
@@ -214,7 +233,9 @@ class Transformer(nn.Module):
             if block.modulation is not None:
                 nn.init.zeros_(block.modulation.weight)
 
-    def forward(self, ids, noise_level=None, *, attention=None, positions=None, cache=None, select=None):
+    def forward(
+        self, ids, noise_level=None, *, attention=None, positions=None, cache=None, select=None
+    ):
         """Logits for every position, or for the selected ones.
 
         ids          (B, L) long, MASK = V where the token is masked
@@ -234,7 +255,11 @@ class Transformer(nn.Module):
         cos, sin = rotary_table(positions, self.cfg.n_embd // self.cfg.n_head, self.cfg.rope_base)
         x, condition = self.embed(self.embedding(ids), noise_level)
         for layer, block in enumerate(self.blocks):
-            run = partial(checkpoint, block, use_reentrant=False) if self.cfg.activation_checkpointing else block
+            run = (
+                partial(checkpoint, block, use_reentrant=False)
+                if self.cfg.activation_checkpointing
+                else block
+            )
             x = run(x, cos, sin, attention, condition, cache and partial(cache, layer))
         return self.unembed(x, select)
 
@@ -243,7 +268,9 @@ class Transformer(nn.Module):
         condition = None
         if self.noise is not None:
             if noise_level is None:
-                raise ValueError(f"time_conditioning={self.cfg.time_conditioning} needs noise_level")
+                raise ValueError(
+                    f"time_conditioning={self.cfg.time_conditioning} needs noise_level"
+                )
             condition = self.noise(noise_level.float())
             condition = condition if condition.dim() == 3 else condition[:, None]
             if self.cfg.time_conditioning != "adaln":
@@ -258,7 +285,11 @@ class Transformer(nn.Module):
         # cut after the product: a GPU is fast where the width is round, and it is vocab_size that
         # users choose
         logits = F.linear(x, self.head.weight)[..., :-1]
-        return self.cfg.softcap * torch.tanh(logits.float() / self.cfg.softcap) if self.cfg.softcap else logits
+        return (
+            self.cfg.softcap * torch.tanh(logits.float() / self.cfg.softcap)
+            if self.cfg.softcap
+            else logits
+        )
 
     def num_parameters(self):
         return sum(p.numel() for p in self.parameters())

@@ -130,7 +130,11 @@ def evaluate(run, progress, so_far, best):
     with hardware.autocast():
         rows = run.data.held_out[: cfg.eval_rows].to(hardware.device)
         nll = run.family.nelbo(judged, rows, 1, cfg.micro_batch or 64)
-        text = "" if run.quiet else show_sample(run.family, judged, run.data.tokenizer, hardware.device)
+        text = (
+            ""
+            if run.quiet
+            else show_sample(run.family, judged, run.data.tokenizer, hardware.device)
+        )
     run.model.train()
     progress.nll, error, _ = metrics.mean_and_errors(nll)
     progress.running, progress.counted = torch.zeros_like(progress.running), 0

@@ -14,6 +14,7 @@
                                                        token shards for corpora larger than memory;
                                                        the same again goes on
 """
+
 import hashlib
 import os
 import sys
@@ -32,18 +33,32 @@ from utils.cli import UserError, field
 
 @dataclass(frozen=True)
 class DataConfig:
-    dataset: str = field(texts.STORIES, "name on the Hugging Face hub, a local file, fineweb-edu, synth, shakespeare, "
-                         "text8, enwik8 or tales", "from")
+    dataset: str = field(
+        texts.STORIES,
+        "name on the Hugging Face hub, a local file, fineweb-edu, synth, shakespeare, "
+        "text8, enwik8 or tales",
+        "from",
+    )
     split: str = field("train", "of a hub dataset")
     config: str = field(None, "of a hub dataset that has several")
     text_column: str = field("text", "column of .jsonl, .parquet and hub datasets")
     num_stories: int = field(10_000, "documents to take, at most", low=1)
     seed: int = field(1337, "of the shuffle", low=0, high=SEEDS)
-    shuffle_buffer: int = field(10_000, "documents among which the stream is shuffled", low=1, high=10**7)
-    output: str = field("", "file to write (default: data/stories.txt for TinyStories, data/shakespeare.txt for that)", "to")
-    tokens: str = field("", "write token shards instead, of at least so many tokens: 500M, 10B; not shuffled")
+    shuffle_buffer: int = field(
+        10_000, "documents among which the stream is shuffled", low=1, high=10**7
+    )
+    output: str = field(
+        "",
+        "file to write (default: data/stories.txt for TinyStories, data/shakespeare.txt for that)",
+        "to",
+    )
+    tokens: str = field(
+        "", "write token shards instead, of at least so many tokens: 500M, 10B; not shuffled"
+    )
     tokenizer: str = field("", "tokenizer file of the shards (scripts/train_tokenizer.py)")
-    separator: str = field("", "between documents, \\n for a line break (default: a line <|endoftext|>)")
+    separator: str = field(
+        "", "between documents, \\n for a line break (default: a line <|endoftext|>)"
+    )
     clean_mojibake: bool = field(True, "put right UTF-8 that was read as Windows-1252")
 
     def __post_init__(self):
@@ -51,8 +66,12 @@ class DataConfig:
 
 
 # short names: what they are called on the hub, which part, which column
-SOURCES = {"fineweb-edu": dict(dataset="HuggingFaceFW/fineweb-edu", config="sample-10BT", text_column="text"),
-           "synth": dict(dataset="PleIAs/SYNTH", text_column="synthetic_answer")}
+SOURCES = {
+    "fineweb-edu": dict(
+        dataset="HuggingFaceFW/fineweb-edu", config="sample-10BT", text_column="text"
+    ),
+    "synth": dict(dataset="PleIAs/SYNTH", text_column="synthetic_answer"),
+}
 
 
 def number(text):
@@ -70,25 +89,51 @@ def number(text):
 def write_shards(cfg, output, given):
     for name in ("num_stories", "seed", "shuffle_buffer", "separator"):
         if name in given:
-            raise UserError(f"{name}={given[name]} with tokens={cfg.tokens}: shards hold the whole source, in its order")
+            raise UserError(
+                f"{name}={given[name]} with tokens={cfg.tokens}: shards hold the whole source, in "
+                "its order"
+            )
     if not output.endswith(".bin"):
-        raise UserError(f"output={output} with tokens={cfg.tokens}: name the folder of shards something.bin")
+        raise UserError(
+            f"output={output} with tokens={cfg.tokens}: name the folder of shards something.bin"
+        )
     if not cfg.tokenizer:
-        raise UserError(f"tokens={cfg.tokens} needs --tokenizer FILE; scripts/train_tokenizer.py makes one")
+        raise UserError(
+            f"tokens={cfg.tokens} needs --tokenizer FILE; scripts/train_tokenizer.py makes one"
+        )
     if cfg.dataset in (*texts.DOWNLOADS, "tales") or cfg.dataset.endswith(".txt"):
-        raise UserError(f"dataset={cfg.dataset} with tokens={cfg.tokens}: shards are made from .jsonl, .parquet and hub "
-                        "datasets; others fit into memory")
+        raise UserError(
+            f"dataset={cfg.dataset} with tokens={cfg.tokens}: shards are made from .jsonl, "
+            ".parquet and hub "
+            "datasets; others fit into memory"
+        )
     wanted, tokenizer = number(cfg.tokens), tokenizers.load(cfg.tokenizer)
     clean = texts.repair_mojibake if cfg.clean_mojibake else lambda document: document
     read = lambda dataset: map(clean, texts.documents_of(dataset, cfg.dataset, cfg.text_column))
-    settings = {name: getattr(cfg, name) for name in ("dataset", "split", "config", "text_column", "clean_mojibake")}
+    settings = {
+        name: getattr(cfg, name)
+        for name in ("dataset", "split", "config", "text_column", "clean_mojibake")
+    }
     settings["tokenizer"] = hashlib.sha256(tokenizer.to_json().encode()).hexdigest()[:16]
-    done = shards.read_index(output)["tokens"] if os.path.exists(os.path.join(output, "index.json")) else 0
+    done = (
+        shards.read_index(output)["tokens"]
+        if os.path.exists(os.path.join(output, "index.json"))
+        else 0
+    )
     with tqdm(total=wanted, initial=done, unit="token", unit_scale=True, disable=None) as bar:
-        index = shards.write_shards(output, (texts.open_dataset(cfg.dataset, cfg.split, cfg.config), read), tokenizer, wanted,
-                                    settings, lambda tokens: bar.update(tokens - bar.n))
-    print(f"{output} has {index['tokens']:,} training tokens of {index['documents']:,} documents in {len(index['shards'])} "
-          f"shards" + (", and the source has no more" if index["ended"] else ""))
+        index = shards.write_shards(
+            output,
+            (texts.open_dataset(cfg.dataset, cfg.split, cfg.config), read),
+            tokenizer,
+            wanted,
+            settings,
+            lambda tokens: bar.update(tokens - bar.n),
+        )
+    print(
+        f"{output} has {index['tokens']:,} training tokens of {index['documents']:,} documents in "
+        f"{len(index['shards'])} "
+        f"shards" + (", and the source has no more" if index["ended"] else "")
+    )
 
 
 def documents(cfg):
@@ -99,15 +144,26 @@ def documents(cfg):
         return iter([texts.download(cfg.dataset)])
     if cfg.dataset.endswith(".txt"):
         return iter(texts.read_documents(cfg.dataset))
-    return texts.stream_dataset(cfg.dataset, cfg.split, cfg.config, cfg.text_column, cfg.seed, cfg.shuffle_buffer)
+    return texts.stream_dataset(
+        cfg.dataset, cfg.split, cfg.config, cfg.text_column, cfg.seed, cfg.shuffle_buffer
+    )
 
 
 def run(positional, overrides):
-    cfg = cli.merge(DataConfig, SOURCES.get(overrides.get("dataset"), {}),
-                    {name: value for name, value in overrides.items() if not (name == "dataset" and value in SOURCES)})
+    cfg = cli.merge(
+        DataConfig,
+        SOURCES.get(overrides.get("dataset"), {}),
+        {
+            name: value
+            for name, value in overrides.items()
+            if not (name == "dataset" and value in SOURCES)
+        },
+    )
     if cfg.dataset.endswith((*texts.LOCAL, ".txt")) and not os.path.exists(cfg.dataset):
         raise UserError(f"there is no file {cfg.dataset}")
-    usual = {DataConfig.dataset: "data/stories.txt"} | {name: f"data/{name}.txt" for name in texts.DOWNLOADS}
+    usual = {DataConfig.dataset: "data/stories.txt"} | {
+        name: f"data/{name}.txt" for name in texts.DOWNLOADS
+    }
     output = cfg.output or usual.get(cfg.dataset)
     if not output:
         raise UserError(f"dataset={cfg.dataset} needs --output FILE: where to write it")
@@ -116,8 +172,9 @@ def run(positional, overrides):
     stream = islice(documents(cfg), cfg.num_stories)
     if cfg.clean_mojibake:
         stream = map(texts.repair_mojibake, stream)
-    count = texts.write_documents(output, tqdm(stream, unit="document", disable=None),
-                                  cfg.separator.replace("\\n", "\n"))
+    count = texts.write_documents(
+        output, tqdm(stream, unit="document", disable=None), cfg.separator.replace("\\n", "\n")
+    )
     print(f"wrote {count:,} documents, {os.path.getsize(output):,} bytes, to {output}")
 
 

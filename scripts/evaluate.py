@@ -11,6 +11,7 @@ number with its unit.
     python scripts/evaluate.py --against artifacts/models/ar.best.pt   two models on the same rows,
                                                                        where they compare
 """
+
 import contextlib
 import dataclasses
 import math
@@ -46,20 +47,38 @@ class EvaluateConfig:
     checkpoint: str = field("", "path (default: the newest run's best)", "what")
     data: str = field("", "a text of your own instead of the run's held-out part")
     rows: int = field(None, "held-out rows (default: the run's final_rows)", low=1)
-    num_samples: int = field(None, "unconditional samples, seeds 0, 1, ...; 0: none (default: the run's final_samples)", low=0, high=10**5)
-    left_to_right: int = field(0, "rows whose exact likelihood is computed, from left to right: one NFE a token",
-                              low=0)
+    num_samples: int = field(
+        None,
+        "unconditional samples, seeds 0, 1, ...; 0: none (default: the run's final_samples)",
+        low=0,
+        high=10**5,
+    )
+    left_to_right: int = field(
+        0, "rows whose exact likelihood is computed, from left to right: one NFE a token", low=0
+    )
     judge: str = field("", "autoregressive checkpoint that scores the samples too")
     against: str = field("", "a checkpoint to compare with, on the same held-out text")
     json: str = field("", "write the report to this file too")
     plot: str = field("", "write loss, entropy and accuracy over the noise level to this PNG")
-    sampler: str = field(None, "policy that says what is unmasked next (default of this and the next three: the checkpoint's)", "how")
+    sampler: str = field(
+        None,
+        "policy that says what is unmasked next (default of this and the next three: the "
+        "checkpoint's)",
+        "how",
+    )
     steps: int = field(None, "most steps; uniform noise takes as many", low=1, high=LONGEST)
     temperature: float = field(None, "of the token distribution", low=0)
-    top_p: float = field(None, "draw from the likeliest tokens that sum to this (1: all)", above=0, high=1)
-    device: str = field("auto", "auto: cuda, else mps, else cpu", choices=("auto", "cpu", "cuda", "mps"))
-    dtype: str = field("auto", "of matrix products; auto: as the model was trained",
-                       choices=("auto", "float32", "bfloat16", "float16"))
+    top_p: float = field(
+        None, "draw from the likeliest tokens that sum to this (1: all)", above=0, high=1
+    )
+    device: str = field(
+        "auto", "auto: cuda, else mps, else cpu", choices=("auto", "cpu", "cuda", "mps")
+    )
+    dtype: str = field(
+        "auto",
+        "of matrix products; auto: as the model was trained",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
 
     def __post_init__(self):
         cli.check(self)
@@ -69,27 +88,37 @@ class EvaluateConfig:
 
 class Loaded(NamedTuple):
     """A checkpoint, with the text and the rows that the options ask for."""
+
     path: str
     model: Transformer
     cfg: Config
     data: corpus.Corpus
     step: int
     dtype: torch.dtype  # in which it is judged
-    sampling: dict      # how its author wanted it sampled, SampleConfig's group "how"
+    sampling: dict  # how its author wanted it sampled, SampleConfig's group "how"
 
 
 def load(path, options, device):
     """The checkpoint at `path` as `Loaded`."""
     state = checkpoint.read(path)
     model, tokenizer, cfg = checkpoint.restore(state, device, path)
-    loaded = Loaded(path, model, cfg, None, state["step"], runtime.dtype_of_run(options.dtype, cfg.dtype, device, path),
-                    checkpoint.sample_defaults() | checkpoint.sampling(state, path))
+    loaded = Loaded(
+        path,
+        model,
+        cfg,
+        None,
+        state["step"],
+        runtime.dtype_of_run(options.dtype, cfg.dtype, device, path),
+        checkpoint.sample_defaults() | checkpoint.sampling(state, path),
+    )
     cfg = dataclasses.replace(cfg, final_rows=options.rows or cfg.final_rows)
     if options.data:
         if not os.path.isfile(options.data):
             raise UserError(f"there is no file {options.data}")
         training = None
-        if cfg.data == "tales" or os.path.exists(cfg.data):  # what the run was trained on need not be at hand, nor be whole
+        if cfg.data == "tales" or os.path.exists(
+            cfg.data
+        ):  # what the run was trained on need not be at hand, nor be whole
             with contextlib.suppress(UserError):
                 training = corpus.load(cfg, tokenizer).training
         cfg = dataclasses.replace(cfg, data=options.data)
@@ -97,8 +126,11 @@ def load(path, options, device):
         return loaded._replace(cfg=cfg, data=corpus.Corpus(None, rows, tokenizer, 0, "", training))
     data = corpus.load(cfg, tokenizer)
     if state.get("corpus") not in (None, data.fingerprint):
-        print(f"{cfg.data} is not the text that {path} was trained on, so its figures are others than those of its training",
-              file=sys.stderr)
+        print(
+            f"{cfg.data} is not the text that {path} was trained on, so its figures are others "
+            "than those of its training",
+            file=sys.stderr,
+        )
     return loaded._replace(cfg=cfg, data=data)
 
 
@@ -114,34 +146,66 @@ def compare(first, second, device):
         rows = data.held_out[: cfg.final_rows]
         with runtime.autocast(device, dtype):
             family = families.family_of(cfg)
-            nll = family.nelbo(model, rows.to(device), cfg.final_masks, cfg.micro_batch or 64).mean(1)
+            nll = family.nelbo(model, rows.to(device), cfg.final_masks, cfg.micro_batch or 64).mean(
+                1
+            )
         text = data.tokenizer.decode(rows.flatten().tolist())
-        lines.append(f"{path}: {'exactly' if family.exact else 'at most'} {nll.mean().item():.4f} nats per token, "
-                     f"{nll.sum().item() * cfg.seq_len / math.log(2) / len(text):.4f} bits per character ({len(nll)} rows of "
-                     f"{cfg.seq_len} tokens, {len(text):,} characters, of {cfg.data})")
+        lines.append(
+            f"{path}: {'exactly' if family.exact else 'at most'} {nll.mean().item():.4f} nats per "
+            "token, "
+            f"{nll.sum().item() * cfg.seq_len / math.log(2) / len(text):.4f} bits per character "
+            f"({len(nll)} rows of "
+            f"{cfg.seq_len} tokens, {len(text):,} characters, of {cfg.data})"
+        )
         bounds.append(nll)
         texts_of.append(text)
     mine, theirs = first.data, second.data
     n = min(map(len, bounds))
-    if mine.tokenizer.to_json() == theirs.tokenizer.to_json() and torch.equal(mine.held_out[:n], theirs.held_out[:n]):
+    if mine.tokenizer.to_json() == theirs.tokenizer.to_json() and torch.equal(
+        mine.held_out[:n], theirs.held_out[:n]
+    ):
         difference = bounds[0][:n] - bounds[1][:n]
         error = difference.std().item() / math.sqrt(n) if n > 1 else math.nan
-        lines.append(f"on the {n} rows that both have: the first has {difference.mean().item():+.4f} ± {error:.4f} nats per token "
-                     "(s.e. over rows, in pairs)")
+        lines.append(
+            f"on the {n} rows that both have: the first has {difference.mean().item():+.4f} ± "
+            f"{error:.4f} nats per token "
+            "(s.e. over rows, in pairs)"
+        )
     elif texts_of[0].startswith(texts_of[1][:1000]) or texts_of[1].startswith(texts_of[0][:1000]):
-        lines.append("the same text in other tokens or windows: nats per token do not compare; bits per character do as far as "
-                     "the same part is scored and the windows give as much context")
+        lines.append(
+            "the same text in other tokens or windows: nats per token do not compare; bits per "
+            "character do as far as "
+            "the same part is scored and the windows give as much context"
+        )
     else:
-        lines.append("not comparable: the held-out texts differ; evaluate both with the same --data")
+        lines.append(
+            "not comparable: the held-out texts differ; evaluate both with the same --data"
+        )
     return lines
 
 
 def run(positional, overrides):
     options = cli.merge(EvaluateConfig, overrides)
-    idle = [name for name in ("num_samples", "left_to_right", "judge", "json", "plot", "sampler", "steps", "temperature", "top_p")
-            if name in overrides]
+    idle = [
+        name
+        for name in (
+            "num_samples",
+            "left_to_right",
+            "judge",
+            "json",
+            "plot",
+            "sampler",
+            "steps",
+            "temperature",
+            "top_p",
+        )
+        if name in overrides
+    ]
     if options.against and idle:
-        raise UserError(f"against compares bounds and prints them, nothing else; leave out --{', --'.join(idle)}")
+        raise UserError(
+            "against compares bounds and prints them, nothing else; leave out "
+            f"--{', --'.join(idle)}"
+        )
     path = options.checkpoint or checkpoint.newest()
     device = runtime.choose_device(options.device)
     loaded = load(path, options, device)
@@ -150,18 +214,36 @@ def run(positional, overrides):
     _, model, cfg, data, step, dtype, sampling = loaded
     judge = None
     if options.judge:
-        other, its_text, its_cfg = checkpoint.restore(checkpoint.read(options.judge), device, options.judge)
-        judge = samples.Judge(other, families.family_of(its_cfg), its_text,
-                              runtime.dtype_of_run(options.dtype, its_cfg.dtype, device, options.judge))
+        other, its_text, its_cfg = checkpoint.restore(
+            checkpoint.read(options.judge), device, options.judge
+        )
+        judge = samples.Judge(
+            other,
+            families.family_of(its_cfg),
+            its_text,
+            runtime.dtype_of_run(options.dtype, its_cfg.dtype, device, options.judge),
+        )
         if not judge.family.exact:
-            raise UserError(f"{options.judge} has objective={its_cfg.objective}; a judge must give exact likelihoods: ar")
+            raise UserError(
+                f"{options.judge} has objective={its_cfg.objective}; a judge must give exact "
+                "likelihoods: ar"
+            )
     family = families.family_of(cfg)
     cli.check_needs(family, options)
     count = cfg.final_samples if options.num_samples is None else options.num_samples
     asked = {name: getattr(options, name) for name in ("sampler", "steps", "temperature", "top_p")}
-    how = cli.merge(SampleConfig, sampling, {name: value for name, value in asked.items() if value is not None})
-    named = {name: getattr(how, name) for name in asked} | {"sampler": family.procedure or how.sampler}
-    report = {"checkpoint": path, "step": step, "dtype": runtime.dtype_name(dtype), "sampling": ", ".join(f"{k} {v}" for k, v in named.items() if v is not None)}
+    how = cli.merge(
+        SampleConfig, sampling, {name: value for name, value in asked.items() if value is not None}
+    )
+    named = {name: getattr(how, name) for name in asked} | {
+        "sampler": family.procedure or how.sampler
+    }
+    report = {
+        "checkpoint": path,
+        "step": step,
+        "dtype": runtime.dtype_name(dtype),
+        "sampling": ", ".join(f"{k} {v}" for k, v in named.items() if v is not None),
+    }
     hardware = ranks.Hardware(device, dtype)
     with hardware.autocast():
         report |= metrics.held_out(model, family, data, device)
@@ -171,9 +253,14 @@ def run(positional, overrides):
         with hardware.autocast():
             exact = metrics.left_to_right(model, family, rows)
             bound = family.nelbo(model, rows, 64, cfg.micro_batch or 64).mean(1)
-        report |= {"left_to_right_nats_per_token": exact.mean().item(), "left_to_right_rows": len(rows),
-                   "left_to_right_se_rows": exact.std().item() / math.sqrt(len(rows)) if len(rows) > 1 else math.nan,
-                   "bound_of_the_same_rows": bound.mean().item()}
+        report |= {
+            "left_to_right_nats_per_token": exact.mean().item(),
+            "left_to_right_rows": len(rows),
+            "left_to_right_se_rows": exact.std().item() / math.sqrt(len(rows))
+            if len(rows) > 1
+            else math.nan,
+            "bound_of_the_same_rows": bound.mean().item(),
+        }
     print(metrics.show(report))
     if options.json:
         runtime.write_json(options.json, report)

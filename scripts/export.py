@@ -6,6 +6,7 @@ tokenizer.json in a folder.
     python scripts/export.py --checkpoint artifacts/models/tales.best.pt --output my_folder
     python scripts/export.py --back my_folder --output artifacts/models/mine.best.pt
 """
+
 import json
 import os
 import sys
@@ -19,14 +20,22 @@ from config import Config
 from utils import checkpoint, cli, runtime
 from utils.cli import UserError, field, reason
 
-PLAIN = ("version", "config", "sample", "step", "nll")  # of a checkpoint; the rest is weights and tokenizer
+PLAIN = (
+    "version",
+    "config",
+    "sample",
+    "step",
+    "nll",
+)  # of a checkpoint; the rest is weights and tokenizer
 
 
 @dataclass(frozen=True)
 class ExportConfig:
     checkpoint: str = field("", "path (default: the newest run's best)", "what")
     back: str = field("", "folder to make a checkpoint of instead")
-    output: str = field("", "folder to write (default: artifacts/export/NAME); with --back, the checkpoint's path")
+    output: str = field(
+        "", "folder to write (default: artifacts/export/NAME); with --back, the checkpoint's path"
+    )
 
 
 def export(state, folder):
@@ -34,27 +43,37 @@ def export(state, folder):
     average where there is one."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
-    weights = {name: value.contiguous() for name, value in (state.get("ema") or state["model"]).items()}
+
+    weights = {
+        name: value.contiguous() for name, value in (state.get("ema") or state["model"]).items()
+    }
     if weights["head.weight"].data_ptr() == weights["embedding.weight"].data_ptr():
         del weights["head.weight"]  # tied: a file holds it once
     with cli.replacing(os.path.join(folder, "model.safetensors"), SafetensorError) as temporary:
         save_file(weights, temporary)
     runtime.write_json(os.path.join(folder, "config.json"), {name: state[name] for name in PLAIN})
-    with cli.replacing(os.path.join(folder, "tokenizer.json")) as temporary, open(temporary, "w", encoding="utf-8") as file:
+    with (
+        cli.replacing(os.path.join(folder, "tokenizer.json")) as temporary,
+        open(temporary, "w", encoding="utf-8") as file,
+    ):
         file.write(state["tokenizer"])
 
 
 def read(folder):
     """The checkpoint (dict) that `export` wrote into the folder."""
     from safetensors.torch import load_file
+
     try:
         with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
             state = dict(json.load(file))
         with open(os.path.join(folder, "tokenizer.json"), encoding="utf-8") as file:
             state["tokenizer"] = file.read()
         state["model"] = load_file(os.path.join(folder, "model.safetensors"))
-    except Exception as error:  # noqa: BLE001 - any folder may be given, and safetensors has exceptions of its own
-        raise UserError(f"{folder} is no exported checkpoint, or a damaged one: {reason(error)}") from None
+    # noqa: BLE001 - any folder may be given, and safetensors has exceptions of its own
+    except Exception as error:
+        raise UserError(
+            f"{folder} is no exported checkpoint, or a damaged one: {reason(error)}"
+        ) from None
     checkpoint.check_state(state, folder)
     if state["config"].get("tie_embeddings") and "embedding.weight" in state["model"]:
         state["model"]["head.weight"] = state["model"]["embedding.weight"]
@@ -65,17 +84,24 @@ def run(positional, overrides):
     options = cli.merge(ExportConfig, overrides)
     if options.back:
         if not options.output.endswith(".pt"):
-            raise UserError(f"output={options.output}: say where to write the checkpoint, artifacts/models/mine.best.pt say")
+            raise UserError(
+                f"output={options.output}: say where to write the checkpoint, "
+                "artifacts/models/mine.best.pt say"
+            )
         if os.path.exists(options.output):
             raise UserError(f"{options.output} exists; give another --output")
         state = read(options.back)
-        checkpoint.restore(state, torch.device("cpu"), options.back)  # complains of what does not fit
+        checkpoint.restore(
+            state, torch.device("cpu"), options.back
+        )  # complains of what does not fit
         checkpoint.save(options.output, state)
         return print(f"wrote {options.output}")
     path = options.checkpoint or checkpoint.newest()
     state = checkpoint.read(path)
     checkpoint.restore(state, torch.device("cpu"), path)
-    folder = options.output or os.path.join(Config.out_dir, "export", os.path.basename(path).removesuffix(".pt"))
+    folder = options.output or os.path.join(
+        Config.out_dir, "export", os.path.basename(path).removesuffix(".pt")
+    )
     export(state, folder)
     print(f"wrote {folder}/model.safetensors, config.json and tokenizer.json")
 

@@ -4,6 +4,7 @@ read.
     python3 scripts/train_tokenizer.py --input data/stories.txt --output
     artifacts/tokenizer/tokenizer.json
 """
+
 import os
 import sys
 from dataclasses import dataclass
@@ -19,7 +20,9 @@ from utils.cli import field
 class TokenizerConfig:
     input: str = field("data/stories.txt", "prepared text file, .jsonl or .parquet")
     output: str = field(tokenizers.DEFAULT, "tokenizer file to write")
-    vocab_size: int = field(2048, "MASK included, as in a model's vocabulary: the file has one less", low=2, high=2**20)
+    vocab_size: int = field(
+        2048, "MASK included, as in a model's vocabulary: the file has one less", low=2, high=2**20
+    )
     min_frequency: int = field(2, "pairs that are rarer are not merged", low=0)
 
     def __post_init__(self):
@@ -32,8 +35,10 @@ def run(positional, overrides):
     tokenizer = tokenizers.train_bpe(train, cfg.vocab_size, cfg.min_frequency)
     tokenizers.save(tokenizer, cfg.output)
     ids = sum(map(len, tokenizer.encode(train)))
-    print(f"wrote {cfg.output}: {tokenizer.mask:,} tokens and MASK, "
-          f"{sum(map(len, train)) / ids:.2f} characters a token on {len(train):,} training documents")
+    print(
+        f"wrote {cfg.output}: {tokenizer.mask:,} tokens and MASK, "
+        f"{sum(map(len, train)) / ids:.2f} characters a token on {len(train):,} training documents"
+    )
 
 
 main = cli.command(TokenizerConfig, run, __doc__, unexpected="Name the corpus with --input {}")

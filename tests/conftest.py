@@ -4,7 +4,9 @@ import sys
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # a process for each core, and so one thread for each, and what it starts
+if (
+    "PYTEST_XDIST_WORKER" in os.environ
+):  # a process for each core, and so one thread for each, and what it starts
     os.environ["OMP_NUM_THREADS"] = "1"
 
 import functools  # noqa: E402
@@ -27,13 +29,23 @@ def made_once():
     stories = functools.lru_cache(maxsize=64)(lambda seed, n: tuple(generate(seed, n)))
     tokenizers = functools.lru_cache(maxsize=64)(lambda sample, *size: train_bpe(sample, *size))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tales, "generate", lambda seed, n, grammar=tales.TALES: list(
-            stories(seed, n)) if grammar is tales.TALES else generate(seed, n, grammar))
-        patch.setattr(tokenizer, "train_bpe", functools.wraps(train_bpe)(lambda sample, *size: tokenizers(tuple(sample), *size)))
+        patch.setattr(
+            tales,
+            "generate",
+            lambda seed, n, grammar=tales.TALES: (
+                list(stories(seed, n)) if grammar is tales.TALES else generate(seed, n, grammar)
+            ),
+        )
+        patch.setattr(
+            tokenizer,
+            "train_bpe",
+            functools.wraps(train_bpe)(lambda sample, *size: tokenizers(tuple(sample), *size)),
+        )
         yield
 
 
-corpus.TALES_HELD_OUT = 256  # enough for tiny runs; encoding 2,048 takes as long as training. Children import this file too
+# enough for tiny runs; encoding 2,048 takes as long as training. Children import this file too
+corpus.TALES_HELD_OUT = 256
 
 
 @pytest.fixture(autouse=True)
@@ -42,14 +54,22 @@ def quick_runs(monkeypatch):
     longer than all else. `tales_run` in test_cli.py, which is made before, and the tests of plots
     do."""
     monkeypatch.setattr(train, "SHOWN_STEPS", 4)
-    monkeypatch.setattr(runs, "plots", type("NoPlots", (), {"loss_curves": staticmethod(lambda *_: None),
-                                                              "levels": staticmethod(lambda *_: None)}))
+    monkeypatch.setattr(
+        runs,
+        "plots",
+        type(
+            "NoPlots",
+            (),
+            {"loss_curves": staticmethod(lambda *_: None), "levels": staticmethod(lambda *_: None)},
+        ),
+    )
 
 
 def interrupt(monkeypatch, step, number):
     """Let the process get signal `number` when training first asks for the batch of `step`, which
     must not be 0: the probes of speed ask for that."""
     from utils import corpus
+
     asked, load = [], corpus.load
 
     def loading(*args):
@@ -60,12 +80,17 @@ def interrupt(monkeypatch, step, number):
             if here == step and asked.count(step) == 1:
                 os.kill(os.getpid(), number)
             return data.batch(here, rows)
+
         return data._replace(batch=batch)
+
     monkeypatch.setattr(corpus, "load", loading)
 
 
-TINY = ("--n_layer 1 --n_head 2 --n_embd 16 --batch_size 4 --max_iters 6 --eval_interval 3 --eval_rows 4 "
-        "--final_rows 4 --final_masks 2 --final_samples 0 --compile off --device cpu").split()
+TINY = (
+    "--n_layer 1 --n_head 2 --n_embd 16 --batch_size 4 --max_iters 6 --eval_interval 3 --eval_rows "
+    "4 "
+    "--final_rows 4 --final_masks 2 --final_samples 0 --compile off --device cpu"
+).split()
 
 
 def load(words):
@@ -80,7 +105,9 @@ def resumed(words):
 
 def run(main, words, monkeypatch, capsys):
     """(exit code, stdout, stderr) of a script's main with a command line (str or list)."""
-    monkeypatch.setattr(sys, "argv", ["script", *(words.split() if isinstance(words, str) else words)])
+    monkeypatch.setattr(
+        sys, "argv", ["script", *(words.split() if isinstance(words, str) else words)]
+    )
     code = 0
     try:
         cli.run(main)

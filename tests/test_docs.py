@@ -1,5 +1,6 @@
 """README.md and learning.md: every command runs, every example gives what it says, every figure is
 that of its result file."""
+
 import doctest
 import json
 import os
@@ -20,14 +21,18 @@ import inference
 import train
 from model import Transformer
 from scripts import data, evaluate, export, train_tokenizer
-from scripts.lab import ablate, bench, compare_training, pictures
+from scripts.lab import ablate, bench, pictures, variants
 from utils import corpus, metrics, policies, runtime, settings, tales, texts
 from utils.families import FAMILIES
 
-TEXT = {name: open(os.path.join(ROOT, name), encoding="utf-8").read() for name in ("README.md", "learning.md")}
+TEXT = {
+    name: open(os.path.join(ROOT, name), encoding="utf-8").read()
+    for name in ("README.md", "learning.md")
+}
 MAIN = {"train.py": train.main, "inference.py": inference.main} | {
     f"{script.__name__.replace('.', '/')}.py": script.main
-    for script in (ablate, bench, data, evaluate, export, pictures, train_tokenizer)}
+    for script in (ablate, bench, data, evaluate, export, pictures, train_tokenizer)
+}
 
 
 # --- commands -------------------------------------------------------------------------------------
@@ -38,26 +43,65 @@ def commands():
     and names of comparisons that link to their tables."""
     found = []
     for text in TEXT.values():
-        for block, inline, name in re.findall(r"^```\n(.*?)^```$|`((?:python|pytest) [^`]+)`|\[`(\w+(?: --[^`]+)?)`\]\(artifacts/abl",
-                                        re.sub(r"^```python\n.*?^```$", "", text, flags=re.S | re.M), re.S | re.M):
+        for block, inline, name in re.findall(
+            r"^```\n(.*?)^```$|`((?:python|pytest) [^`]+)`|\[`(\w+(?: --[^`]+)?)`\]\(artifacts/abl",
+            re.sub(r"^```python\n.*?^```$", "", text, flags=re.S | re.M),
+            re.S | re.M,
+        ):
             inline = f"python scripts/lab/ablate.py {name}" if name else inline
             lines = [re.sub(r"\s+", " ", inline)] if inline else block.splitlines()
-            found += [re.sub(r"\s+#.*", "", line) for line in lines if re.match(r"python |pytest |torchrun |bash |pip ", line)]
-    return [one for number, one in enumerate(found) if one == "python train.py" or one not in found[:number]]
+            found += [
+                re.sub(r"\s+#.*", "", line)
+                for line in lines
+                if re.match(r"python |pytest |torchrun |bash |pip ", line)
+            ]
+    return [
+        one
+        for number, one in enumerate(found)
+        if one == "python train.py" or one not in found[:number]
+    ]
 
 
 SHORT = {  # appended to the words of a command: later flags win
     "train.py": [*TINY, "--short_rows", "0", "--eval_interval", "6"],
-    "inference.py": ["--device", "cpu", "--frame-ms", "0", "--trace-every", "40", "--steps", "40", "--sampler", "confidence"],
-    "scripts/lab/ablate.py": ["--iters", "2", "--yardstick_iters", "2", "--num_samples", "2", "--device", "cpu", "--compile", "off"],
+    "inference.py": [
+        "--device",
+        "cpu",
+        "--frame-ms",
+        "0",
+        "--trace-every",
+        "40",
+        "--steps",
+        "40",
+        "--sampler",
+        "confidence",
+    ],
+    "scripts/lab/ablate.py": [
+        "--iters",
+        "2",
+        "--yardstick_iters",
+        "2",
+        "--num_samples",
+        "2",
+        "--device",
+        "cpu",
+        "--compile",
+        "off",
+    ],
     "scripts/lab/bench.py": ["--rounds", "1", "--device", "cpu", "--steps", "2", "--batches", "1"],
     "scripts/evaluate.py": ["--rows", "4", "--device", "cpu"],
     "scripts/data.py": [],
     "scripts/export.py": [],
     "scripts/lab/pictures.py": [],
-    "scripts/train_tokenizer.py": ["--vocab-size", "400"]}
-INSTEAD = {"--dataset": "local.jsonl", "--num-stories": "300", "--tokens": "20K", "--gen-len": "300",  # these need the hub,
-           "--num_samples": "2"}  # or hours
+    "scripts/train_tokenizer.py": ["--vocab-size", "400"],
+}
+INSTEAD = {
+    "--dataset": "local.jsonl",
+    "--num-stories": "300",
+    "--tokens": "20K",
+    "--gen-len": "300",  # these need the hub,
+    "--num_samples": "2",
+}  # or hours
 SHAPE = dict(n_layer=1, n_head=2, n_embd=16, batch_size=4, seq_len=67)
 
 
@@ -68,7 +112,9 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("docs")
     stories = tales.generate("docs", 400)
     (folder / "data").mkdir()
-    (folder / "local.jsonl").write_text("".join(json.dumps({"text": story}) + "\n" for story in stories))
+    (folder / "local.jsonl").write_text(
+        "".join(json.dumps({"text": story}) + "\n" for story in stories)
+    )
     (folder / "prompts.txt").write_text("Once upon a time\nOne day\n")
     letters = "\n\nROMEO:\nTo be, or not to be! What light; Friends, Now is the"  # of the prompts
     (folder / "data/shakespeare.txt").write_text("\n".join(stories) + letters)
@@ -76,8 +122,13 @@ def folder(tmp_path_factory):
         texts.write_documents(str(folder / name), stories)
     before = os.getcwd()
     os.chdir(folder)
-    for name, words in (("ar", "tales --objective ar"), ("tales_256", "tales"), ("half_hour", "tales"), ("shakespeare", "shakespeare"),
-                        ("spelling", "shakespeare --time_conditioning sinusoidal")):
+    for name, words in (
+        ("ar", "tales --objective ar"),
+        ("tales_256", "tales"),
+        ("half_hour", "tales"),
+        ("shakespeare", "shakespeare"),
+        ("spelling", "shakespeare --time_conditioning sinusoidal"),
+    ):
         train.train(load([*words.split(), *TINY, "--name", name])[0], quiet=True)
     os.chdir(before)
     return folder
@@ -94,10 +145,15 @@ def test_every_command_runs(folder, monkeypatch, capsys):
         elif words[0] == "bash":
             assert os.access(os.path.join(ROOT, words[1]), os.R_OK)
         elif words[0] == "pytest":
-            names = re.findall(r"def (test_\w+)", open(os.path.join(ROOT, words[1]), encoding="utf-8").read())
-            assert all(any(word in name for name in names) for word in words[words.index("-k") + 1].split(" or ")), command
+            names = re.findall(
+                r"def (test_\w+)", open(os.path.join(ROOT, words[1]), encoding="utf-8").read()
+            )
+            assert all(
+                any(word in name for name in names)
+                for word in words[words.index("-k") + 1].split(" or ")
+            ), command
         elif words[0] == "torchrun":
-            load(words[words.index("train.py") + 1:])
+            load(words[words.index("train.py") + 1 :])
         else:
             with monkeypatch.context() as patch:
                 patch.chdir(folder)
@@ -107,7 +163,9 @@ def test_every_command_runs(folder, monkeypatch, capsys):
 
 def example(name):
     """The class of that name in the course's examples."""
-    source = re.search(rf"^>>> (class {name}\(.*?\n)>>>", TEXT["learning.md"], re.S | re.M)[1].replace("\n... ", "\n")
+    source = re.search(rf"^>>> (class {name}\(.*?\n)>>>", TEXT["learning.md"], re.S | re.M)[
+        1
+    ].replace("\n... ", "\n")
     space = {"diffusion": diffusion}
     exec(source, space)
     return space[name]
@@ -120,28 +178,56 @@ def run_short(script, words, monkeypatch, capsys):
     short = SHORT[script] + (["--max_iters", "8"] if "--resume" in words else [])
     if script == "scripts/evaluate.py" and "--against" not in words:
         short = [*short, "--num_samples", "2"]
-    if script == "scripts/lab/bench.py" and not any(".pt" in word for word in words):  # they have tests of their own, and take long
+    if script == "scripts/lab/bench.py" and not any(
+        ".pt" in word for word in words
+    ):  # they have tests of their own, and take long
         assert words[0] in bench.BENCHES
-        monkeypatch.setitem(bench.BENCHES, words[0], (lambda name, options: settings.preset(name), print, "tales"))
+        monkeypatch.setitem(
+            bench.BENCHES, words[0], (lambda name, options: settings.preset(name), print, "tales")
+        )
     if script == "scripts/lab/ablate.py":
         comparison = ablate.COMPARISONS[words[0]]
         only = words[words.index("--only") + 1] if "--only" in words else ""
-        first = lambda options: [setting for setting in comparison.settings(options)
-                                 if str(next(iter(setting.values()))).startswith(only)][:1]
+        first = lambda options: [
+            setting
+            for setting in comparison.settings(options)
+            if str(next(iter(setting.values()))).startswith(only)
+        ][:1]
         # each kind of figure once on each base; they take as long as the rest
         kind = getattr(comparison.plot, "__name__", words[0])
-        drawn = "_".join([kind, *words[words.index("--base") + 1:][:1]] if "--base" in words else [kind]) + ".drawn"
+        drawn = (
+            "_".join(
+                [kind, *words[words.index("--base") + 1 :][:1]] if "--base" in words else [kind]
+            )
+            + ".drawn"
+        )
         plot = comparison.plot if not os.path.exists(drawn) else lambda *_: None
         open(drawn, "w").close()
-        monkeypatch.setitem(ablate.COMPARISONS, words[0], comparison._replace(settings=first, plot=plot))
-        base = compare_training.base_config
-        monkeypatch.setattr(compare_training, "base_config", lambda options: base(options) | SHAPE | {"eval_rows": 4, "final_rows": 4})
-        if words[0] not in compare_training.TRAINED and "--checkpoint" not in words:
-            short = [*short, "--checkpoint", f"artifacts/models/{'spelling' if words[0] == 'spelling' else 'half_hour'}.best.pt"]
+        monkeypatch.setitem(
+            ablate.COMPARISONS, words[0], comparison._replace(settings=first, plot=plot)
+        )
+        base = variants.base_config
+        monkeypatch.setattr(
+            variants,
+            "base_config",
+            lambda options: base(options) | SHAPE | {"eval_rows": 4, "final_rows": 4},
+        )
+        if words[0] not in variants.TRAINED and "--checkpoint" not in words:
+            short = [
+                *short,
+                "--checkpoint",
+                f"artifacts/models/{'spelling' if words[0] == 'spelling' else 'half_hour'}.best.pt",
+            ]
     if script == "scripts/lab/pictures.py":
         short = ["--checkpoint", "artifacts/models/half_hour.best.pt"]
-        monkeypatch.setattr(policies, "SAMPLERS", {name: policies.SAMPLERS[name] for name in (
-            "ancestral", "confidence", "entropy_bounded", "remask", "remdm_cap")})
+        monkeypatch.setattr(
+            policies,
+            "SAMPLERS",
+            {
+                name: policies.SAMPLERS[name]
+                for name in ("ancestral", "confidence", "entropy_bounded", "remask", "remdm_cap")
+            },
+        )
     monkeypatch.setattr(metrics, "SEARCHED", 5000)
     monkeypatch.setitem(FAMILIES, "squared", example("Squared"))
     code, _, err = run(MAIN[script], [*words, *short], monkeypatch, capsys)
@@ -151,16 +237,31 @@ def run_short(script, words, monkeypatch, capsys):
 def test_comparisons_that_are_there_train_nothing(tmp_path, monkeypatch, capsys):
     """The commands of the tables find all runs done, and write the same tables again."""
     shutil.copytree(os.path.join(ROOT, "artifacts/ablations"), tmp_path, dirs_exist_ok=True)
-    tables = lambda: {path.relative_to(tmp_path): path.read_text() for path in tmp_path.rglob("*.md")}
+    tables = lambda: {
+        path.relative_to(tmp_path): path.read_text() for path in tmp_path.rglob("*.md")
+    }
     before = tables()
     monkeypatch.setattr(train, "train", lambda cfg, quiet: pytest.fail(f"trains {cfg}"))
-    monkeypatch.setattr(runtime, "choose_device", lambda name: torch.device("cpu"))  # as those runs had
-    monkeypatch.setattr(runtime, "choose_dtype", lambda name, device: torch.float32 if name == "float32" else torch.bfloat16)
-    found = [command for command in map(shlex.split, commands()) if command[1] == "scripts/lab/ablate.py" and command[2] in compare_training.TRAINED]
+    monkeypatch.setattr(
+        runtime, "choose_device", lambda name: torch.device("cpu")
+    )  # as those runs had
+    monkeypatch.setattr(
+        runtime,
+        "choose_dtype",
+        lambda name, device: torch.float32 if name == "float32" else torch.bfloat16,
+    )
+    found = [
+        command
+        for command in map(shlex.split, commands())
+        if command[1] == "scripts/lab/ablate.py" and command[2] in variants.TRAINED
+    ]
     for words in found:
         comparison = ablate.COMPARISONS[words[2]]._replace(plot=lambda *_: None)
         monkeypatch.setitem(ablate.COMPARISONS, words[2], comparison)
-        words = [word.replace("artifacts/ablations", str(tmp_path)) for word in ["--out_dir", "artifacts/ablations", *words[2:]]]
+        words = [
+            word.replace("artifacts/ablations", str(tmp_path))
+            for word in ["--out_dir", "artifacts/ablations", *words[2:]]
+        ]
         code, out, err = run(ablate.main, [*words, "--compile", "on"], monkeypatch, capsys)
         assert code == 0 and "to measure" not in out, (words, out, err)
     assert len(found) > 15 and tables() == before
@@ -171,7 +272,9 @@ def test_links_lead_somewhere(name):
     """Pictures, tables and files that the text points to are part of the repository."""
     links = re.findall(r"\]\((?!http|#)([^)#]+)", TEXT[name])
     missing = [link for link in links if not os.path.exists(os.path.join(ROOT, link))]
-    ignored = subprocess.run(["git", "check-ignore", "--no-index", *links], cwd=ROOT, capture_output=True, text=True)
+    ignored = subprocess.run(
+        ["git", "check-ignore", "--no-index", *links], cwd=ROOT, capture_output=True, text=True
+    )
     assert not missing and not ignored.stdout
 
 
@@ -181,16 +284,27 @@ def test_the_course_runs_as_it_stands(monkeypatch):
     monkeypatch.chdir(ROOT)
     before = [(table, dict(table)) for table in (diffusion.SCHEDULES, policies.SAMPLERS, FAMILIES)]
     try:
-        course = doctest.DocTestParser().get_doctest(TEXT["learning.md"], {"__name__": "__main__"}, "learning.md", "learning.md", 0)
-        found = doctest.DocTestRunner().run(course, clear_globs=False)  # the functions of its examples are called below
+        course = doctest.DocTestParser().get_doctest(
+            TEXT["learning.md"], {"__name__": "__main__"}, "learning.md", "learning.md", 0
+        )
+        found = doctest.DocTestRunner().run(
+            course, clear_globs=False
+        )  # the functions of its examples are called below
         assert found.attempted > 40 and not found.failed
         assert {"poly3", "leftmost", "squared"} <= {name for table, _ in before for name in table}
-        test_maths.test_the_bound_does_not_depend_on_the_schedule("poly3")  # what the loops over the dictionaries would run
+        test_maths.test_the_bound_does_not_depend_on_the_schedule(
+            "poly3"
+        )  # what the loops over the dictionaries would run
         test_maths.test_training_loss_is_an_unbiased_bound("poly3", "bernoulli", False)
         for steps in (1, 2, 3, 4, 9):
             test_maths.test_sampler_invariants("leftmost", steps)
-        one = diffusion.Corruption(torch.eye(4, dtype=torch.bool), torch.ones(4))  # with one mask there is nothing to add up
-        plain, squared = (toy.family(objective=name).loss(toy.Lookup(), toy.SEQUENCES[:4], one) for name in ("masked", "squared"))
+        one = diffusion.Corruption(
+            torch.eye(4, dtype=torch.bool), torch.ones(4)
+        )  # with one mask there is nothing to add up
+        plain, squared = (
+            toy.family(objective=name).loss(toy.Lookup(), toy.SEQUENCES[:4], one)
+            for name in ("masked", "squared")
+        )
         assert torch.allclose(squared * 4, (plain * 4) ** 2)
     finally:
         for table, old in before:
@@ -224,7 +338,10 @@ def numbers(part):
     """(number, unit) of all percentages and numbers with a decimal point or a thousands separator,
     but in code, links and quotation marks."""
     plain = re.sub(r"`[^`]*`|\]\([^)]*\)|\"[^\"]*\"|arXiv:\S+", " ", part)
-    return re.findall(r"(?<![\w.,])x?(\d+(?:,\d{3})*\.\d+|\d{1,3}(?:,\d{3})+|\d+(?=%))(?![.,]?\d)(%| TFLOP/s|)", plain)
+    return re.findall(
+        r"(?<![\w.,])x?(\d+(?:,\d{3})*\.\d+|\d{1,3}(?:,\d{3})+|\d+(?=%))(?![.,]?\d)(%| TFLOP/s|)",
+        plain,
+    )
 
 
 def known(part, links):
@@ -236,37 +353,59 @@ def known(part, links):
     for link in links:
         lines = open(os.path.join(ROOT, link), encoding="utf-8").readlines()
         found += [line for line in lines if label and first(line.lstrip("| ")) == label] or lines
-    return [abs(float(x)) for x in re.findall(r"(?<![\w.])-?\d+(?:\.\d+)?(?:e[+-]?\d+)?(?![\w.])", " ".join(found))]
+    return [
+        abs(float(x))
+        for x in re.findall(r"(?<![\w.])-?\d+(?:\.\d+)?(?:e[+-]?\d+)?(?![\w.])", " ".join(found))
+    ]
 
 
 def stands(number, unit, values):
     """Whether one of `values`, in the unit of the text, is rounded to the number (str)."""
-    value, error = float(number.replace(",", "")), 0.5001 * 10.0 ** -len((number.split(".") + [""])[1])
-    scales = {"%": (1, 100), " TFLOP/s": (1e-12,)}.get(unit, (1,) if "." in number else (1, 1000))  # ms of seconds
+    value, error = (
+        float(number.replace(",", "")),
+        0.5001 * 10.0 ** -len((number.split(".") + [""])[1]),
+    )
+    scales = {"%": (1, 100), " TFLOP/s": (1e-12,)}.get(
+        unit, (1,) if "." in number else (1, 1000)
+    )  # ms of seconds
     return any(abs(x * scale - value) <= error for x in values for scale in scales)
 
 
 # Numbers that no result file has: shapes and settings, the sources' and papers' claims, arithmetic
 # of the lines beside them, toys that test_maths.py computes, and what the shell's `time` said. In
 # parts that link results only large ones, of steps say.
-STATED = {"README.md": """
-    886,272 11,403,264 12,228,480 10,963,200 6,446,080 135,266,304 268,435,456 84,977,664 85,330,944 12,189,696
+STATED = {
+    "README.md": """
+    886,272 11,403,264 12,228,480 10,963,200 6,446,080 135,266,304 268,435,456 84,977,664
+    85,330,944 12,189,696
     5,000 105,000 300,000 174,000 2,048 1,024 10,000 45,000
     5.2 10.5 1.51 7.9 2,200 6.7 0.9 3.5 0.02 0.005 10.7 11.4 12.2 2.3 1.8 0.4 5.1 4
-    """, "learning.md": """
-    10.7 12.2 0.9 6.50 15 19 45 63 0.37 12,228,480 6,446,080 5,000 1,024 10,000 17,400 89,000 150,000 1.752
+    """,
+    "learning.md": """
+    10.7 12.2 0.9 6.50 15 19 45 63 0.37 12,228,480 6,446,080 5,000 1,024 10,000 17,400 89,000
+    150,000 1.752
     0.008 0.999 0.9999999 0.2 0.8 0.3 0.1 0.9 0.6 1.8 0.693 4.17 2.6
     2.59 2.63 2.73 2.52
-    """}
+    """,
+}
 
 
-@pytest.mark.parametrize("row", re.findall(r"^\| (`\w+`.*?) \|.*?\| ([\d,; ]{7,}) \|", TEXT["README.md"], re.M))
+@pytest.mark.parametrize(
+    "row", re.findall(r"^\| (`\w+`.*?) \|.*?\| ([\d,; ]{7,}) \|", TEXT["README.md"], re.M)
+)
 def test_parameter_counts(row):
     """The table of presets, with the vocabularies of its corpora."""
     for name, count in zip(re.findall(r"`(\w+)`", row[0]), row[1].split("; ")):
         cfg = config.Config(**config.PRESETS[name])
-        vocab_size = corpus.load(cfg).tokenizer.vocab_size if name == "tales" else 66 if "shakespeare" in cfg.data else 28 if (
-            name == "text8") else cfg.vocab_size  # of the grammar, of the 65 and 27 characters, of BPE
+        vocab_size = (
+            corpus.load(cfg).tokenizer.vocab_size
+            if name == "tales"
+            else 66
+            if "shakespeare" in cfg.data
+            else 28
+            if (name == "text8")
+            else cfg.vocab_size
+        )  # of the grammar, of the 65 and 27 characters, of BPE
         with torch.device("meta"):
             assert Transformer(cfg, vocab_size).num_parameters() == int(count.replace(",", ""))
 
@@ -280,7 +419,12 @@ def test_figures_are_those_of_the_result_files(name):
     for links, part in parts(TEXT[name]):
         values, sourced = known(part, links), not links and ("arXiv:" in part or "`pytest" in part)
         for number, unit in numbers(part):
-            if not (sourced or number in stated and (not links or "," in number) or stands(number, unit, values)):
+            if not (
+                sourced
+                or number in stated
+                and (not links or "," in number)
+                or stands(number, unit, values)
+            ):
                 wrong.append((number + unit, part[:100], links))
             checked += bool(links)
     assert checked > 50 and not wrong, "\n".join(map(str, wrong))
@@ -290,10 +434,26 @@ def test_the_check_of_figures_can_fail():
     """A figure of another row, or of no row."""
     link = "artifacts/ablations/families.md"
     masked = known("| masked | 1.522 |", [link])
-    assert numbers("| masked | 1.522 |") == [("1.522", "")] and not stands("1.522", "", masked) and stands("1.997", "", masked)
-    assert stands("1.522", "", known("one 1.522", [link])) and not stands("1.2345", "", known("one 1.2345", [link]))
-    assert stands("12.5", "%", [0.1249]) and not stands("12.5", "", [0.1249]) and stands("1,518", "", [1.51763])
+    assert (
+        numbers("| masked | 1.522 |") == [("1.522", "")]
+        and not stands("1.522", "", masked)
+        and stands("1.997", "", masked)
+    )
+    assert stands("1.522", "", known("one 1.522", [link])) and not stands(
+        "1.2345", "", known("one 1.2345", [link])
+    )
+    assert (
+        stands("12.5", "%", [0.1249])
+        and not stands("12.5", "", [0.1249])
+        and stands("1,518", "", [1.51763])
+    )
     table = "artifacts/ablations/samplers.csv"
-    assert known("| `factor:f` | 90.5% (0.3) |", [table]) != known("| `threshold:p` | 96.0% |", [table])
-    assert [links for links, _ in parts("See [it](artifacts/a.csv):\n\n* one 1.5\n* [two](artifacts/b.md) 2.5\n\nNo 3.5")] == [
-        ["artifacts/a.csv"], ["artifacts/a.csv"], ["artifacts/b.md"], []]
+    assert known("| `factor:f` | 90.5% (0.3) |", [table]) != known(
+        "| `threshold:p` | 96.0% |", [table]
+    )
+    assert [
+        links
+        for links, _ in parts(
+            "See [it](artifacts/a.csv):\n\n* one 1.5\n* [two](artifacts/b.md) 2.5\n\nNo 3.5"
+        )
+    ] == [["artifacts/a.csv"], ["artifacts/a.csv"], ["artifacts/b.md"], []]

@@ -4,6 +4,7 @@ samples them.
 Expected values are those of the design's mathematics document, section 5, items 5 to 8; the item is
 named at each test.
 """
+
 import itertools
 import math
 
@@ -55,6 +56,7 @@ def network(vocab_size=6, **changes):
 class Causal:
     """Of the toy: position i, which reads tokens 0..i-1 (the first MASK), knows p(x_i | x_<i);
     blurred if asked."""
+
     vocab_size = V + 1
 
     def __init__(self, blur=0.0):
@@ -65,7 +67,7 @@ class Causal:
         out = []
         for i in range(L):
             canvas = torch.full((len(ids), L), MASK)
-            canvas[:, :i] = ids[:, 1:i + 1]
+            canvas[:, :i] = ids[:, 1 : i + 1]
             out.append(self.lookup(canvas)[:, i])
         logits = torch.stack(out, 1)
         return logits if select is None else logits.flatten(0, 1)[select]
@@ -75,7 +77,9 @@ def test_ar_is_the_exact_likelihood():
     nll = family_of(settings(objective="ar")).nelbo(Causal(), SEQUENCES, 1) * L
     assert nll.shape == (81, 1)
     torch.testing.assert_close(nll[:, 0].double(), -P.log(), atol=1e-6, rtol=0)
-    blurred = family_of(settings(objective="ar")).nelbo(Causal(0.2), SEQUENCES, 1)[:, 0].double() * L
+    blurred = (
+        family_of(settings(objective="ar")).nelbo(Causal(0.2), SEQUENCES, 1)[:, 0].double() * L
+    )
     assert (P * blurred).sum().item() == pytest.approx(3.7295673421, abs=1e-6)
 
 
@@ -89,7 +93,9 @@ def test_ar_scores_equal_a_plain_loop(rows, bos):
     for i in range(bos, 9):
         seen = torch.cat((torch.full((3, 1), 5), x0[:, :i]), 1)
         total -= model(seen, attention="causal")[:, -1].log_softmax(-1)[torch.arange(3), x0[:, i]]
-    torch.testing.assert_close(family_of(cfg).nelbo(model, x0, 1)[:, 0].double() * 9, total, atol=1e-5, rtol=1e-6)
+    torch.testing.assert_close(
+        family_of(cfg).nelbo(model, x0, 1)[:, 0].double() * 9, total, atol=1e-5, rtol=1e-6
+    )
 
 
 def test_ar_does_not_see_what_it_predicts():
@@ -106,6 +112,7 @@ def test_ar_does_not_see_what_it_predicts():
 class Blocks:
     """Of the toy: what a network of blocks of n tokens knows of [corrupted ; clean], or of a canvas
     in sampling."""
+
     vocab_size = V + 1
 
     def __init__(self, n, blur=0.0):
@@ -117,8 +124,8 @@ class Blocks:
         for start in range(0, L, self.n):
             canvas = torch.full((len(ids), L), MASK)
             canvas[:, :start] = clean[:, :start]
-            canvas[:, start:start + self.n] = noisy[:, start:start + self.n]
-            out.append(self.lookup(canvas)[:, start:start + self.n])
+            canvas[:, start : start + self.n] = noisy[:, start : start + self.n]
+            out.append(self.lookup(canvas)[:, start : start + self.n])
         logits = torch.cat(out, 1)
         logits = torch.cat((logits, torch.zeros_like(logits)), 1) if doubled else logits
         return logits if select is None else logits.flatten(0, 1)[select]
@@ -132,16 +139,21 @@ def exact_block_nelbo(model, x0, n):
         for subset in itertools.product((False, True), repeat=n):
             if any(subset):
                 masked = torch.zeros(len(x0), L, dtype=torch.bool)
-                masked[:, block * n:(block + 1) * n] = torch.tensor(subset)
+                masked[:, block * n : (block + 1) * n] = torch.tensor(subset)
                 weight = torch.zeros(len(x0), L // n, dtype=torch.float64)
                 weight[:, block] = 1 / sum(subset) / math.comb(n, sum(subset))
-                total += family(block_len=n).weighted_ce(model, x0, diffusion.Corruption(masked, weight)) * L
+                total += (
+                    family(block_len=n).weighted_ce(model, x0, diffusion.Corruption(masked, weight))
+                    * L
+                )
     return total
 
 
 @pytest.mark.parametrize("n, expected", ((1, 3.7295673421), (2, 3.7333134174), (4, 3.7346923253)))
 def test_bound_of_blocks(n, expected):
-    assert (P * exact_block_nelbo(Blocks(n, 0.2), SEQUENCES, n)).sum().item() == pytest.approx(expected, abs=1e-9)
+    assert (P * exact_block_nelbo(Blocks(n, 0.2), SEQUENCES, n)).sum().item() == pytest.approx(
+        expected, abs=1e-9
+    )
     assert (exact_block_nelbo(Blocks(n), SEQUENCES, n) + P.log()).abs().max() < 1e-10
 
 
@@ -159,12 +171,22 @@ def test_block_training_loss_is_an_unbiased_bound(n, name):
     counts = draw(0).masked.view(2000, -1, n).sum(2)
     assert counts.min() == 1 and counts.max() == n, "each block has its own count, at least one"
     for block in counts.double().T:
-        assert block.mean().item() == pytest.approx(counts.double().mean().item(), abs=0.05), "wherever it stands"
+        assert block.mean().item() == pytest.approx(counts.double().mean().item(), abs=0.05), (
+            "wherever it stands"
+        )
 
 
 def test_block_bound_estimator():
     cfg = settings(block_len=2, seq_len=L)
-    nll = family_of(cfg).nelbo(Blocks(2, 0.2), SEQUENCES.repeat(30, 1), 4).double().mean(1).view(30, 81).mean(0) * L
+    nll = (
+        family_of(cfg)
+        .nelbo(Blocks(2, 0.2), SEQUENCES.repeat(30, 1), 4)
+        .double()
+        .mean(1)
+        .view(30, 81)
+        .mean(0)
+        * L
+    )
     assert (P * nll).sum().item() == pytest.approx(3.7333134174, abs=0.01)
 
 
@@ -174,7 +196,9 @@ def test_a_block_as_large_as_the_window_is_plain_diffusion():
     model, x0 = network(), torch.randint(5, (4, 12), generator=torch.Generator().manual_seed(1))
     corruption = family_of(settings()).corrupt((4, 12), generator(1))
     one = corruption._replace(weight=corruption.weight[:, None])
-    torch.testing.assert_close(family(block_len=12).weighted_ce(model, x0, one), MASKED.weighted_ce(model, x0, corruption))
+    torch.testing.assert_close(
+        family(block_len=12).weighted_ce(model, x0, one), MASKED.weighted_ce(model, x0, corruption)
+    )
     assert torch.equal(family(block_len=12).nelbo(model, x0, 2), MASKED.nelbo(model, x0, 2))
 
 
@@ -182,8 +206,12 @@ def doubled(model, xt, x0, n, bos=0):
     """Logits of the corrupted half in training."""
     size = xt.size(1)
     level = blocks.mask_ratios(xt == 5, n, bos)
-    return model(torch.cat((xt, x0), 1), torch.cat((level, torch.zeros_like(level)), 1),
-                 attention=blocks.doubled_mask(size, n, bos, xt.device), positions=torch.arange(size).repeat(2))[:, :size]
+    return model(
+        torch.cat((xt, x0), 1),
+        torch.cat((level, torch.zeros_like(level)), 1),
+        attention=blocks.doubled_mask(size, n, bos, xt.device),
+        positions=torch.arange(size).repeat(2),
+    )[:, :size]
 
 
 @pytest.mark.parametrize("bos", (0, 1))
@@ -203,7 +231,9 @@ def test_who_sees_whom_in_block_training(bos):
         by_clean = (doubled(model, xt, clean, n, bos) != before).any(-1)[0]
         assert by_noisy.equal(own == own[i]) and by_clean.equal(own > own[i])
     inputs = []
-    hook = model.embedding.register_forward_hook(lambda module, args, out: inputs.append(out) or out.retain_grad())
+    hook = model.embedding.register_forward_hook(
+        lambda module, args, out: inputs.append(out) or out.retain_grad()
+    )
     doubled(model, xt, x0, n, bos)[0, bos + 4].sum().backward()  # of block 1
     hook.remove()
     felt = inputs[0].grad[0].abs().sum(-1) > 0
@@ -215,21 +245,34 @@ def test_who_sees_whom_in_block_training(bos):
 def test_sampling_of_blocks_gives_the_logits_of_training(bos, cache, time_conditioning):
     """Whatever was written, cached sampling saw the distribution that training has for [corrupted ;
     clean]."""
-    model, n, size = network(time_conditioning=time_conditioning).float(), 4, 12 + bos  # noise levels are float32
+    model, n, size = (
+        network(time_conditioning=time_conditioning).float(),
+        4,
+        12 + bos,
+    )  # noise levels are float32
     canvas = torch.full((3, size), 5)
     canvas[:, :bos] = 1
-    canvas[1, bos:bos + 6] = torch.tensor([0, 1, 2, 3, 4, 0])  # a prompt that ends within a block
-    steps = [(step.ids.clone(), step.fresh.clone(), step.top[1].clone(), step.nfe) for step in sample(
-        model, canvas, sampler="first_hitting", block_len=n, rows=ROWS[bos], cache=cache, top=5)]
+    canvas[1, bos : bos + 6] = torch.tensor([0, 1, 2, 3, 4, 0])  # a prompt that ends within a block
+    steps = [
+        (step.ids.clone(), step.fresh.clone(), step.top[1].clone(), step.nfe)
+        for step in sample(
+            model, canvas, sampler="first_hitting", block_len=n, rows=ROWS[bos], cache=cache, top=5
+        )
+    ]
     final, before = steps[-1][0], canvas
     for ids, fresh, top, _ in steps:
         p = doubled(model, before, final, n, bos).softmax(-1)
-        torch.testing.assert_close(top[fresh], p[fresh].sort(-1, descending=True).values, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            top[fresh], p[fresh].sort(-1, descending=True).values, atol=1e-5, rtol=1e-4
+        )
         before = ids
     assert steps[-1][3] == 12 and not (final == 5).any()
 
 
-@pytest.mark.parametrize("sampler", ("confidence", "first_hitting", "ancestral", "remask", "remdm_cap:0.3", "entropy_bounded:0.5"))
+@pytest.mark.parametrize(
+    "sampler",
+    ("confidence", "first_hitting", "ancestral", "remask", "remdm_cap:0.3", "entropy_bounded:0.5"),
+)
 def test_any_rule_writes_inside_blocks(sampler):
     """Blocks from left to right, given tokens stay, no MASK is left; a row alone is the row of a
     batch. (Each row is given something in its first block: where all is masked, all positions look
@@ -244,7 +287,9 @@ def test_any_rule_writes_inside_blocks(sampler):
             assert not len(open_) or not len(begun) or begun.max() <= open_.min()
     assert not step.masked.any() and (step.ids[canvas != 5] == canvas[canvas != 5]).all()
     for row in range(3):
-        *_, alone = sample(model, canvas[row:row + 1], sampler=sampler, block_len=4, steps=9, seeds=[3 + row])
+        *_, alone = sample(
+            model, canvas[row : row + 1], sampler=sampler, block_len=4, steps=9, seeds=[3 + row]
+        )
         assert torch.equal(alone.ids[0], step.ids[row])
 
 
@@ -267,13 +312,23 @@ def test_texts_of_any_length(options, bos):
     window = 16 + bos
     rows = {}
     for cache in ("auto", "none"):
-        handle = model.embedding.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
-        *_, last = sample(model, canvas, window=window, cache=cache, rows=ROWS[bos], sampler="confidence", **options)
+        handle = model.embedding.register_forward_pre_hook(
+            lambda module, args: seen.append(args[0].shape)
+        )
+        *_, last = sample(
+            model,
+            canvas,
+            window=window,
+            cache=cache,
+            rows=ROWS[bos],
+            sampler="confidence",
+            **options,
+        )
         handle.remove()
         rows[cache] = last.ids.clone()
     assert torch.equal(rows["auto"], rows["none"]) and not (rows["auto"] == 5).any()
     assert all(width <= window for _, width in seen)
-    computed = [width for _, width in seen[:len(seen) // 2]]
+    computed = [width for _, width in seen[: len(seen) // 2]]
     assert sorted(computed)[len(computed) // 2] <= 4, "most calls compute a block"
 
 
@@ -284,16 +339,27 @@ def test_ar_samples_follow_the_model():
     assert total_variation(empirical(last.ids), P) < 0.0225 and last.nfe == L
     model, canvas = network(), torch.full((4, 20), 5)
     canvas[1, :4], canvas[2, 7] = 2, 3
-    results = [list(sample(model, canvas, objective="ar", cache=cache, top=5))[-1] for cache in ("auto", "none")]
+    results = [
+        list(sample(model, canvas, objective="ar", cache=cache, top=5))[-1]
+        for cache in ("auto", "none")
+    ]
     assert torch.equal(results[0].ids, results[1].ids)
     torch.testing.assert_close(results[0].top[1], results[1].top[1], atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("options, message", (
-    ({"objective": "ar", "guidance": 1.0}, "guidance=1.0 with an autoregressive model"),
-    ({"block_len": 2, "cache": "dual", "decode_block": 2}, "cache=dual with a model of blocks of 2"),
-    ({"block_len": 2, "decode_block": 3}, "decode_block=3 with a model of blocks of 2"),
-    ({"objective": "uniform", "window": 3}, "no more than its window"), ({"correctors": 1}, "correctors=1 with a masked model.*only")))
+@pytest.mark.parametrize(
+    "options, message",
+    (
+        ({"objective": "ar", "guidance": 1.0}, "guidance=1.0 with an autoregressive model"),
+        (
+            {"block_len": 2, "cache": "dual", "decode_block": 2},
+            "cache=dual with a model of blocks of 2",
+        ),
+        ({"block_len": 2, "decode_block": 3}, "decode_block=3 with a model of blocks of 2"),
+        ({"objective": "uniform", "window": 3}, "no more than its window"),
+        ({"correctors": 1}, "correctors=1 with a masked model.*only"),
+    ),
+)
 def test_what_a_family_cannot_do(options, message):
     with pytest.raises(UserError, match=message):
         list(sample(Blocks(2), CANVASES[-1:].clone(), **options))
@@ -305,6 +371,7 @@ def test_what_a_family_cannot_do(options, message):
 class LeaveOneOut:
     """The perfect network under uniform noise, p(x0_i | xt without its token i); blurred, or the
     full posterior instead."""
+
     vocab_size = V + 1
 
     def __init__(self, blur=0.0, full=False):
@@ -312,12 +379,20 @@ class LeaveOneOut:
 
     def posterior(self, level):
         """(81, 4, 3) for every xt at one noise level (float)."""
-        keep = (1 - level) * torch.eye(V, dtype=torch.float64) + level / V  # (x0, xt) chance of a token
-        each = torch.stack([keep[SEQUENCES[:, i]][:, SEQUENCES[:, i]] for i in range(L)])  # (4, 81 x0, 81 xt)
+        keep = (1 - level) * torch.eye(
+            V, dtype=torch.float64
+        ) + level / V  # (x0, xt) chance of a token
+        each = torch.stack(
+            [keep[SEQUENCES[:, i]][:, SEQUENCES[:, i]] for i in range(L)]
+        )  # (4, 81 x0, 81 xt)
         one_hot = torch.nn.functional.one_hot(SEQUENCES, V).double()
         out = []
         for i in range(L):
-            chance = P[:, None] * (each.prod(0) if self.full else torch.stack([each[j] for j in range(L) if j != i]).prod(0))
+            chance = P[:, None] * (
+                each.prod(0)
+                if self.full
+                else torch.stack([each[j] for j in range(L) if j != i]).prod(0)
+            )
             p = chance.T @ one_hot[:, i]
             out.append(p / p.sum(1, keepdim=True))
         return (1 - self.blur) * torch.stack(out, 1) + self.blur / V
@@ -335,12 +410,19 @@ def exact_uniform_nelbo(model, nodes=32, rows=range(81)):
     for s, w in zip(torch.tensor(s / 2 + 0.5), torch.tensor(weights / 2)):
         m = s**3
         keep = (1 - m) * torch.eye(V, dtype=torch.float64) + m / V
-        chance = torch.stack([keep[SEQUENCES[:, i]][:, SEQUENCES[:, i]] for i in range(L)]).prod(0)  # (81 x0, 81 xt)
+        chance = torch.stack([keep[SEQUENCES[:, i]][:, SEQUENCES[:, i]] for i in range(L)]).prod(
+            0
+        )  # (81 x0, 81 xt)
         logits = model(SEQUENCES, m.expand(81))
         for number, x in enumerate(rows):
             x0 = SEQUENCES[x].expand(81, L)
-            total[number] = total[number] + 3 * s**2 * w * (
-                chance[x] * uniform.nelbo(logits, SEQUENCES, x0, m.expand(81)).sum(1)).sum()
+            total[number] = (
+                total[number]
+                + 3
+                * s**2
+                * w
+                * (chance[x] * uniform.nelbo(logits, SEQUENCES, x0, m.expand(81)).sum(1)).sum()
+            )
     return torch.stack(total)
 
 
@@ -349,7 +431,9 @@ def test_uniform_bound_of_the_perfect_network_is_the_likelihood():
 
 
 def test_uniform_bound_of_imperfect_networks():
-    assert (P * exact_uniform_nelbo(LeaveOneOut(blur=0.2))).sum().item() == pytest.approx(3.7400459560, abs=1e-7)
+    assert (P * exact_uniform_nelbo(LeaveOneOut(blur=0.2))).sum().item() == pytest.approx(
+        3.7400459560, abs=1e-7
+    )
     gap = (P * exact_uniform_nelbo(LeaveOneOut(full=True))).sum().item() - ENTROPY
     assert gap == pytest.approx(1.88, abs=0.01), "the full posterior is not what the bound wants"
 
@@ -364,9 +448,14 @@ def test_the_published_forms_of_the_uniform_bound_are_one():
     bar = N * alpha * torch.nn.functional.one_hot(x0, N) + 1 - alpha
     theta = N * alpha * logits.softmax(-1) + 1 - alpha
     at = lambda table: table.gather(-1, xt[..., None])
-    udlm = (1 / (N * alpha)) * (N / at(theta) - N / at(bar) + (bar / at(bar) * (
-        (bar * at(theta)) / (at(bar) * theta)).log()).sum(-1, keepdim=True))
-    torch.testing.assert_close(uniform.nelbo(logits, xt, x0, m), udlm[..., 0], atol=1e-10, rtol=1e-10)
+    udlm = (1 / (N * alpha)) * (
+        N / at(theta)
+        - N / at(bar)
+        + (bar / at(bar) * ((bar * at(theta)) / (at(bar) * theta)).log()).sum(-1, keepdim=True)
+    )
+    torch.testing.assert_close(
+        uniform.nelbo(logits, xt, x0, m), udlm[..., 0], atol=1e-10, rtol=1e-10
+    )
     single = uniform.nelbo(logits.float(), xt, x0, m.float())
     torch.testing.assert_close(single.double(), udlm[..., 0], atol=1e-4, rtol=1e-4)
 
@@ -379,7 +468,10 @@ def test_the_uniform_bound_is_stable_in_float32(m):
     x0, xt = torch.randint(65, (2, 40, 5), generator=generator)
     xt[:20] = x0[:20]
     level = torch.full((40,), m, dtype=torch.float64)
-    single, double = uniform.nelbo(logits.float(), xt, x0, level.float()), uniform.nelbo(logits, xt, x0, level)
+    single, double = (
+        uniform.nelbo(logits.float(), xt, x0, level.float()),
+        uniform.nelbo(logits, xt, x0, level),
+    )
     noise = 3e-3 if m > 0.9 else 1e-4  # there it is nearly zero
     torch.testing.assert_close(single.double(), double, rtol=2e-3, atol=noise)
     logits = logits.float().requires_grad_()
@@ -397,7 +489,9 @@ def test_forward_and_posterior_of_uniform_noise():
         for x0, xt in itertools.product(range(n), repeat=2):
             bayes = q(s)[x0] * q(step)[:, xt] / (q(s) @ q(step))[x0, xt]
             pi = torch.nn.functional.one_hot(torch.tensor([x0]), n).double()
-            found = uniform.posterior(pi, torch.tensor([xt]), *torch.tensor([[t], [s]], dtype=torch.float64))[0]
+            found = uniform.posterior(
+                pi, torch.tensor([xt]), *torch.tensor([[t], [s]], dtype=torch.float64)
+            )[0]
             normal = n * (1 - t) * (x0 == xt) + t  # the denominator of the mathematics document
             assert found.sum().item() == pytest.approx(normal, abs=1e-12)
             torch.testing.assert_close(found / normal, bayes, atol=1e-12, rtol=0)
@@ -416,18 +510,26 @@ def uniform_law(model, T):
     return law
 
 
-@pytest.mark.parametrize("T, expected", ((2, .27334), (4, .13945), (8, .065789), (16, .031262), (32, .015193), (64, .007478)))
+@pytest.mark.parametrize(
+    "T, expected",
+    ((2, 0.27334), (4, 0.13945), (8, 0.065789), (16, 0.031262), (32, 0.015193), (64, 0.007478)),
+)
 def test_law_of_uniform_sampling(T, expected):
     assert total_variation(uniform_law(LeaveOneOut(), T), P) == pytest.approx(expected, abs=1e-5)
     if T == 64:
-        assert total_variation(uniform_law(LeaveOneOut(full=True), T), P) == pytest.approx(0.287, abs=1e-3)
+        assert total_variation(uniform_law(LeaveOneOut(full=True), T), P) == pytest.approx(
+            0.287, abs=1e-3
+        )
 
 
 @pytest.mark.parametrize("T", (1, 2, 4))
 def test_uniform_sampler_follows_its_law(T):
     canvas = torch.full((40_000, L), MASK)
     *_, last = sample(LeaveOneOut(), canvas, objective="uniform", steps=T)
-    assert total_variation(empirical(last.ids), uniform_law(LeaveOneOut(), T)) < 0.0255 and last.nfe == T
+    assert (
+        total_variation(empirical(last.ids), uniform_law(LeaveOneOut(), T)) < 0.0255
+        and last.nfe == T
+    )
 
 
 def test_correctors_keep_the_noisy_distribution():
@@ -438,14 +540,18 @@ def test_correctors_keep_the_noisy_distribution():
     noisy = P @ torch.stack([keep[SEQUENCES[:, i]][:, SEQUENCES[:, i]] for i in range(L)]).prod(0)
     pi = LeaveOneOut()(SEQUENCES, torch.full((81,), m)).softmax(-1)
     for i in range(L):
-        same = torch.stack([SEQUENCES[:, j][:, None] == SEQUENCES[:, j] for j in range(L) if j != i]).all(0)
+        same = torch.stack(
+            [SEQUENCES[:, j][:, None] == SEQUENCES[:, j] for j in range(L) if j != i]
+        ).all(0)
         move = same * ((1 - m) * pi[:, i] + m / V)[:, SEQUENCES[:, i]]
         torch.testing.assert_close(noisy @ move, noisy, atol=1e-7, rtol=0)
     canvas, errors = torch.full((40_000, L), MASK), []
     for sweeps in (0, 8):
         *_, last = sample(LeaveOneOut(), canvas, objective="uniform", steps=4, correctors=sweeps)
         errors.append(total_variation(empirical(last.ids), P))
-    assert last.nfe == 4 + 3 * 8 and errors[1] < errors[0] - 0.02, "no sweep after the last step: there is no noise left"
+    assert last.nfe == 4 + 3 * 8 and errors[1] < errors[0] - 0.02, (
+        "no sweep after the last step: there is no noise left"
+    )
 
 
 @pytest.mark.parametrize("preset", ("tales", "shakespeare", "stories"))
@@ -474,7 +580,13 @@ def test_uniform_training_loss_is_an_unbiased_bound():
 
     class Perfect(LeaveOneOut):
         def __call__(self, ids, noise_level, select=None):
-            return torch.stack([LeaveOneOut.__call__(self, row[None], level[None])[0] for row, level in zip(ids, noise_level)])
+            return torch.stack(
+                [
+                    LeaveOneOut.__call__(self, row[None], level[None])[0]
+                    for row, level in zip(ids, noise_level)
+                ]
+            )
+
     x0 = SEQUENCES[[ROW]].expand(1500, L)
     drawn = family_of(cfg).corrupt((1500, L), generator(4))
     losses = family_of(cfg).loss(Perfect(), x0, drawn).double() * L
@@ -488,7 +600,9 @@ def test_uniform_steps_for_viewers():
     """Given tokens stay; every state is text; the first step shows all, later ones what changed."""
     canvas = torch.tensor([[0, MASK, MASK, MASK], [MASK, 1, MASK, 2], [0, 1, 2, 0]])
     before = canvas
-    for number, step in enumerate(sample(LeaveOneOut(), canvas, objective="uniform", steps=5, top=2)):
+    for number, step in enumerate(
+        sample(LeaveOneOut(), canvas, objective="uniform", steps=5, top=2)
+    ):
         assert (step.ids[canvas != MASK] == canvas[canvas != MASK]).all() and step.ids.max() < MASK
         assert step.fresh.equal((canvas == MASK) if number == 0 else step.ids != before)
         assert step.t[0].item() == pytest.approx(1 - (number + 1) / 5) and not step.masked.any()
@@ -519,17 +633,40 @@ def test_gradients_of_the_training_loss_are_those_of_the_exact_bound(n):
     if n:
         exact = exact_block_nelbo(model, x0, n).mean() / L
     else:
-        exact = sum(MASKED.weighted_ce(model, x0, diffusion.Corruption(s.expand(4, L), torch.full((4,), 1 / int(s.sum()) / math.comb(
-            L, int(s.sum())), dtype=torch.float64))).mean() for s in SUBSETS)
-    exact, cfg, R = gradient(model, exact), settings(block_len=n, seq_len=L), 1000 if n == 1 else 12_000
+        exact = sum(
+            MASKED.weighted_ce(
+                model,
+                x0,
+                diffusion.Corruption(
+                    s.expand(4, L),
+                    torch.full(
+                        (4,), 1 / int(s.sum()) / math.comb(L, int(s.sum())), dtype=torch.float64
+                    ),
+                ),
+            ).mean()
+            for s in SUBSETS
+        )
+    exact, cfg, R = (
+        gradient(model, exact),
+        settings(block_len=n, seq_len=L),
+        1000 if n == 1 else 12_000,
+    )
     drawn = family_of(cfg).corrupt((R, L), generator(6))
     drawn = drawn._replace(weight=drawn.weight.double())
-    rows = x0.repeat(R // 4, 1)[torch.randperm(R, generator=generator(7))]  # strata are fixed to rows
+    rows = x0.repeat(R // 4, 1)[
+        torch.randperm(R, generator=generator(7))
+    ]  # strata are fixed to rows
     many = gradient(model, family_of(cfg).loss(model, rows, drawn).mean())
     assert (many - exact).norm() < 0.06 * exact.norm()
-    flat = gradient(model, family_of(cfg).loss(model, rows, drawn._replace(
-        weight=torch.ones_like(drawn.weight))).mean())
-    assert n == 1 or (flat - exact).norm() > 0.1 * exact.norm(), "another weighting has other gradients"
+    flat = gradient(
+        model,
+        family_of(cfg)
+        .loss(model, rows, drawn._replace(weight=torch.ones_like(drawn.weight)))
+        .mean(),
+    )
+    assert n == 1 or (flat - exact).norm() > 0.1 * exact.norm(), (
+        "another weighting has other gradients"
+    )
 
 
 def test_gradients_under_uniform_noise_and_of_ar():
@@ -538,7 +675,10 @@ def test_gradients_under_uniform_noise_and_of_ar():
     model = network(vocab_size=4, n_layer=1, time_conditioning="sinusoidal").float()
     for p in model.parameters():
         p.data.div_(6)
-    chosen, cfg = [0, ROW, 50, 77], settings(objective="uniform", **family_defaults("uniform", FAMILIES))
+    chosen, cfg = (
+        [0, ROW, 50, 77],
+        settings(objective="uniform", **family_defaults("uniform", FAMILIES)),
+    )
     exact = gradient(model, exact_uniform_nelbo(model, 8, chosen).mean().float() / L)
     rows = SEQUENCES[chosen].repeat(15_000, 1)[torch.randperm(60_000, generator=generator(7))]
     drawn = family_of(cfg).corrupt((60_000, L), generator(6))
@@ -547,8 +687,15 @@ def test_gradients_under_uniform_noise_and_of_ar():
     cfg, plain = settings(objective="ar"), network(vocab_size=4, n_layer=1)
     x0 = SEQUENCES[chosen]
     loss = family_of(cfg).loss(plain, x0, family_of(cfg).corrupt((4, L), None)).mean()
-    loop = sum(-plain(torch.cat((torch.full((4, 1), MASK), x0[:, :i]), 1), attention="causal")[:, -1].log_softmax(-1)[
-        torch.arange(4), x0[:, i]] for i in range(L)).mean() / L
+    loop = (
+        sum(
+            -plain(torch.cat((torch.full((4, 1), MASK), x0[:, :i]), 1), attention="causal")[
+                :, -1
+            ].log_softmax(-1)[torch.arange(4), x0[:, i]]
+            for i in range(L)
+        ).mean()
+        / L
+    )
     torch.testing.assert_close(gradient(plain, loss), gradient(plain, loop), atol=1e-9, rtol=1e-6)
 
 
@@ -558,25 +705,40 @@ def test_draws_of_a_density():
     t = importance.inverse_cdf(u, density)
     torch.testing.assert_close(torch.histc(t, 4, 0, 1) / 25_000, density, atol=1e-3, rtol=0)
     torch.testing.assert_close(importance.cdf(t, density), u, atol=1e-12, rtol=0)
-    torch.testing.assert_close(importance.density_at(torch.tensor([0.1, 0.3, 0.99]), density), density[[0, 1, 3]])
+    torch.testing.assert_close(
+        importance.density_at(torch.tensor([0.1, 0.3, 0.99]), density), density[[0, 1, 3]]
+    )
 
 
-@pytest.mark.parametrize("corruption, schedule", (("count", "linear"), ("count", "cos"), ("bernoulli", "poly2")))
+@pytest.mark.parametrize(
+    "corruption, schedule", (("count", "linear"), ("count", "cos"), ("bernoulli", "poly2"))
+)
 def test_importance_sampling_keeps_the_bound(corruption, schedule):
     """Other times, the same mean: of the bound, and of the flat loss."""
     density = torch.tensor([0.5, 0.6, 0.9, 2.0], dtype=torch.float64)
     x0, model = SEQUENCES[[ROW]].expand(4000, L), Lookup(0.2)
     for weighting in ("elbo", "flat"):
         cfg = settings(corruption=corruption, schedule=schedule, loss_weighting=weighting)
-        loss = lambda d, i: family_of(cfg).loss(model, x0, family_of(cfg).corrupt((4000, L), generator(i), d)).mean()
+        loss = lambda d, i: (
+            family_of(cfg)
+            .loss(model, x0, family_of(cfg).corrupt((4000, L), generator(i), d))
+            .mean()
+        )
         plain, warped = (torch.stack([loss(d, i) for i in range(8)]) * L for d in (None, density))
-        assert abs((plain.mean() - warped.mean()).item()) < 5 * (plain.var() / 8 + warped.var() / 8).sqrt().item() + 2e-3
-    drawn = [family_of(cfg).corrupt((4000, L), generator(1), d).masked.float().mean().item() for d in (None, density)]
+        assert (
+            abs((plain.mean() - warped.mean()).item())
+            < 5 * (plain.var() / 8 + warped.var() / 8).sqrt().item() + 2e-3
+        )
+    drawn = [
+        family_of(cfg).corrupt((4000, L), generator(1), d).masked.float().mean().item()
+        for d in (None, density)
+    ]
     assert drawn[1] > drawn[0] + 0.05, "more rows with many masks"
 
 
 def test_the_density_of_times_follows_the_spread_of_the_losses():
     """A network that is sure of everything but rows without context has its loss there."""
+
     class Blind:
         vocab_size = 11
 
@@ -585,6 +747,7 @@ def test_the_density_of_times_follows_the_spread_of_the_losses():
             level = (ids == 10).float().mean(1)[select // ids.size(1)]
             logits[:, 0] = torch.where(level > 0.75, 0.0, 9.0)
             return logits
+
     density = importance.time_density(MASKED, Blind(), torch.zeros(256, 32, dtype=torch.long))
     assert density.mean().item() == pytest.approx(1) and density.min() >= 0.5
     assert density[12:].min() > 1.5 and density[:12].max() < 0.6
@@ -596,13 +759,23 @@ def test_the_density_of_times_follows_the_spread_of_the_losses():
 def prefixes(rows):
     """(which tokens of the rows of L are given, (rows, L) bool: the first 0, 1 or 2, or all; how
     many, (rows,))"""
-    cut = torch.tensor([0, 1, 2, L])[torch.arange(rows) % 4][torch.randperm(rows, generator=generator("cut"))]
+    cut = torch.tensor([0, 1, 2, L])[torch.arange(rows) % 4][
+        torch.randperm(rows, generator=generator("cut"))
+    ]
     return torch.arange(L) < cut[:, None], cut
 
 
-@pytest.mark.parametrize("changes, model", (
-    ({}, Lookup()), ({"schedule": "cos"}, Lookup()), ({"corruption": "bernoulli"}, Lookup()),
-    ({"block_len": 2, "seq_len": L}, Blocks(2)), ({"block_len": 1, "seq_len": L}, Blocks(1)), ({"objective": "ar"}, Causal())))
+@pytest.mark.parametrize(
+    "changes, model",
+    (
+        ({}, Lookup()),
+        ({"schedule": "cos"}, Lookup()),
+        ({"corruption": "bernoulli"}, Lookup()),
+        ({"block_len": 2, "seq_len": L}, Blocks(2)),
+        ({"block_len": 1, "seq_len": L}, Blocks(1)),
+        ({"objective": "ar"}, Causal()),
+    ),
+)
 def test_given_tokens_are_never_noised_and_cost_nothing(changes, model):
     """Loss and bound are -log p of the rest given them, in the mean over masks, with the perfect
     network; whatever other rows are given."""
@@ -611,12 +784,18 @@ def test_given_tokens_are_never_noised_and_cost_nothing(changes, model):
     x0 = SEQUENCES[[ROW]].expand(R, L)
     drawn = kind.corrupt((R, L), generator(3), given=given)
     assert not (drawn.masked & given).any()
-    loss, bound = kind.loss(model, x0, drawn).double() * L, kind.nelbo(model, x0, 1, R, given)[:, 0].double() * L
+    loss, bound = (
+        kind.loss(model, x0, drawn).double() * L,
+        kind.nelbo(model, x0, 1, R, given)[:, 0].double() * L,
+    )
     for count in (0, 1, 2, L):
         begins = (SEQUENCES[:, :count] == SEQUENCES[ROW, :count]).all(1)
         exact = (P[begins].sum() / P[ROW]).log().item()
         for found in (loss[cut == count], bound[cut == count]):
-            assert abs(found.mean().item() - exact) < 5 * found.std().item() / math.sqrt(len(found)) + 1e-5
+            assert (
+                abs(found.mean().item() - exact)
+                < 5 * found.std().item() / math.sqrt(len(found)) + 1e-5
+            )
 
 
 def test_given_tokens_under_uniform_noise():
@@ -625,7 +804,10 @@ def test_given_tokens_under_uniform_noise():
     drawn = kind.corrupt((400, L), generator(3), given=given)
     free = kind.corrupt((400, L), generator(3))
     assert torch.equal(drawn.masked, free.masked & ~given)
-    model, x0 = network(time_conditioning="sinusoidal").float(), torch.randint(5, (400, L), generator=generator(4))
+    model, x0 = (
+        network(time_conditioning="sinusoidal").float(),
+        torch.randint(5, (400, L), generator=generator(4)),
+    )
     loss = kind.loss(model, x0, drawn)
     assert (loss[given.all(1)] == 0).all() and (loss[~given.all(1)] > 0).all()
     assert (kind.nelbo(model, x0, 2, 100, given)[given.all(1)] == 0).all()

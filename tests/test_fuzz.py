@@ -1,6 +1,7 @@
 """Bad input at random, from fixed seeds: mutated checkpoints and command lines. They end in
 success, or in one line and exit code 2; never in a traceback, without memory, or with something
 written that nobody asked for."""
+
 import copy
 import dataclasses
 import os
@@ -31,8 +32,34 @@ def state(tmp_path_factory):
     return checkpoint.read(str(folder / "models" / "tales.pt"))
 
 
-ODD = (None, True, -1, 0, 1, 3, 10**9, 10**30, -0.5, 0.5, 1e300, float("nan"), float("inf"), "", "x", "auto", [], [1], {}, {"x": 1},
-       b"x", torch.zeros(()), torch.zeros(3), torch.full((2, 2), float("nan")), torch.zeros(0), torch.zeros(2, 3).to_sparse())
+ODD = (
+    None,
+    True,
+    -1,
+    0,
+    1,
+    3,
+    10**9,
+    10**30,
+    -0.5,
+    0.5,
+    1e300,
+    float("nan"),
+    float("inf"),
+    "",
+    "x",
+    "auto",
+    [],
+    [1],
+    {},
+    {"x": 1},
+    b"x",
+    torch.zeros(()),
+    torch.zeros(3),
+    torch.full((2, 2), float("nan")),
+    torch.zeros(0),
+    torch.zeros(2, 3).to_sparse(),
+)
 
 
 def places(tree, path=()):
@@ -61,11 +88,26 @@ def mutated(state, dice):
     elif kind < 0.2 and isinstance(parent, dict):
         parent[dice.choice((1, "x", None, ("a", 2)))] = parent.pop(key)
     elif kind < 0.4 and torch.is_tensor(old) and old.numel():
-        parent[key] = dice.choice((old.flatten()[:-1], old.long(), old * float("nan"), old.to(torch.complex64), old[None], old.double(), old * 1e4, old.to(torch.float8_e4m3fn),
-                                   old.to("meta")))
+        parent[key] = dice.choice(
+            (
+                old.flatten()[:-1],
+                old.long(),
+                old * float("nan"),
+                old.to(torch.complex64),
+                old[None],
+                old.double(),
+                old * 1e4,
+                old.to(torch.float8_e4m3fn),
+                old.to("meta"),
+            )
+        )
     elif kind < 0.4 and isinstance(old, str) and old:
         place = dice.randrange(len(old))
-        parent[key] = old[:place] + dice.choice(("", '"', "9", "{", "Ġ", "\0")) + old[place + dice.choice((0, 1, 100)):]
+        parent[key] = (
+            old[:place]
+            + dice.choice(("", '"', "9", "{", "Ġ", "\0"))
+            + old[place + dice.choice((0, 1, 100)) :]
+        )
     elif kind < 0.5 and type(old) in (int, float):
         parent[key] = dice.choice((old + 1, -old, old * 2, old / 3, float(old), 10**6))
     else:
@@ -76,8 +118,15 @@ def mutated(state, dice):
 def ends_well(result, what):
     code, out, err = result
     lines = err.strip().splitlines()
-    assert code == 0 or code == 2 and lines[-1].startswith("error: ") and "Traceback" not in err, (what, code, err)
-    assert not code or not [line for line in lines[:-1] if not line.endswith("differ slightly")], (what, err)
+    assert code == 0 or code == 2 and lines[-1].startswith("error: ") and "Traceback" not in err, (
+        what,
+        code,
+        err,
+    )
+    assert not code or not [line for line in lines[:-1] if not line.endswith("differ slightly")], (
+        what,
+        err,
+    )
     return code
 
 
@@ -98,7 +147,9 @@ def test_mutated_checkpoints_are_judged(state, monkeypatch, capsys):
     dice, codes = random.Random(9), []
     words = "--checkpoint x.pt --rows 2 --num_samples 1 --steps 2 --device cpu"
     for _ in range(40):
-        changed, path = mutated({name: value for name, value in state.items() if name != "optimizers"}, dice)
+        changed, path = mutated(
+            {name: value for name, value in state.items() if name != "optimizers"}, dice
+        )
         torch.save(changed, "x.pt")
         codes.append(ends_well(run(evaluate.main, words, monkeypatch, capsys), path))
     assert 0 in codes and 2 in codes
@@ -112,7 +163,11 @@ def test_mutated_checkpoints_go_on(seed, state, monkeypatch, capsys):
     for _ in range(10):
         changed, path = mutated(state, dice)
         torch.save(changed, "models/x.pt")
-        codes.append(ends_well(run(train.main, "--resume models/x.pt --max_iters 8", monkeypatch, capsys), path))
+        codes.append(
+            ends_well(
+                run(train.main, "--resume models/x.pt --max_iters 8", monkeypatch, capsys), path
+            )
+        )
     assert 0 in codes and 2 in codes
 
 
@@ -124,7 +179,7 @@ def test_damaged_files(state, monkeypatch, capsys):
     for _ in range(60):
         bad, place = bytearray(good), dice.randrange(len(good))
         if dice.random() < 0.2:
-            bad = bad[:place] + bad[place * (dice.random() < 0.5):]
+            bad = bad[:place] + bad[place * (dice.random() < 0.5) :]
         else:
             for _ in range(dice.choice((1, 30))):
                 bad[dice.randrange(len(bad))] = dice.randrange(256)
@@ -133,8 +188,44 @@ def test_damaged_files(state, monkeypatch, capsys):
 
 
 # values of flags: none is large and allowed, so that what is allowed is quick
-VALUES = ("", "0", "1", "2", "-1", "0.5", "-0.5", "1e400", "nan", "1_0", "10" * 9, "9" * 30, "x", "true", "auto", "none", "a b", "[1]", "[9",
-          "[" + "9" * 12 + "]", "\\", "\0", "sub/../x", "two\nlines", ".", "x.gif", "x.html", "tales", "char", "bpe", "masked", "linear", "float32", "é🙂", "--", "-")
+VALUES = (
+    "",
+    "0",
+    "1",
+    "2",
+    "-1",
+    "0.5",
+    "-0.5",
+    "1e400",
+    "nan",
+    "1_0",
+    "10" * 9,
+    "9" * 30,
+    "x",
+    "true",
+    "auto",
+    "none",
+    "a b",
+    "[1]",
+    "[9",
+    "[" + "9" * 12 + "]",
+    "\\",
+    "\0",
+    "sub/../x",
+    "two\nlines",
+    ".",
+    "x.gif",
+    "x.html",
+    "tales",
+    "char",
+    "bpe",
+    "masked",
+    "linear",
+    "float32",
+    "é🙂",
+    "--",
+    "-",
+)
 
 
 def command(kind, dice, fixed=()):
@@ -160,19 +251,41 @@ def test_command_lines_of_training(monkeypatch, capsys):
     texts.write_documents("some.txt", iter(tales.generate(1, 50)))
     for _ in range(120):
         corpus = ["--data", "some.txt"] if dice.random() < 0.5 else ["tales"]
-        words = [*corpus, *TINY, "--name", "x", "--seq_len", "67", *command(Config, dice, ("data", "out_dir", "compile"))]
+        words = [
+            *corpus,
+            *TINY,
+            "--name",
+            "x",
+            "--seq_len",
+            "67",
+            *command(Config, dice, ("data", "out_dir", "compile")),
+        ]
         result = run(train.main, words, monkeypatch, capsys)
         ends_well(result, words)
         codes.append("reached" in result[2])
     assert 10 < codes.count(True) < 110 and not os.path.exists("artifacts/models")
 
 
-@pytest.mark.parametrize("main, kind, usual, fixed", (
-    (inference.main, SampleConfig, "--checkpoint good.pt --gen-len 3", ()),
-    (evaluate.main, evaluate.EvaluateConfig, "--checkpoint good.pt --rows 2 --num_samples 0", ("left_to_right",)),
-    (export.main, export.ExportConfig, "--checkpoint good.pt", ()),
-    (train_tokenizer.main, train_tokenizer.TokenizerConfig, "--input some.txt --output t.json", ()),
-    (data.main, data.DataConfig, "--dataset some.txt --output o.txt", ("dataset",))))
+@pytest.mark.parametrize(
+    "main, kind, usual, fixed",
+    (
+        (inference.main, SampleConfig, "--checkpoint good.pt --gen-len 3", ()),
+        (
+            evaluate.main,
+            evaluate.EvaluateConfig,
+            "--checkpoint good.pt --rows 2 --num_samples 0",
+            ("left_to_right",),
+        ),
+        (export.main, export.ExportConfig, "--checkpoint good.pt", ()),
+        (
+            train_tokenizer.main,
+            train_tokenizer.TokenizerConfig,
+            "--input some.txt --output t.json",
+            (),
+        ),
+        (data.main, data.DataConfig, "--dataset some.txt --output o.txt", ("dataset",)),
+    ),
+)
 def test_command_lines(main, kind, usual, fixed, state, monkeypatch, capsys):
     dice, codes = random.Random(0), []
     torch.save(state, "good.pt")
@@ -181,4 +294,7 @@ def test_command_lines(main, kind, usual, fixed, state, monkeypatch, capsys):
         words = [*usual.split(), *command(kind, dice, fixed)]
         codes.append(ends_well(run(main, words, monkeypatch, capsys), words))
     assert 0 in codes and 2 in codes
-    assert checkpoint.read("good.pt")["step"] == state["step"] and len(texts.read_documents("some.txt")) == 50
+    assert (
+        checkpoint.read("good.pt")["step"] == state["step"]
+        and len(texts.read_documents("some.txt")) == 50
+    )

@@ -34,11 +34,20 @@ from utils.tokenizer import train_bpe, train_char
 def test_real_stories_are_judged_perfect():
     stories = tales.generate(3, 200)
     report = samples.judge_tales(stories)
-    assert (report["valid"], report["grammatical"], report["agreeing"], report["distinct"]) == (1, 1, 1, 1)
+    assert (report["valid"], report["grammatical"], report["agreeing"], report["distinct"]) == (
+        1,
+        1,
+        1,
+        1,
+    )
     assert report["log_prob"] == pytest.approx(-tales.entropy(), abs=0.5)
     broken = stories[0].replace(".", "!", 1)
     report = samples.judge_tales([stories[0], stories[0], broken, broken])
-    assert report["valid"] == 0.5 and report["distinct"] == 0.5 and report["grammatical"] == pytest.approx(0.9)
+    assert (
+        report["valid"] == 0.5
+        and report["distinct"] == 0.5
+        and report["grammatical"] == pytest.approx(0.9)
+    )
 
 
 def test_longest_copies():
@@ -52,13 +61,28 @@ def test_longest_copies():
 def test_bits_of_a_network_that_knows_nothing():
     """ln V nats per token, and from it log2 V bits a character for a character model."""
     text = train_char(["abcdefgh"], documents=False)
-    cfg = settings(n_layer=1, n_head=1, n_embd=8, init="zero", tie_embeddings=False, final_rows=4, final_masks=2, data="x",
-                   seq_len=16)
+    cfg = settings(
+        n_layer=1,
+        n_head=1,
+        n_embd=8,
+        init="zero",
+        tie_embeddings=False,
+        final_rows=4,
+        final_masks=2,
+        data="x",
+        seq_len=16,
+    )
     rows = torch.randint(8, (6, 16))
     data = corpus.Corpus(None, rows, text, 0, "", None)
-    report = metrics.held_out(Transformer(cfg, text.vocab_size), family_of(cfg), data, torch.device("cpu"))
+    report = metrics.held_out(
+        Transformer(cfg, text.vocab_size), family_of(cfg), data, torch.device("cpu")
+    )
     assert report["bound_nats_per_token"] == pytest.approx(math.log(8), abs=1e-5)
-    assert report["bound_bits_per_character"] == report["bound_bits_per_byte"] == pytest.approx(3, abs=1e-5)
+    assert (
+        report["bound_bits_per_character"]
+        == report["bound_bits_per_byte"]
+        == pytest.approx(3, abs=1e-5)
+    )
     assert report["held_out_rows"] == 4 and "exact_nats_per_story" not in report
 
 
@@ -70,7 +94,12 @@ def test_bytes_and_characters_differ():
 
 def test_loss_curves(tmp_path):
     log = tmp_path / "run.jsonl"
-    log.write_text("\n".join(json.dumps({"step": s, "loss": 1 / s, "bound": 2 / s, "bound_se_rows": 0.1}) for s in (1, 2, 3)))
+    log.write_text(
+        "\n".join(
+            json.dumps({"step": s, "loss": 1 / s, "bound": 2 / s, "bound_se_rows": 0.1})
+            for s in (1, 2, 3)
+        )
+    )
     plots.loss_curves([str(log)], str(tmp_path / "new" / "x.png"))
     assert (tmp_path / "new" / "x.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -84,8 +113,15 @@ def bpe():
 
 
 def frame(ids, fresh=(), remasked=(), nfe=1, confidence=1.0, top=None):
-    return trace.Frame(nfe, ids, [i in fresh for i in range(len(ids))], [i in remasked for i in range(len(ids))], nfe,
-                       [confidence] * len(ids), top)
+    return trace.Frame(
+        nfe,
+        ids,
+        [i in fresh for i in range(len(ids))],
+        [i in remasked for i in range(len(ids))],
+        nfe,
+        [confidence] * len(ids),
+        top,
+    )
 
 
 def colours(image):
@@ -93,7 +129,7 @@ def colours(image):
 
 
 def rgb(name):
-    return tuple(int(name[i:i + 2], 16) for i in (1, 3, 5))
+    return tuple(int(name[i : i + 2], 16) for i in (1, 3, 5))
 
 
 def test_states_look_different(bpe):
@@ -106,8 +142,12 @@ def test_states_look_different(bpe):
     text = lambda image: image.crop((0, video.TEXT_TOP, video.WIDTH, video.TEXT_BOTTOM))
     assert len({text(image).tobytes() for image in (first, fresh, again)}) == 3
     assert rgb(video.FRESH) in colours(text(fresh)) and rgb(video.FRESH) not in colours(text(first))
-    assert rgb(video.REMASKED) in colours(text(again)) and rgb(video.REMASKED) not in colours(text(first))
-    given = list(video.pictures([frame([ids[0]] + [bpe.mask] * (len(ids) - 1)), settled], bpe, "t"))[1][0]
+    assert rgb(video.REMASKED) in colours(text(again)) and rgb(video.REMASKED) not in colours(
+        text(first)
+    )
+    given = list(
+        video.pictures([frame([ids[0]] + [bpe.mask] * (len(ids) - 1)), settled], bpe, "t")
+    )[1][0]
     assert rgb(video.GIVEN) in colours(text(given)) and rgb(video.GIVEN) not in colours(text(first))
 
 
@@ -119,8 +159,12 @@ def test_tokens_stay_in_place_and_lines_are_not_overfull():
     plan = video.layout(long)
     for (line, column), width in zip(plan.places, plan.cells):
         assert column + min(width, plan.columns) <= plan.columns and column >= -1
-    spots = [(line, column + i) for (line, column), width in zip(plan.places, plan.cells) if width < plan.columns
-             for i in range(width)]
+    spots = [
+        (line, column + i)
+        for (line, column), width in zip(plan.places, plan.cells)
+        if width < plan.columns
+        for i in range(width)
+    ]
     assert len(spots) == len(set(spots)), "no two tokens share a place"
 
 
@@ -136,13 +180,23 @@ def test_long_text_pages_instead_of_being_cut(bpe):
 
 def test_characters_that_the_font_lacks_are_escaped():
     assert video.printable("a\n") == "a↵" and video.printable("é“ ”") == "é“ ”"
-    assert video.printable("漢") == "\\u6f22" and video.printable("\x07") == "\\x07" and video.printable("😀").startswith("\\U")
+    assert (
+        video.printable("漢") == "\\u6f22"
+        and video.printable("\x07") == "\\x07"
+        and video.printable("😀").startswith("\\U")
+    )
 
 
 def step_of(n, fresh=True, remasked=False, ids=None):
-    return SimpleNamespace(ids=torch.tensor([[n] if ids is None else ids]), fresh=torch.tensor([[fresh]]),
-                           remasked=torch.tensor([[remasked]]), row_nfe=torch.tensor([n]), confidence=torch.tensor([[0.5]]),
-                           masked=torch.tensor([[remasked]]), top=None)
+    return SimpleNamespace(
+        ids=torch.tensor([[n] if ids is None else ids]),
+        fresh=torch.tensor([[fresh]]),
+        remasked=torch.tensor([[remasked]]),
+        row_nfe=torch.tensor([n]),
+        confidence=torch.tensor([[0.5]]),
+        masked=torch.tensor([[remasked]]),
+        top=None,
+    )
 
 
 def test_recording_keeps_the_first_and_the_last_state():
@@ -154,7 +208,12 @@ def test_recording_keeps_the_first_and_the_last_state():
 
 
 def test_skipped_steps_leave_their_marks():
-    steps = [step_of(1), step_of(2, fresh=False), step_of(3, fresh=False, remasked=True), step_of(4, fresh=False)]
+    steps = [
+        step_of(1),
+        step_of(2, fresh=False),
+        step_of(3, fresh=False, remasked=True),
+        step_of(4, fresh=False),
+    ]
     frames, stream = trace.record(iter(steps), torch.tensor([[99]]), 99, 2)
     list(stream)
     assert [(f.fresh, f.remasked) for f in frames[1:]] == [([True], [False]), ([False], [True])]
@@ -163,7 +222,9 @@ def test_skipped_steps_leave_their_marks():
 def test_tint_tells_how_sure_the_model_was(bpe):
     ids = bpe.encode(["a red kite"])[0]
     blank = frame([bpe.mask] * len(ids), nfe=0)
-    sure, unsure = (list(video.pictures([blank, frame(ids, confidence=c)], bpe, "t"))[1][0] for c in (1.0, 0.2))
+    sure, unsure = (
+        list(video.pictures([blank, frame(ids, confidence=c)], bpe, "t"))[1][0] for c in (1.0, 0.2)
+    )
     text = lambda image: colours(image.crop((0, video.TEXT_TOP, video.WIDTH, video.TEXT_BOTTOM)))
     assert video.tint(0.2) in text(unsure) and video.tint(0.2) not in text(sure)
     assert video.tint(1.0) == rgb(video.PAPER)
@@ -180,11 +241,17 @@ class Terminal(io.StringIO):
 def live(steps, text, **environment):
     out = Terminal()
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in ({"TERM": "xterm", "COLUMNS": "30", "LINES": "12"} | environment).items():
+        for name, value in (
+            {"TERM": "xterm", "COLUMNS": "30", "LINES": "12"} | environment
+        ).items():
             patch.setenv(name, value)
         if "NO_COLOR" not in environment:
             patch.delenv("NO_COLOR", raising=False)
-        list(terminal.live(iter(steps), text, [False, False, True] + [False] * steps[0].ids.size(1), out=out))
+        list(
+            terminal.live(
+                iter(steps), text, [False, False, True] + [False] * steps[0].ids.size(1), out=out
+            )
+        )
     return out.getvalue()
 
 
@@ -192,9 +259,14 @@ def canvas_steps(bpe):
     ids = bpe.encode(["A red kite, a blue kite and a green kite"])[0]
     half = [bpe.mask if i % 2 else token for i, token in enumerate(ids)]
     make = lambda ids, n: SimpleNamespace(
-        ids=torch.tensor([ids]), masked=torch.tensor([ids]) == bpe.mask, fresh=torch.tensor([[i == 0 for i in range(len(ids))]]),
-        remasked=torch.zeros(1, len(ids), dtype=torch.bool), confidence=torch.full((1, len(ids)), n / 4),
-        row_nfe=torch.tensor([n]), t=torch.tensor([0.0]))
+        ids=torch.tensor([ids]),
+        masked=torch.tensor([ids]) == bpe.mask,
+        fresh=torch.tensor([[i == 0 for i in range(len(ids))]]),
+        remasked=torch.zeros(1, len(ids), dtype=torch.bool),
+        confidence=torch.full((1, len(ids)), n / 4),
+        row_nfe=torch.tensor([n]),
+        t=torch.tensor([0.0]),
+    )
     return [make(half, 1), make(ids, 2)]
 
 
@@ -210,18 +282,27 @@ def test_live_terminal(bpe):
     shown = live(canvas_steps(bpe), bpe)
     assert shown.startswith("\x1b[?1049h\x1b[?25l") and shown.endswith("\x1b[?25h\x1b[?1049l")
     assert "░" in shown and "\x1b[1;30;43m" in shown and "2 evaluations, 0 of" in shown
-    assert f"\x1b[4;34m{bpe.pieces(canvas_steps(bpe)[0].ids[0].tolist())[2]}\x1b[0m" in shown, "given"
+    assert f"\x1b[4;34m{bpe.pieces(canvas_steps(bpe)[0].ids[0].tolist())[2]}\x1b[0m" in shown, (
+        "given"
+    )
     last = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.split("\x1b[2J")[-1])
     assert max(map(len, last.splitlines())) <= 30 and "green kite" in last
     without = live(canvas_steps(bpe), bpe, NO_COLOR="1")
     assert "\x1b[1;30;43m" not in without and "\x1b[1m" in without and "\x1b[4m" in without
     wide = live(canvas_steps(bpe), bpe, COLUMNS="80").split("\x1b[2J")
-    assert all("\x1b[35mmasked again\x1b[0m" in part for part in wide[1:]), "the legend, where it fits"
-    assert wide[1].count("\x1b[36m") > wide[2].count("\x1b[36m") == 1, "unsure of tokens below one half"
+    assert all("\x1b[35mmasked again\x1b[0m" in part for part in wide[1:]), (
+        "the legend, where it fits"
+    )
+    assert wide[1].count("\x1b[36m") > wide[2].count("\x1b[36m") == 1, (
+        "unsure of tokens below one half"
+    )
     dumb = live(canvas_steps(bpe), bpe, TERM="dumb")
     assert "\x1b" not in dumb and len(dumb.splitlines()) == 2
     pipe = Terminal(tty=False)
-    assert len(list(terminal.live(iter(canvas_steps(bpe)), bpe, [], out=pipe))) == 2 and pipe.getvalue() == ""
+    assert (
+        len(list(terminal.live(iter(canvas_steps(bpe)), bpe, [], out=pipe))) == 2
+        and pipe.getvalue() == ""
+    )
 
 
 def test_live_cleans_up_after_ctrl_c(bpe, monkeypatch):
@@ -240,25 +321,41 @@ def test_html_holds_all_states(bpe, tmp_path):
     blank = frame([bpe.mask] * len(ids), nfe=0, confidence=0.0)
     half = frame([ids[0]] + [bpe.mask] * (len(ids) - 1), fresh={0}, confidence=0.5, top=top)
     again = frame([bpe.mask] * len(ids), remasked={0}, confidence=0.5, top=top)
-    pages.write_html(str(tmp_path / "x.html"), [blank, half, again, frame(ids, fresh=set(range(len(ids))))], bpe, "t & <i>")
+    pages.write_html(
+        str(tmp_path / "x.html"),
+        [blank, half, again, frame(ids, fresh=set(range(len(ids))))],
+        bpe,
+        "t & <i>",
+    )
     page = (tmp_path / "x.html").read_text(encoding="utf-8")
-    assert page.count("</script>") == 1 and "http" not in page, "nothing in the data ends the script; no network"
+    assert page.count("</script>") == 1 and "http" not in page, (
+        "nothing in the data ends the script; no network"
+    )
     data = json.loads(page.split("const data = ")[1].split(";\n")[0])
     states, shown = [], [None] * len(ids)
     for entry in data["steps"]:  # as the page does it
         for i, token in entry["ids"]:
             shown[i] = token
         states.append(list(shown))
-    assert states == [blank.ids, half.ids, again.ids, ids] and "".join(data["final"]) == "a red kite </script> <b>"
-    assert data["steps"][1]["fresh"] == [0] and data["steps"][2]["again"] == [0] and data["title"] == "t & <i>"
+    assert (
+        states == [blank.ids, half.ids, again.ids, ids]
+        and "".join(data["final"]) == "a red kite </script> <b>"
+    )
+    assert (
+        data["steps"][1]["fresh"] == [0]
+        and data["steps"][2]["again"] == [0]
+        and data["title"] == "t & <i>"
+    )
     assert data["steps"][1]["top"][0] == [0, [[ids[0], 0.75], [ids[1], 0.25]]]
     assert data["steps"][2]["top"] == [], "what did not change is not stored again"
 
 
 PRESS_KEYS = """<script>
 const seen = [], press = key => dispatchEvent(new KeyboardEvent("keydown", {key}));
-const look = () => ({status: $("status").textContent, text: $("text").textContent.replaceAll("\\u00a0", "").trimEnd()});
-const hover = i => { spans[i].dispatchEvent(new MouseEvent("mousemove", {bubbles: true})); return $("tip").textContent; };
+const shown = () => $("text").textContent.replaceAll("\\u00a0", "").trimEnd();
+const look = () => ({status: $("status").textContent, text: shown()});
+const move = () => new MouseEvent("mousemove", {bubbles: true});
+const hover = i => { spans[i].dispatchEvent(move()); return $("tip").textContent; };
 press("Home"); seen.push(look());
 press("ArrowRight"); seen.push({...look(), tip: hover(0), colour: spans[0].style.background});
 press("c"); seen.push({mode: $("mode").value, colour: spans[0].style.background});
@@ -274,23 +371,53 @@ setTimeout(() => { seen.push(look()); document.title = JSON.stringify(seen); }, 
 def test_the_page_in_a_browser(bpe, tmp_path):
     """Keys, slider, play, colours and alternatives in a headless browser, where one is
     installed."""
-    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+    browser = next(
+        filter(
+            None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))
+        ),
+        None,
+    )
     if browser is None:
         pytest.skip("no Chromium or Chrome is installed")
     ids, page = bpe.encode(["a red kite"])[0], tmp_path / "x.html"
     top = [[(ids[0], 0.75), (ids[1], 0.25)]] + [[(ids[1], 1.0)]] * (len(ids) - 1)
-    pages.write_html(str(page), [frame([bpe.mask] * len(ids), nfe=0, confidence=0.0),
-                                 frame([ids[0]] + [bpe.mask] * (len(ids) - 1), fresh={0}, confidence=0.5, top=top),
-                                 frame(ids, fresh=set(range(1, len(ids))), nfe=2, top=top)], bpe, "title")
+    pages.write_html(
+        str(page),
+        [
+            frame([bpe.mask] * len(ids), nfe=0, confidence=0.0),
+            frame([ids[0]] + [bpe.mask] * (len(ids) - 1), fresh={0}, confidence=0.5, top=top),
+            frame(ids, fresh=set(range(1, len(ids))), nfe=2, top=top),
+        ],
+        bpe,
+        "title",
+    )
     page.write_text(page.read_text(encoding="utf-8") + PRESS_KEYS, encoding="utf-8")
-    done = subprocess.run([browser, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=8000",
-                           "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [
+            browser,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--virtual-time-budget=8000",
+            "--dump-dom",
+            page.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     seen = json.loads(html.unescape(re.search("<title>(.*?)</title>", done.stdout)[1]))
     blank, half, order, end, themes, slid, played = seen
     assert blank["text"] == "" and f"{len(ids)} of {len(ids)} masks left" in blank["status"]
-    assert half["text"] == bpe.pieces(ids)[0] and "75.0%" in half["tip"] and "settled in step" in half["tip"]
+    assert (
+        half["text"] == bpe.pieces(ids)[0]
+        and "75.0%" in half["tip"]
+        and "settled in step" in half["tip"]
+    )
     assert order["mode"] == "order" and order["colour"] != half["colour"]
-    assert end["text"] == played["text"] == "a red kite" and "2 network evaluations" in end["status"]
+    assert (
+        end["text"] == played["text"] == "a red kite" and "2 network evaluations" in end["status"]
+    )
     assert themes == ["", "dark"] and slid == {key: half[key] for key in slid}
 
 
@@ -299,15 +426,21 @@ def test_diversity():
     other = samples.diversity(["a b c d e", "f g h i j"])
     assert same["distinct_2"] == 0.5 and same["self_overlap"] == 1
     assert other["distinct_2"] == 1 and other["self_overlap"] == 0
-    assert other["unigram_entropy"] == pytest.approx(math.log(10)) and same["unigram_entropy"] == pytest.approx(math.log(5))
+    assert other["unigram_entropy"] == pytest.approx(math.log(10)) and same[
+        "unigram_entropy"
+    ] == pytest.approx(math.log(5))
 
 
 def test_diversity_of_known_texts():
     """Of "a b a b a b c": words a b c of 7, pairs ab ba bc of 6; runs of four abab baba abab babc:
     one of 4 repeats."""
     report = samples.diversity(["a b a b a b c"])
-    assert report["distinct_1"] == pytest.approx(3 / 7) and report["distinct_2"] == pytest.approx(3 / 6)
-    assert report["distinct_3"] == pytest.approx(3 / 5) and report["repetition"] == pytest.approx(1 / 4)
+    assert report["distinct_1"] == pytest.approx(3 / 7) and report["distinct_2"] == pytest.approx(
+        3 / 6
+    )
+    assert report["distinct_3"] == pytest.approx(3 / 5) and report["repetition"] == pytest.approx(
+        1 / 4
+    )
     assert samples.diversity(["", "a"])["repetition"] == 0
 
 
@@ -320,13 +453,27 @@ def test_runs_that_the_training_text_has():
 
 
 def tiny_model(objective, **changes):
-    cfg = settings(n_layer=1, n_head=2, n_embd=8, tie_embeddings=False, final_rows=6, final_masks=2, data="x", seq_len=16,
-                   objective=objective, final_samples=4, **(family_defaults(objective, FAMILIES) | changes))
+    cfg = settings(
+        n_layer=1,
+        n_head=2,
+        n_embd=8,
+        tie_embeddings=False,
+        final_rows=6,
+        final_masks=2,
+        data="x",
+        seq_len=16,
+        objective=objective,
+        final_samples=4,
+        **(family_defaults(objective, FAMILIES) | changes),
+    )
     torch.manual_seed(1)
     return Config(**vars(cfg)), Transformer(cfg, 9).eval()
 
 
-@pytest.mark.parametrize("objective, changes", (("masked", {}), ("masked", {"block_len": 4}), ("ar", {}), ("uniform", {})))
+@pytest.mark.parametrize(
+    "objective, changes",
+    (("masked", {}), ("masked", {"block_len": 4}), ("ar", {}), ("uniform", {})),
+)
 def test_a_network_that_knows_nothing_by_level(objective, changes):
     """ln V of loss and entropy at every level, 1 / V of accuracy; the bound too."""
     text = train_char(["abcdefgh"], documents=False)
@@ -335,35 +482,50 @@ def test_a_network_that_knows_nothing_by_level(objective, changes):
     rows = torch.randint(8, (64, 16), generator=runtime.generator(1))
     cfg = dataclasses.replace(cfg, final_rows=64)
     data = corpus.Corpus(None, rows, text, 0, "", None)
-    report = metrics.levels_of(model, family_of(cfg), data, torch.device("cpu")) | metrics.held_out(model, family_of(cfg), data, torch.device("cpu"))
+    report = metrics.levels_of(model, family_of(cfg), data, torch.device("cpu")) | metrics.held_out(
+        model, family_of(cfg), data, torch.device("cpu")
+    )
     for entry in report["levels"]:
-        if objective == "uniform":  # what stands there says that it was not changed, at little noise
+        if (
+            objective == "uniform"
+        ):  # what stands there says that it was not changed, at little noise
             assert entry["loss"] > math.log(8) - 1e-4 and entry["entropy"] < math.log(8) + 1e-4
         else:
             assert entry["loss"] == pytest.approx(math.log(8), abs=1e-5) == entry["entropy"]
         assert 0 <= entry["accuracy"] < 0.3
     assert len(report["levels"]) == (4 if changes else 10)
     # under uniform noise, knowing nothing costs ln V too
-    assert report["bound_nats_per_token"] == pytest.approx(math.log(8), abs=0.1 if objective == "uniform" else 1e-5)
+    assert report["bound_nats_per_token"] == pytest.approx(
+        math.log(8), abs=0.1 if objective == "uniform" else 1e-5
+    )
     if objective == "masked":
-        assert report["masked_ce_pooled"] == pytest.approx(math.log(8), abs=1e-5) and report["exp_of_masked_ce_schedule_dependent"] == pytest.approx(8, rel=1e-4)
+        assert report["masked_ce_pooled"] == pytest.approx(math.log(8), abs=1e-5) and report[
+            "exp_of_masked_ce_schedule_dependent"
+        ] == pytest.approx(8, rel=1e-4)
 
 
 def test_pooled_cross_entropy_is_the_training_loss():
     """Of the sources' preset: what their training prints, on the held-out rows; the schedule weighs
     it."""
-    text, rows = train_char(["abcdefgh"], documents=False), torch.randint(8, (256, 16), generator=runtime.generator(2))
+    text, rows = (
+        train_char(["abcdefgh"], documents=False),
+        torch.randint(8, (256, 16), generator=runtime.generator(2)),
+    )
     found = {}
     for schedule in ("linear", "md4_cosine"):
         cfg, model = tiny_model("masked", schedule=schedule, corruption="bernoulli")
         for p in model.parameters():
             p.data.mul_(20)
         cfg = dataclasses.replace(cfg, final_rows=256)
-        found[schedule] = metrics.levels_of(model, family_of(cfg), corpus.Corpus(None, rows, text, 0, "", None), torch.device("cpu"))
+        found[schedule] = metrics.levels_of(
+            model, family_of(cfg), corpus.Corpus(None, rows, text, 0, "", None), torch.device("cpu")
+        )
     levels = found["linear"]["levels"]
     by_hand = sum(e["level"] * e["loss"] for e in levels) / sum(e["level"] for e in levels)
     assert found["linear"]["masked_ce_pooled"] == pytest.approx(by_hand, rel=0.05)
-    assert found["linear"]["levels"] == found["md4_cosine"]["levels"], "levels do not depend on the schedule"
+    assert found["linear"]["levels"] == found["md4_cosine"]["levels"], (
+        "levels do not depend on the schedule"
+    )
 
 
 def test_left_to_right_is_a_plain_loop():
@@ -375,17 +537,31 @@ def test_left_to_right_is_a_plain_loop():
         for i in range(16):
             end = 16 if not changes else (i // 4 + 1) * 4  # what is after the block is not seen
             canvas = torch.cat((rows[:, :i], torch.full((2, end - i), 8)), 1)
-            total -= family_of(cfg).logits(model, canvas)[:, i].log_softmax(-1)[torch.arange(2), rows[:, i]]
-        torch.testing.assert_close(metrics.left_to_right(model, family_of(cfg), rows) * 16, total, atol=1e-4, rtol=1e-5)
+            total -= (
+                family_of(cfg)
+                .logits(model, canvas)[:, i]
+                .log_softmax(-1)[torch.arange(2), rows[:, i]]
+            )
+        torch.testing.assert_close(
+            metrics.left_to_right(model, family_of(cfg), rows) * 16, total, atol=1e-4, rtol=1e-5
+        )
 
 
 def test_change_rate_of_known_samplers():
     """One token a step of 16: a sixteenth; uniform noise shows all at first."""
     text = train_char(["abcdefgh"], documents=False)
     cfg, model = tiny_model("masked")
-    rows, figures = samples.generate_rows(model, family_of(cfg), text, 3, torch.device("cpu"), SampleConfig(sampler="first_hitting"))
-    assert figures["change_rate"] == pytest.approx(1 / 16) and figures["evaluations_a_sample"] == 16 and rows.shape == (3, 16)
-    _, figures = samples.generate_rows(model, family_of(cfg), text, 3, torch.device("cpu"), SampleConfig(sampler="random", steps=4))
+    rows, figures = samples.generate_rows(
+        model, family_of(cfg), text, 3, torch.device("cpu"), SampleConfig(sampler="first_hitting")
+    )
+    assert (
+        figures["change_rate"] == pytest.approx(1 / 16)
+        and figures["evaluations_a_sample"] == 16
+        and rows.shape == (3, 16)
+    )
+    _, figures = samples.generate_rows(
+        model, family_of(cfg), text, 3, torch.device("cpu"), SampleConfig(sampler="random", steps=4)
+    )
     assert figures["change_rate"] == pytest.approx(1 / 4)
 
 
@@ -394,21 +570,40 @@ def test_reference_rows_begin_like_samples():
     end = text.end
     held_out = torch.tensor([[1, 2, end, 3, 4, 5], [6, end, 7, 1, 2, 3], [4, 5, 6, 7, 1, 2]])
     assert samples.reference_rows(held_out, text, 1).tolist() == [[end, 3, 4, 5, 6, end]]
-    assert samples.reference_rows(held_out, text, 9).tolist() == [[end, 3, 4, 5, 6, end]], "windows do not overlap"
-    assert samples.reference_rows(held_out[:1, :2], text, 9).tolist() == [[1, 2]], "no document begins: as they are"
+    assert samples.reference_rows(held_out, text, 9).tolist() == [[end, 3, 4, 5, 6, end]], (
+        "windows do not overlap"
+    )
+    assert samples.reference_rows(held_out[:1, :2], text, 9).tolist() == [[1, 2]], (
+        "no document begins: as they are"
+    )
     rare = torch.cat((held_out[:1], torch.ones(9, 6, dtype=torch.long)))
-    assert torch.equal(samples.reference_rows(rare, text, 8), rare[:8]), "few documents: as much text as there are samples"
+    assert torch.equal(samples.reference_rows(rare, text, 8), rare[:8]), (
+        "few documents: as much text as there are samples"
+    )
 
 
 def test_what_fills_up_a_row_is_no_copied_text():
     text = train_char(["abcdefgh"], documents=True)
     end, cfg = text.end, settings(rows="document")
-    rows = torch.tensor([[end, 1, 2, 3, 4, end, end, end, end, end, end, end], [end, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7]])
+    rows = torch.tensor(
+        [
+            [end, 1, 2, 3, 4, end, end, end, end, end, end, end],
+            [end, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7],
+        ]
+    )
     own = samples.without_filling(rows, text, cfg)
     assert own[0].tolist() == rows[0, :6].tolist() + [-1] * 6 and torch.equal(own[1], rows[1])
-    training = torch.tensor([[end, 3, 3, 3, end, end, end, end, end, end, end, end], [4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 1, 1]])
+    training = torch.tensor(
+        [
+            [end, 3, 3, 3, end, end, end, end, end, end, end, end],
+            [4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 1, 1],
+        ]
+    )
     assert samples.longest_copies(own, training).tolist() == [4, 9]
-    assert samples.shared_runs(own, training, 8) == pytest.approx(2 / 5) and samples.shared_runs(own[:1], training, 8) == 0
+    assert (
+        samples.shared_runs(own, training, 8) == pytest.approx(2 / 5)
+        and samples.shared_runs(own[:1], training, 8) == 0
+    )
 
 
 def test_a_judge_counts_nats_per_character():
@@ -417,5 +612,9 @@ def test_a_judge_counts_nats_per_character():
     text = train_char(["abcdefgh"], documents=False)
     cfg, model = tiny_model("ar")
     torch.nn.init.zeros_(model.head.weight)
-    nats = samples.judge_texts(["abcdefgh" * 5, "", "aa"], samples.Judge(model, family_of(cfg), text, torch.float32), torch.device("cpu"))
+    nats = samples.judge_texts(
+        ["abcdefgh" * 5, "", "aa"],
+        samples.Judge(model, family_of(cfg), text, torch.float32),
+        torch.device("cpu"),
+    )
     assert nats == pytest.approx(math.log(8), abs=1e-5)

@@ -11,13 +11,18 @@ from utils.optim import Muon, lr_scale, make_optimizers
 
 
 def shape(**changes):
-    return settings(**{"n_layer": 2, "n_head": 2, "n_embd": 32, "init": "normal", "tie_embeddings": False} | changes)
+    return settings(
+        **{"n_layer": 2, "n_head": 2, "n_embd": 32, "init": "normal", "tie_embeddings": False}
+        | changes
+    )
 
 
 def build(vocab_size=12, **changes):
     torch.manual_seed(0)
     model = Transformer(shape(**changes), vocab_size).eval()
-    for block in model.blocks:  # as if trained: zero-initialised projections would hide what a test looks for
+    for block in (
+        model.blocks
+    ):  # as if trained: zero-initialised projections would hide what a test looks for
         torch.nn.init.normal_(block.attn.proj.weight, std=0.2)
         torch.nn.init.normal_(block.mlp.proj.weight, std=0.2)
         if block.modulation is not None:
@@ -26,8 +31,12 @@ def build(vocab_size=12, **changes):
 
 
 IDS = torch.tensor([[0, 11, 3, 11, 5, 11, 11, 2], [11] * 8])
-KINDS = ({}, {"time_conditioning": "table", "diffusion_steps": 10}, {"time_conditioning": "sinusoidal"},
-         {"time_conditioning": "adaln"})
+KINDS = (
+    {},
+    {"time_conditioning": "table", "diffusion_steps": 10},
+    {"time_conditioning": "sinusoidal"},
+    {"time_conditioning": "adaln"},
+)
 
 
 @pytest.mark.parametrize("vocab_size, count", ((66, 10_706_304), (2048, 12_228_480)))
@@ -49,14 +58,19 @@ def test_logits_have_no_mask_column(kind, tied):
 @pytest.mark.parametrize("kind", KINDS)
 def test_select_gives_the_same_logits(kind):
     model, level, index = build(**kind), torch.tensor([0.5, 1.0]), torch.tensor([1, 3, 9, 15])
-    torch.testing.assert_close(model(IDS, level, select=index), model(IDS, level).flatten(0, 1)[index])
+    torch.testing.assert_close(
+        model(IDS, level, select=index), model(IDS, level).flatten(0, 1)[index]
+    )
 
 
 def test_first_loss_is_ln_v():
     """Zero initialisation: exactly; N(0, 0.02), tied or not: nearly. (A tied head cannot start at
     zero.)"""
-    for changes, tolerance in (({"init": "zero"}, 1e-6), ({"init": "normal"}, 0.05),
-                               ({"init": "normal", "tie_embeddings": True}, 0.05)):
+    for changes, tolerance in (
+        ({"init": "zero"}, 1e-6),
+        ({"init": "normal"}, 0.05),
+        ({"init": "normal", "tie_embeddings": True}, 0.05),
+    ):
         torch.manual_seed(0)
         model = Transformer(shape(**changes), 66)
         x0 = torch.randint(65, (16, 32))
@@ -91,7 +105,9 @@ def test_who_may_look_at_whom():
     before, after = model(IDS), model(changed)
     assert not torch.allclose(before[0, 0], after[0, 0])
     before, after = (model(ids, attention="causal") for ids in (IDS, changed))
-    assert torch.equal(before[0, :5], after[0, :5]) and not torch.allclose(before[0, 6:], after[0, 6:])
+    assert torch.equal(before[0, :5], after[0, :5]) and not torch.allclose(
+        before[0, 6:], after[0, 6:]
+    )
     causal = torch.ones(8, 8, dtype=torch.bool).tril()
     torch.testing.assert_close(model(IDS, attention=causal), before)
 
@@ -120,7 +136,9 @@ def test_hidden_tokens_do_not_leak():
 
 def test_positions_are_relative():
     model = build()
-    torch.testing.assert_close(model(IDS, positions=torch.arange(8) + 100), model(IDS), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        model(IDS, positions=torch.arange(8) + 100), model(IDS), rtol=1e-4, atol=1e-4
+    )
     assert not torch.allclose(model(IDS, positions=torch.arange(8) * 3), model(IDS))
 
 
@@ -136,7 +154,10 @@ def test_muon_is_torchs(size):
     torch.manual_seed(0)
     start = torch.randn(size)
     ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
-    optimizers = Muon([ours], 0.02, weight_decay=0.1), torch.optim.Muon([theirs], 0.02, weight_decay=0.1, momentum=0.9)
+    optimizers = (
+        Muon([ours], 0.02, weight_decay=0.1),
+        torch.optim.Muon([theirs], 0.02, weight_decay=0.1, momentum=0.9),
+    )
     for _ in range(5):
         ours.grad = torch.randn(size)
         theirs.grad = ours.grad.clone()
@@ -189,7 +210,9 @@ def test_overfits_one_sequence(kind):
     for step in range(200):
         for group in optimizer.param_groups:
             group["lr"] = 1e-2 * min(1, 2 - step / 100)
-        documents.loss(model, x0, documents.corrupt((32, 8), runtime.generator(step))).mean().backward()
+        documents.loss(
+            model, x0, documents.corrupt((32, 8), runtime.generator(step))
+        ).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
     model.eval()
@@ -205,6 +228,7 @@ def test_learns_the_toy_chain():
     with their weights."""
     from test_maths import ENTROPY, exact_nelbo
     from toy import SEQUENCES, P
+
     torch.manual_seed(0)
     model = Transformer(shape(init="zero"), 4).train()
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3, betas=(0.9, 0.99))
@@ -212,7 +236,9 @@ def test_learns_the_toy_chain():
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 * min(1, 2 * (1 - step / steps))
-        x0 = SEQUENCES[torch.multinomial(P, 256, replacement=True, generator=runtime.generator("x", step))]
+        x0 = SEQUENCES[
+            torch.multinomial(P, 256, replacement=True, generator=runtime.generator("x", step))
+        ]
         MASKED.loss(model, x0, MASKED.corrupt((256, 4), runtime.generator(step))).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -227,7 +253,9 @@ def test_rotary_base_is_the_longest_wavelength():
     for base in (100.0, 10_000.0):
         cos, sin = rotary_table(torch.tensor([1]), 64, base)
         angle = torch.atan2(sin[0, 0, :32], cos[0, 0, :32])
-        assert angle[0].item() == pytest.approx(1) and angle[-1].item() == pytest.approx(base ** (-62 / 64), rel=1e-4)
+        assert angle[0].item() == pytest.approx(1) and angle[-1].item() == pytest.approx(
+            base ** (-62 / 64), rel=1e-4
+        )
     far, near = (Transformer(shape(rope_base=base), 12) for base in (10_000.0, 10.0))
     near.load_state_dict(far.state_dict())
     torch.nn.init.normal_(far.head.weight)

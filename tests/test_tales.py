@@ -8,10 +8,22 @@ from utils import tales
 from utils.tales import TALES, Grammar, entropy, generate, judge, log_prob
 
 SMALL = Grammar(
-    {"hero": [("Mia", "bear"), ("Tom", "bear")], "trait": ["shy"], "place": ["by the sea", "on the hill"],
-     "colour": ["red", "blue"], "object": ["kite", "ball"], "helper": ["owl"], "manner": ["wise"],
-     "feeling": ["sad", "cross"], "weather": ["windy"], "time": ["day"], "spot": ["under a bush"]},
-    TALES.forms, TALES.plots)
+    {
+        "hero": [("Mia", "bear"), ("Tom", "bear")],
+        "trait": ["shy"],
+        "place": ["by the sea", "on the hill"],
+        "colour": ["red", "blue"],
+        "object": ["kite", "ball"],
+        "helper": ["owl"],
+        "manner": ["wise"],
+        "feeling": ["sad", "cross"],
+        "weather": ["windy"],
+        "time": ["day"],
+        "spot": ["under a bush"],
+    },
+    TALES.forms,
+    TALES.plots,
+)
 
 
 def every_story(grammar):
@@ -19,7 +31,8 @@ def every_story(grammar):
         for sentences in itertools.product(*plot):
             for chosen in itertools.product(*grammar.variables.values()):
                 yield " ".join(sentences).format_map(
-                    tales._Rendered(grammar.forms, dict(zip(grammar.variables, chosen))))
+                    tales._Rendered(grammar.forms, dict(zip(grammar.variables, chosen)))
+                )
 
 
 def test_stories_are_the_same_for_the_same_seed():
@@ -62,23 +75,52 @@ def test_there_are_more_than_a_billion_stories():
 def test_what_is_no_story_has_probability_zero():
     story = generate(11, 1)[0]
     words = story.split(" ")
-    for broken in ("", story + " ", story[:-1], story + " " + story, story.replace(" a ", " an ", 1),
-                   " ".join(words[1:]), " ".join(words[:5] + ["zebra"] + words[6:]), story.lower(), story * 2):
+    for broken in (
+        "",
+        story + " ",
+        story[:-1],
+        story + " " + story,
+        story.replace(" a ", " an ", 1),
+        " ".join(words[1:]),
+        " ".join(words[:5] + ["zebra"] + words[6:]),
+        story.lower(),
+        story * 2,
+    ):
         assert log_prob(broken) == -math.inf, broken
 
 
 def test_broken_agreement_is_found():
-    good = ("Once upon a time, a shy bear named Mia lived by the sea. She had a red kite and took it everywhere. "
-            "One windy day the kite was gone, and Mia felt sad. A wise owl came by and asked why she was sad. "
-            "The owl found it under a bush, and they played by the sea.")
+    good = (
+        "Once upon a time, a shy bear named Mia lived by the sea. She had a red kite and took it "
+        "everywhere. "
+        "One windy day the kite was gone, and Mia felt sad. A wise owl came by and asked why she "
+        "was sad. "
+        "The owl found it under a bush, and they played by the sea."
+    )
     assert log_prob(good) > -math.inf and judge(good) == ["ok"] * 5
-    for old, new, where in (("She", "He", 1), ("the kite was", "the ball was", 2), ("and Mia felt", "and Tom felt", 2),
-                            ("she was sad", "he was sad", 3), ("was sad", "was cross", 3), ("The owl", "The frog", 4),
-                            ("played by the sea", "played on the hill", 4)):
+    for old, new, where in (
+        ("She", "He", 1),
+        ("the kite was", "the ball was", 2),
+        ("and Mia felt", "and Tom felt", 2),
+        ("she was sad", "he was sad", 3),
+        ("was sad", "was cross", 3),
+        ("The owl", "The frog", 4),
+        ("played by the sea", "played on the hill", 4),
+    ):
         bad = good.replace(old, new)
         assert bad != good and log_prob(bad) == -math.inf
-        assert judge(bad) == ["agreement" if i == where else "ok" for i in range(5)], (old, new, judge(bad))
-    assert judge(good.replace("felt sad", "felt zebra")) == ["ok", "ok", "ungrammatical", "ok", "ok"]
+        assert judge(bad) == ["agreement" if i == where else "ok" for i in range(5)], (
+            old,
+            new,
+            judge(bad),
+        )
+    assert judge(good.replace("felt sad", "felt zebra")) == [
+        "ok",
+        "ok",
+        "ungrammatical",
+        "ok",
+        "ok",
+    ]
     assert judge("") == ["ungrammatical"]
 
 

@@ -1,4 +1,5 @@
 """Tokenizers, corpora and canvases."""
+
 import json
 import os
 
@@ -9,8 +10,22 @@ from config import Config
 from utils import canvas, corpus, tales, texts, tokenizer
 from utils.cli import UserError
 
-STRINGS = ["", " ", "Hello, world!\n", "tabs\tand\r\nbreaks", "ümlaut ßharp éàç", "漢字かな", "😀👩‍👩‍👧", "\x00\x07\x7f",
-           "a" * 300, "<|endoftext|>", "[MASK] _ ■", "#%&()_=<>", "â€œ “real” ”quotes”", "\u202e\ufeff"]
+STRINGS = [
+    "",
+    " ",
+    "Hello, world!\n",
+    "tabs\tand\r\nbreaks",
+    "ümlaut ßharp éàç",
+    "漢字かな",
+    "😀👩‍👩‍👧",
+    "\x00\x07\x7f",
+    "a" * 300,
+    "<|endoftext|>",
+    "[MASK] _ ■",
+    "#%&()_=<>",
+    "â€œ “real” ”quotes”",
+    "\u202e\ufeff",
+]
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +34,9 @@ def bpe():
 
 
 def test_bpe_round_trips_every_string(bpe):
-    every_character = "".join(chr(c) for c in list(range(0x3000)) + [0x1F600, 0x10FFFF] if not 0xD800 <= c < 0xE000)
+    every_character = "".join(
+        chr(c) for c in list(range(0x3000)) + [0x1F600, 0x10FFFF] if not 0xD800 <= c < 0xE000
+    )
     for text in STRINGS + [every_character]:
         ids = bpe.encode([text])[0]
         assert bpe.decode(ids) == text
@@ -70,8 +87,12 @@ def test_documents_survive_the_file(tmp_path):
     assert texts.read_documents(str(path)) == documents
     path.write_text("only one\n\ndocument", encoding="utf-8")
     assert texts.read_documents(str(path)) == ["only one\n\ndocument"]
-    path.write_text("<|endoftext|>\na <|endoftext|> b\n<|endoftext|>\nc\n<|endoftext|>", encoding="utf-8")
-    assert texts.read_documents(str(path)) == ["a <|endoftext|> b", "c"], "only a line of its own separates"
+    path.write_text(
+        "<|endoftext|>\na <|endoftext|> b\n<|endoftext|>\nc\n<|endoftext|>", encoding="utf-8"
+    )
+    assert texts.read_documents(str(path)) == ["a <|endoftext|> b", "c"], (
+        "only a line of its own separates"
+    )
     path.write_text("a\n<|endoftext|>\n<|endoftext|>\n\nb\n", encoding="utf-8")
     assert texts.read_documents(str(path)) == ["a", "\nb\n"]
 
@@ -79,6 +100,7 @@ def test_documents_survive_the_file(tmp_path):
 @pytest.mark.parametrize("kind", ("jsonl", "parquet"))
 def test_local_datasets(kind, tmp_path, monkeypatch):
     import datasets
+
     # it waits that long, in seconds, for threads of pyarrow after a shuffled .parquet file, five by
     # default
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1)
@@ -91,7 +113,9 @@ def test_local_datasets(kind, tmp_path, monkeypatch):
     assert texts.read_documents(path) == [row["text"] for row in rows]
     assert texts.read_documents(path, "body")[3] == "body 3"
     shuffled = list(texts.stream_dataset(path, seed=1, shuffle_buffer=10))
-    assert shuffled != texts.read_documents(path) and sorted(shuffled) == sorted(row["text"] for row in rows)
+    assert shuffled != texts.read_documents(path) and sorted(shuffled) == sorted(
+        row["text"] for row in rows
+    )
     assert shuffled == list(texts.stream_dataset(path, seed=1, shuffle_buffer=10))
     with pytest.raises(UserError, match="no column title"):
         texts.read_documents(path, "title")
@@ -103,7 +127,9 @@ def test_local_datasets(kind, tmp_path, monkeypatch):
 
 def test_a_tokenizer_is_the_same_each_time():
     """Which ids it gives is a function of the text: the tests, too, train one only once."""
-    once, again = (tokenizer.train_bpe.__wrapped__(tales.generate(1, 300), 500).to_json() for _ in range(2))
+    once, again = (
+        tokenizer.train_bpe.__wrapped__(tales.generate(1, 300), 500).to_json() for _ in range(2)
+    )
     assert once == again
 
 
@@ -123,15 +149,32 @@ def test_mojibake_is_repaired_and_real_quotes_stay():
     for good in ("“real” ‘quotes’ – and château, naïve, £", "â", "100 € “", "Ãdam", "plain"):
         assert repair(good) == good
     for good in ("“Hi,” she said – it’s café", "naïve…", "½"):
-        bad = good.encode().decode("cp1252", errors="replace") if "”" not in good else \
-            "".join(bytes([b]).decode("cp1252") if b not in (0x9D, 0x81, 0x8D, 0x8F, 0x90) else chr(b)
-                    for b in good.encode())
+        bad = (
+            good.encode().decode("cp1252", errors="replace")
+            if "”" not in good
+            else "".join(
+                bytes([b]).decode("cp1252") if b not in (0x9D, 0x81, 0x8D, 0x8F, 0x90) else chr(b)
+                for b in good.encode()
+            )
+        )
         assert bad != good and repair(bad) == good, (bad, repair(bad))
-    assert repair("â€œHi.â€ she said") == "“Hi.” she said", "the last byte of ” has no letter in cp1252 and gets lost"
+    assert repair("â€œHi.â€ she said") == "“Hi.” she said", (
+        "the last byte of ” has no letter in cp1252 and gets lost"
+    )
 
 
 def small(**changes):
-    return Config(**{"n_layer": 1, "n_head": 2, "n_embd": 16, "seq_len": 16, "batch_size": 4, "vocab_size": 300} | changes)
+    return Config(
+        **{
+            "n_layer": 1,
+            "n_head": 2,
+            "n_embd": 16,
+            "seq_len": 16,
+            "batch_size": 4,
+            "vocab_size": 300,
+        }
+        | changes
+    )
 
 
 def test_stream_batches_are_windows_of_the_text(tmp_path):
@@ -144,7 +187,10 @@ def test_stream_batches_are_windows_of_the_text(tmp_path):
     for row in batch.tolist():
         assert data.tokenizer.decode(row) in path.read_text()[:1800]
     assert data.held_out.shape == (200 // 16, 16) and data.tokens == 1800
-    assert corpus.row_lengths(data.held_out, data.tokenizer).tolist() == [[16, 16]] * 12 and data.tokenizer.end is None
+    assert (
+        corpus.row_lengths(data.held_out, data.tokenizer).tolist() == [[16, 16]] * 12
+        and data.tokenizer.end is None
+    )
 
 
 def test_documents_are_joined_by_the_end_token(tmp_path):
@@ -155,7 +201,9 @@ def test_documents_are_joined_by_the_end_token(tmp_path):
     assert (rows == data.tokenizer.end).any() and (data.held_out == data.tokenizer.end).any()
     for size in (8, 64):  # documents shorter and longer than the window
         table = corpus.load(small(data=str(path), rows="document", seq_len=size)).held_out
-        assert (table[:, 0] == data.tokenizer.end).all() and (table != data.tokenizer.end).any(1).all()
+        assert (table[:, 0] == data.tokenizer.end).all() and (table != data.tokenizer.end).any(
+            1
+        ).all()
         found = "".join(data.tokenizer.decode(row) for row in table.tolist())
         assert found == "".join(texts.split(texts.read_documents(str(path)))[1])
 
@@ -163,23 +211,33 @@ def test_documents_are_joined_by_the_end_token(tmp_path):
 def test_tales_batches_are_whole_fresh_stories():
     cfg = small(data="tales", rows="document", seq_len=67, vocab_size=1024)
     data = corpus.load(cfg)
-    written = [canvas.finished(data.tokenizer, row) for step in range(5) for row in data.batch(step).tolist()]
+    written = [
+        canvas.finished(data.tokenizer, row)
+        for step in range(5)
+        for row in data.batch(step).tolist()
+    ]
     assert len(set(written)) == 20 and all(tales.log_prob(text) > -1e9 for text in written)
     held_out = {canvas.finished(data.tokenizer, row) for row in data.held_out.tolist()}
     assert len(held_out) == corpus.TALES_HELD_OUT and not held_out & set(written)
     assert corpus.tales_held_out(cfg)[0] in held_out
     stories = tales.generate(f"train {cfg.seed} 0", 4)
     for rows, size in (("document", 67), ("stream", 200)):
-        batch = corpus.tales_batch(data.tokenizer, small(data="tales", rows=rows, seq_len=size), {stories[1]}, 0)
+        batch = corpus.tales_batch(
+            data.tokenizer, small(data="tales", rows=rows, seq_len=size), {stories[1]}, 0
+        )
         assert batch.shape == (4, size)
         known = "".join(map(data.tokenizer.decode, batch.tolist()))
-        assert stories[2][20:] in known and stories[1][20:] not in known, "a held-out story is never trained on"
+        assert stories[2][20:] in known and stories[1][20:] not in known, (
+            "a held-out story is never trained on"
+        )
 
 
 def test_tales_as_a_stream():
     cfg = small(data="tales", rows="stream", seq_len=256, vocab_size=1024)
     data = corpus.load(cfg)
-    assert torch.equal(data.batch(3), data.batch(3)) and not torch.equal(data.batch(3), data.batch(4))
+    assert torch.equal(data.batch(3), data.batch(3)) and not torch.equal(
+        data.batch(3), data.batch(4)
+    )
     rows = [*data.batch(0).tolist(), *data.held_out[:4].tolist()]
     stories = [story for row in rows for story in canvas.documents(data.tokenizer, row, "stream")]
     assert len(stories) >= 2 * len(rows) and all(tales.log_prob(story) > -1e9 for story in stories)
@@ -197,11 +255,20 @@ def test_tokenizer_never_sees_held_out_text(tmp_path):
     path = str(tmp_path / "x.txt")
     texts.write_documents(path, documents)
     data = corpus.load(small(data=path, vocab_size=600))
-    assert len(data.tokenizer.encode(["qqqq"])[0]) == 4, "no merge of a pair that only the held-out part has"
+    assert len(data.tokenizer.encode(["qqqq"])[0]) == 4, (
+        "no merge of a pair that only the held-out part has"
+    )
 
 
-@pytest.mark.parametrize("content, message", ((b"", "is empty"), (b" \n ", "is empty"), (b"\xff\xfe\x00", "not UTF-8"),
-                                              (b"too short", "less than one window")))
+@pytest.mark.parametrize(
+    "content, message",
+    (
+        (b"", "is empty"),
+        (b" \n ", "is empty"),
+        (b"\xff\xfe\x00", "not UTF-8"),
+        (b"too short", "less than one window"),
+    ),
+)
 def test_bad_corpora(tmp_path, content, message):
     path = tmp_path / "x.txt"
     path.write_bytes(content)
@@ -227,6 +294,7 @@ def test_no_network_is_one_line(monkeypatch):
 
     def unreachable(*_, **__):
         raise ConnectionError("Name or service not known")
+
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     monkeypatch.setattr(urllib.request, "urlopen", unreachable)
     with pytest.raises(UserError, match="without a network give a local file"):
@@ -242,6 +310,7 @@ def test_failed_writing_leaves_the_old_file(tmp_path):
     def broken():
         yield "new"
         raise UserError("the stream ended")
+
     with pytest.raises(UserError):
         texts.write_documents(str(path), broken())
     with pytest.raises(UserError, match="no documents"):
@@ -251,14 +320,28 @@ def test_failed_writing_leaves_the_old_file(tmp_path):
 
 def test_canvas(bpe):
     encode = lambda s: bpe.encode([s])[0]
-    assert canvas.build(bpe, ["Once upon", 5], 32) == [bpe.end, *encode("Once upon"), *[bpe.mask] * 5]
+    assert canvas.build(bpe, ["Once upon", 5], 32) == [
+        bpe.end,
+        *encode("Once upon"),
+        *[bpe.mask] * 5,
+    ]
     assert canvas.build(bpe, [None], 32) == [bpe.end] + [bpe.mask] * 31
     row = canvas.build(bpe, ["Once upon ", None, " The end."], 32)
-    assert row == [bpe.end, *encode("Once upon"), *[bpe.mask] * (31 - len(encode("Once upon") + encode(" The end."))),
-                   *encode(" The end.")] and len(row) == 32
+    assert (
+        row
+        == [
+            bpe.end,
+            *encode("Once upon"),
+            *[bpe.mask] * (31 - len(encode("Once upon") + encode(" The end."))),
+            *encode(" The end."),
+        ]
+        and len(row) == 32
+    )
     with pytest.raises(UserError, match="leaves no room"):
         canvas.build(bpe, [" ".join(["upon"] * 40), None], 32)
-    assert len(canvas.build(bpe, ["Once", 100], 32)) == 101 + len(encode("Once")), "beyond the window, if asked for"
+    assert len(canvas.build(bpe, ["Once", 100], 32)) == 101 + len(encode("Once")), (
+        "beyond the window, if asked for"
+    )
     char = tokenizer.train_char(["abc "], documents=False)
     assert canvas.build(char, ["ab ", 3], 8) == [1, 2, 0, 4, 4, 4]
 
@@ -268,19 +351,35 @@ def test_infill(bpe):
     assert canvas.parse_infill("[___]") == [5] and canvas.parse_infill("a[_][2]") == ["a", 5, 2]
     assert canvas.parse_infill(r"\[8] [1] \\x") == ["[8] ", 1, " \\x"]
     assert canvas.parse_infill(r"\[8\] [1]") == ["[8] ", 1]
-    for wrong, message in (("none", "no hole"), ("a [b] [2]", "is no hole"), ("a [2", "is no hole"), ("[0]", "no hole")):
+    for wrong, message in (
+        ("none", "no hole"),
+        ("a [b] [2]", "is no hole"),
+        ("a [2", "is no hole"),
+        ("[0]", "no hole"),
+    ):
         with pytest.raises(UserError, match=message):
             canvas.parse_infill(wrong)
     row = canvas.build(bpe, canvas.parse_infill("Tom [2] a kite."), 32)
-    assert row == [bpe.end, *bpe.encode(["Tom"])[0], bpe.mask, bpe.mask, *bpe.encode([" a kite."])[0]]
+    assert row == [
+        bpe.end,
+        *bpe.encode(["Tom"])[0],
+        bpe.mask,
+        bpe.mask,
+        *bpe.encode([" a kite."])[0],
+    ]
 
 
 def test_finished(bpe):
     story, end = bpe.encode(["A story."])[0], bpe.end
     assert canvas.finished(bpe, [end, *story, end, *story]) == "A story."
     assert canvas.finished(bpe, [end, *story]) == "A story."
-    assert canvas.finished(bpe, [end, *story, end, *story], stop=False) == "A story.\n<|endoftext|>\nA story."
+    assert (
+        canvas.finished(bpe, [end, *story, end, *story], stop=False)
+        == "A story.\n<|endoftext|>\nA story."
+    )
     blank = [end, bpe.mask, *story, bpe.mask]
-    assert canvas.finished(bpe, [end, end, *story, end], blank) == "\n<|endoftext|>\nA story.", "given text stays"
+    assert canvas.finished(bpe, [end, end, *story, end], blank) == "\n<|endoftext|>\nA story.", (
+        "given text stays"
+    )
     stream = [*story, end, *story]
     assert canvas.finished(bpe, stream, [*story, bpe.mask, *[bpe.mask] * len(story)]) == "A story."

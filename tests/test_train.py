@@ -1,5 +1,6 @@
 """Training at scale and in trouble: micro-batches, several processes, shards, kills, full disks,
 exact resuming."""
+
 import dataclasses
 import json
 import math
@@ -45,9 +46,27 @@ from utils.settings import family_defaults
 
 CPU = ranks.Hardware(torch.device("cpu"))
 UNIFORM = family_defaults("uniform", FAMILIES) | {"objective": "uniform"}
-TINY = dict(data="tales", rows="document", vocab_size=1024, seq_len=67, n_layer=1, n_head=2, n_embd=16, batch_size=4,
-            tie_embeddings=True, max_iters=6, eval_interval=3, eval_rows=4, final_rows=4, final_masks=2, final_samples=0, compile="off",
-            device="cpu", dtype="float32", name="tiny")
+TINY = dict(
+    data="tales",
+    rows="document",
+    vocab_size=1024,
+    seq_len=67,
+    n_layer=1,
+    n_head=2,
+    n_embd=16,
+    batch_size=4,
+    tie_embeddings=True,
+    max_iters=6,
+    eval_interval=3,
+    eval_rows=4,
+    final_rows=4,
+    final_masks=2,
+    final_samples=0,
+    compile="off",
+    device="cpu",
+    dtype="float32",
+    name="tiny",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -72,14 +91,33 @@ def assert_close(a, b, tolerance):
 # --- the batch, whoever computes it ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", ({}, {"complementary": True, "optimizer": "adamw"}, {"loss_weighting": "pooled"},
-                                     {"corruption": "bernoulli", "rows": "stream", "seq_len": 32}, {"block_len": 11},
-                                     {"objective": "ar"}, UNIFORM))
+@pytest.mark.parametrize(
+    "changes",
+    (
+        {},
+        {"complementary": True, "optimizer": "adamw"},
+        {"loss_weighting": "pooled"},
+        {"corruption": "bernoulli", "rows": "stream", "seq_len": 32},
+        {"block_len": 11},
+        {"objective": "ar"},
+        UNIFORM,
+    ),
+)
 def test_micro_batches_are_the_batch(changes):
     """Ten steps in fp32: two rows at a time, or all at once. With the sum of gradients instead of
     the mean, or other masks, the weights would differ by their own size."""
     for name, micro_batch in (("whole", 0), ("parts", 2)):
-        train.train(tiny(name=name, micro_batch=micro_batch, max_iters=10, eval_interval=10, short_rows=0.2, **changes), quiet=True)
+        train.train(
+            tiny(
+                name=name,
+                micro_batch=micro_batch,
+                max_iters=10,
+                eval_interval=10,
+                short_rows=0.2,
+                **changes,
+            ),
+            quiet=True,
+        )
     assert_close(weights("whole"), weights("parts"), 1e-5)
 
 
@@ -93,22 +131,45 @@ def test_pieces_that_do_not_fit_are_refused(monkeypatch):
 
 def test_ranks_share_the_batch():
     """Two halves are the whole, and pairs of complementary rows are not torn apart."""
-    for changes in ({}, {"complementary": True}, {"rows": "stream", "corruption": "bernoulli"}, {"block_len": 6}, UNIFORM):
+    for changes in (
+        {},
+        {"complementary": True},
+        {"rows": "stream", "corruption": "bernoulli"},
+        {"block_len": 6},
+        UNIFORM,
+    ):
         cfg = tiny(batch_size=8, **changes)
         data = corpus.load(cfg)
         family = family_of(cfg)
         (whole,), seed = train.draw_batch(family, data, 3, CPU)
-        halves = [train.draw_batch(family, data, 3, CPU._replace(rank=rank, world=2)) for rank in (0, 1)]
-        for part in (lambda piece: piece[0], lambda piece: piece[1].masked, lambda piece: piece[1].weight,
-                     *[lambda piece: piece[1].noise, lambda piece: piece[1].level] * (changes == UNIFORM)):
+        halves = [
+            train.draw_batch(family, data, 3, CPU._replace(rank=rank, world=2)) for rank in (0, 1)
+        ]
+        for part in (
+            lambda piece: piece[0],
+            lambda piece: piece[1].masked,
+            lambda piece: piece[1].weight,
+            *[lambda piece: piece[1].noise, lambda piece: piece[1].level] * (changes == UNIFORM),
+        ):
             assert torch.equal(part(whole), torch.cat([part(half[0][0]) for half in halves]))
         assert len({seed, halves[1][1]}) == 2, "dropout differs"
 
 
-@pytest.mark.parametrize("B, L, given, size, changes", (
-    (64, 256, 0, 64, {}), (64, 256, 0, 16, {}), (48, 67, 1, 48, {}), (6, 10, 0, 2, {"schedule": "cos"}),
-    (64, 256, 0, 16, {"complementary": True}), (8, 5, 0, 2, {"complementary": True}), (2, 3, 0, 2, {"complementary": True}),
-    (16, 64, 0, 4, {"block_len": 16}), (16, 65, 1, 16, {"block_len": 4}), (8, 16, 0, 8, {"block_len": 1})))
+@pytest.mark.parametrize(
+    "B, L, given, size, changes",
+    (
+        (64, 256, 0, 64, {}),
+        (64, 256, 0, 16, {}),
+        (48, 67, 1, 48, {}),
+        (6, 10, 0, 2, {"schedule": "cos"}),
+        (64, 256, 0, 16, {"complementary": True}),
+        (8, 5, 0, 2, {"complementary": True}),
+        (2, 3, 0, 2, {"complementary": True}),
+        (16, 64, 0, 4, {"block_len": 16}),
+        (16, 65, 1, 16, {"block_len": 4}),
+        (8, 16, 0, 8, {"block_len": 1}),
+    ),
+)
 def test_a_layout_has_a_static_bound(B, L, given, size, changes):
     """All pieces of a batch have an index of one length at every step; it lists the masked
     positions, then -1; and it is hardly longer than needed."""
@@ -121,13 +182,20 @@ def test_a_layout_has_a_static_bound(B, L, given, size, changes):
         pieces = whole.split(slice(0, B), size)
         lengths |= {len(piece.index) for piece in pieces}
         for number, piece in enumerate(pieces):
-            masked = whole.masked[number * size:(number + 1) * size]
+            masked = whole.masked[number * size : (number + 1) * size]
             assert torch.equal(piece.index[piece.index >= 0], masked.flatten().nonzero()[:, 0])
             assert torch.equal(piece.masked, masked)
         most = max(most, *((piece.index >= 0).sum().item() for piece in pieces))
     (length,) = lengths
-    assert most > length - size * (L - given) // n - (L if complementary else 0), "the bound is tight"
-    assert length <= units + math.ceil(n * (units + 1) / 2) or size < B or cfg.schedule != "linear" or complementary, "maths.md"
+    assert most > length - size * (L - given) // n - (L if complementary else 0), (
+        "the bound is tight"
+    )
+    assert (
+        length <= units + math.ceil(n * (units + 1) / 2)
+        or size < B
+        or cfg.schedule != "linear"
+        or complementary
+    ), "maths.md"
 
 
 def test_an_index_filled_up_changes_no_loss():
@@ -135,7 +203,9 @@ def test_an_index_filled_up_changes_no_loss():
     whole = family_of(toy.settings()).corrupt((8, 4), runtime.generator(1))
     (piece,) = whole.split(slice(0, 8), 8)
     assert (piece.index == -1).any()
-    torch.testing.assert_close(toy.MASKED.weighted_ce(model, x0, piece), toy.MASKED.weighted_ce(model, x0, whole))
+    torch.testing.assert_close(
+        toy.MASKED.weighted_ce(model, x0, piece), toy.MASKED.weighted_ce(model, x0, whole)
+    )
 
 
 def test_complementary_masks():
@@ -148,7 +218,9 @@ def test_complementary_masks():
         assert (first | second).all() and ((first & second).any(1) == first.all(1)).all()
         assert torch.equal(weight, 4 / masked.sum(1))
         counts += masked.sum(1).tolist()
-    assert [counts.count(n) / len(counts) for n in range(1, 5)] == pytest.approx([0.25] * 4, abs=0.02)
+    assert [counts.count(n) / len(counts) for n in range(1, 5)] == pytest.approx(
+        [0.25] * 4, abs=0.02
+    )
 
 
 def test_softcap_bounds_the_logits_and_keeps_their_order():
@@ -196,9 +268,16 @@ def test_the_average_of_the_weights():
 
 def test_what_is_judged_and_sampled_is_the_average():
     train.train(tiny(ema=0.9), quiet=True)
-    state, best = checkpoint.read("artifacts/models/tiny.pt"), checkpoint.read("artifacts/models/tiny.best.pt")
-    assert best["step"] == 6 and all(torch.equal(best["model"][key], state["ema"][key]) for key in best["model"])
-    assert not torch.equal(state["ema"]["blocks.0.mlp.fc.weight"], state["model"]["blocks.0.mlp.fc.weight"])
+    state, best = (
+        checkpoint.read("artifacts/models/tiny.pt"),
+        checkpoint.read("artifacts/models/tiny.best.pt"),
+    )
+    assert best["step"] == 6 and all(
+        torch.equal(best["model"][key], state["ema"][key]) for key in best["model"]
+    )
+    assert not torch.equal(
+        state["ema"]["blocks.0.mlp.fc.weight"], state["model"]["blocks.0.mlp.fc.weight"]
+    )
     model, _, _ = checkpoint.restore(state, torch.device("cpu"))
     assert torch.equal(model.blocks[0].mlp.fc.weight, state["ema"]["blocks.0.mlp.fc.weight"])
 
@@ -206,9 +285,19 @@ def test_what_is_judged_and_sampled_is_the_average():
 # --- never losing a step --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", ({"ema": 0.9}, {"complementary": True, "micro_batch": 2}, {"optimizer": "adamw", "ema": 0.95},
-                                     {"weight_decay": 0.1, "softcap": 15.0, "rope_base": 1000.0}, {"time_sampling": "importance"},
-                                     UNIFORM, {"objective": "ar"}, {"block_len": 6}))
+@pytest.mark.parametrize(
+    "changes",
+    (
+        {"ema": 0.9},
+        {"complementary": True, "micro_batch": 2},
+        {"optimizer": "adamw", "ema": 0.95},
+        {"weight_decay": 0.1, "softcap": 15.0, "rope_base": 1000.0},
+        {"time_sampling": "importance"},
+        UNIFORM,
+        {"objective": "ar"},
+        {"block_len": 6},
+    ),
+)
 def test_resuming_is_exact(changes, monkeypatch):
     """Any number of stops: weights, optimizer state, average, log and best-so-far are those of a
     run in one go."""
@@ -226,6 +315,7 @@ def test_resuming_is_exact(changes, monkeypatch):
         if path.endswith("parts.pt") and stops and data["step"] >= stops[0]:
             stops.pop(0)
             raise Crash
+
     monkeypatch.setattr(checkpoint, "save", save_and_crash)
     while True:
         try:
@@ -239,13 +329,23 @@ def test_resuming_is_exact(changes, monkeypatch):
         assert_close(a["ema"], b["ema"], 0)
     for one, other in zip(a["optimizers"], b["optimizers"]):
         for number, values in one["state"].items():
-            assert_close({k: torch.as_tensor(v) for k, v in values.items()},
-                         {k: torch.as_tensor(v) for k, v in other["state"][number].items()}, 0)
+            assert_close(
+                {k: torch.as_tensor(v) for k, v in values.items()},
+                {k: torch.as_tensor(v) for k, v in other["state"][number].items()},
+                0,
+            )
     assert a["nll"] == b["nll"] and torch.equal(a["running"], b["running"])
-    logs = [[{k: v for k, v in json.loads(line).items() if k != "minutes"} for line in open(f"artifacts/logs/{name}.jsonl")]
-            for name in ("whole", "parts")]
+    logs = [
+        [
+            {k: v for k, v in json.loads(line).items() if k != "minutes"}
+            for line in open(f"artifacts/logs/{name}.jsonl")
+        ]
+        for name in ("whole", "parts")
+    ]
     assert logs[0] == logs[1]
-    best, other = (checkpoint.read(f"artifacts/models/{name}.best.pt") for name in ("whole", "parts"))
+    best, other = (
+        checkpoint.read(f"artifacts/models/{name}.best.pt") for name in ("whole", "parts")
+    )
     assert best["step"] == other["step"] and best["nll"] == other["nll"]
     assert_close(best["model"], other["model"], 0)
 
@@ -261,7 +361,10 @@ def test_a_stop_between_evaluations_leaves_no_trace(monkeypatch):
     assert [json.loads(line)["step"] for line in open("artifacts/logs/parts.jsonl")] == [3]
     train.train(*resumed(["--resume", "artifacts/models/parts.pt"]), quiet=True)
     assert_close(weights("whole"), weights("parts"), 0)
-    one, two = ([json.loads(line) | {"minutes": 0} for line in open(f"artifacts/logs/{name}.jsonl")] for name in ("whole", "parts"))
+    one, two = (
+        [json.loads(line) | {"minutes": 0} for line in open(f"artifacts/logs/{name}.jsonl")]
+        for name in ("whole", "parts")
+    )
     assert one == two
 
 
@@ -275,7 +378,9 @@ def test_a_stopped_run_that_ends_where_it_stopped_is_judged(stop, begin, monkeyp
     cfg, state = resumed(["--resume", "auto", "--max_iters", str(stop + 1)])
     report = train.train(cfg, state, quiet=True)
     last = json.loads(open("artifacts/logs/tiny.jsonl").readlines()[-1])
-    assert report["steps"] == stop + 1 == last["step"] and math.isfinite(report["bound_nats_per_token"])
+    assert report["steps"] == stop + 1 == last["step"] and math.isfinite(
+        report["bound_nats_per_token"]
+    )
     state = checkpoint.read("artifacts/models/tiny.pt")
     assert state["nll"] == last["bound"] and state["counted"] == 0
 
@@ -288,9 +393,16 @@ def test_a_checkpoint_from_before_goes_on():
         del state["config"][name]
     del state["corpus"], state["job"], state["ema"]
     checkpoint.save("artifacts/models/tiny.pt", state)
-    cfg, state = resumed(["--resume", "artifacts/models/tiny.pt", "--max_iters", "8", "--micro_batch", "2"])
+    cfg, state = resumed(
+        ["--resume", "artifacts/models/tiny.pt", "--max_iters", "8", "--micro_batch", "2"]
+    )
     assert train.train(cfg, state, quiet=True)["steps"] == 8
-    assert train.train(tiny(name="next", init_from="artifacts/models/tiny.best.pt"), quiet=True)["steps"] == 6
+    assert (
+        train.train(tiny(name="next", init_from="artifacts/models/tiny.best.pt"), quiet=True)[
+            "steps"
+        ]
+        == 6
+    )
 
 
 def test_another_text_is_no_way_to_go_on(tmp_path):
@@ -316,8 +428,18 @@ def save_for_ever(path):
     step = checkpoint.read(path)["step"] if os.path.exists(path) else 0
     while True:
         step += 1
-        checkpoint.save(path, {"version": config.VERSION, "config": {}, "sample": {}, "tokenizer": "", "step": step,
-                               "nll": 1.0, "model": {"x": torch.full((300_000,), float(step))}})
+        checkpoint.save(
+            path,
+            {
+                "version": config.VERSION,
+                "config": {},
+                "sample": {},
+                "tokenizer": "",
+                "step": step,
+                "nll": 1.0,
+                "model": {"x": torch.full((300_000,), float(step))},
+            },
+        )
 
 
 def test_a_kill_at_any_moment_leaves_a_checkpoint(tmp_path):
@@ -328,7 +450,9 @@ def test_a_kill_at_any_moment_leaves_a_checkpoint(tmp_path):
         child = forkserver().Process(target=save_for_ever, args=(path,))
         child.start()
         deadline = time.time() + 30
-        while (checkpoint.read(path)["step"] if os.path.exists(path) else 0) <= steps[-1] and time.time() < deadline:
+        while (checkpoint.read(path)["step"] if os.path.exists(path) else 0) <= steps[
+            -1
+        ] and time.time() < deadline:
             time.sleep(0.002)
         seen = checkpoint.read(path)["step"]
         time.sleep(dice.random() * 0.02)
@@ -347,12 +471,19 @@ def test_a_run_that_is_killed_again_and_again(tmp_path):
     it would have been."""
     long = dict(max_iters=60, eval_interval=20, save_interval=1)
     train.train(tiny(name="whole", **long), quiet=True)
-    dice, path, cfg, state = random.Random(1), "artifacts/models/parts.pt", tiny(name="parts", **long), None
+    dice, path, cfg, state = (
+        random.Random(1),
+        "artifacts/models/parts.pt",
+        tiny(name="parts", **long),
+        None,
+    )
     for kill in range(3):
         child = forkserver().Process(target=train.train, args=(cfg, state, True))
         child.start()
         before, deadline = state["step"] if state else 0, time.time() + 60
-        while (checkpoint.read(path)["step"] if os.path.exists(path) else 0) < before + 3 and time.time() < deadline:
+        while (
+            checkpoint.read(path)["step"] if os.path.exists(path) else 0
+        ) < before + 3 and time.time() < deadline:
             time.sleep(0.005)
         time.sleep(dice.random() * 0.05)
         os.kill(child.pid, signal.SIGKILL)
@@ -374,6 +505,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(monkeypatch):
         if step == 4:
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
         return draw(family, data, step, *rest)
+
     monkeypatch.setattr(train, "draw_batch", fill_the_disk)
     for name, size, what in (("a", 100_000, "models/a"), ("b", 10, "logs/b.jsonl")):
         try:
@@ -391,7 +523,10 @@ def test_a_broken_loss_stops_the_run(monkeypatch):
 
     def broken(family, data, step, *rest):
         pieces, seed = draw(family, data, step, *rest)
-        return [(x0, c._replace(weight=c.weight * (math.nan if step == 12 else 1))) for x0, c in pieces], seed
+        return [
+            (x0, c._replace(weight=c.weight * (math.nan if step == 12 else 1))) for x0, c in pieces
+        ], seed
+
     monkeypatch.setattr(train, "draw_batch", broken)
     with pytest.raises(UserError, match="not finite at step 13; nothing was saved"):
         train.train(tiny(max_iters=100, eval_interval=100), quiet=True)
@@ -399,8 +534,10 @@ def test_a_broken_loss_stops_the_run(monkeypatch):
 
 def test_a_crash_in_the_final_metrics_loses_nothing(monkeypatch):
     """The run is finished, but its last lines were never written: going on with it writes them."""
+
     def crash(*_):
         raise RuntimeError("crash")
+
     with monkeypatch.context() as patch:
         patch.setattr(metrics, "held_out", crash)
         with pytest.raises(RuntimeError, match="crash"):
@@ -411,7 +548,9 @@ def test_a_crash_in_the_final_metrics_loses_nothing(monkeypatch):
     assert_close(before, weights("tiny"), 0)
     with pytest.raises(UserError, match="is finished"):
         resumed(["--resume", "auto"])
-    with monkeypatch.context() as patch:  # and again at the end of a longer run, whose last metrics are of the shorter
+    with (
+        monkeypatch.context() as patch
+    ):  # and again at the end of a longer run, whose last metrics are of the shorter
         patch.setattr(metrics, "held_out", crash)
         with pytest.raises(RuntimeError, match="crash"):
             train.train(*resumed(["--resume", "auto", "--max_iters", "8"]), quiet=True)
@@ -427,7 +566,11 @@ def test_the_best_is_found_anew_at_the_end(of_last, monkeypatch):
     monkeypatch.setattr(metrics, "held_out", lambda *_: {"bound_nats_per_token": finals.pop(0)})
     report = train.train(tiny(ema=0.9), quiet=True)
     last = of_last < 5
-    assert report["best_step"] == (6 if last else 3) == checkpoint.read("artifacts/models/tiny.best.pt")["step"]
+    assert (
+        report["best_step"]
+        == (6 if last else 3)
+        == checkpoint.read("artifacts/models/tiny.best.pt")["step"]
+    )
     if last:
         assert_close(weights("tiny.best"), weights("tiny", "ema"), 0)
     report = train.train(*resumed(["--resume", "auto", "--max_iters", "9"]), quiet=True)
@@ -437,6 +580,7 @@ def test_the_best_is_found_anew_at_the_end(of_last, monkeypatch):
 def test_no_matplotlib_is_no_crash(monkeypatch, capsys):
     def missing():
         raise ModuleNotFoundError("No module named 'matplotlib'")
+
     monkeypatch.setattr(plots, "pyplot", missing)
     monkeypatch.setattr(runs, "plots", plots)
     assert train.train(tiny())["steps"] == 6
@@ -459,6 +603,7 @@ def test_evaluations_take_no_more_rows_than_training(monkeypatch):
     def watched(self, ids, *args, **kwargs):
         rows.append(len(ids))
         return forward(self, ids, *args, **kwargs)
+
     monkeypatch.setattr(Transformer, "forward", watched)
     train.train(tiny(micro_batch=2, eval_rows=8, final_rows=8), quiet=True)
     assert max(rows) == 2
@@ -471,12 +616,17 @@ def test_float16_steps_over_an_overflow(monkeypatch):
 
     def large(family, data, step, *rest):
         pieces, seed = draw(family, data, step, *rest)
-        return [(x0, c._replace(weight=c.weight * (1e9 if step == 3 else 1))) for x0, c in pieces], seed
+        return [
+            (x0, c._replace(weight=c.weight * (1e9 if step == 3 else 1))) for x0, c in pieces
+        ], seed
+
     monkeypatch.setattr(train, "draw_batch", large)
     train.train(tiny(dtype="float16"), quiet=True)
     state = checkpoint.read("artifacts/models/tiny.pt")
     assert state["step"] == 6 and state["optimizers"][0]["state"][0]["step"] == 5
-    assert state["scaler"]["scale"] == 2**15 and all(value.isfinite().all() for value in state["model"].values())
+    assert state["scaler"]["scale"] == 2**15 and all(
+        value.isfinite().all() for value in state["model"].values()
+    )
 
 
 # --- several processes ----------------------------------------------------------------------------
@@ -499,13 +649,28 @@ cli.run(train.main)
 def test_two_processes_are_one_and_survive_a_crash(tmp_path):
     """torchrun with two processes, one of which dies at step 7: it starts again from the checkpoint
     of step 5 by itself, under the same name, and ends with the weights of one process in one go."""
-    changes = dict(max_iters=10, eval_interval=5, short_rows=0.2, micro_batch=1, ema=0.9, name="tiny")
+    changes = dict(
+        max_iters=10, eval_interval=5, short_rows=0.2, micro_batch=1, ema=0.9, name="tiny"
+    )
     train.train(tiny(**changes), quiet=True)
     os.rename("artifacts", "alone")
     (tmp_path / "tiny.py").write_text(f"config = {TINY | changes}")
     (tmp_path / "crash.py").write_text(CRASH_ONCE.replace("ROOT", repr(ROOT)))
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                           "--max-restarts=1", "crash.py", "tiny.py"], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node=2",
+            "--max-restarts=1",
+            "crash.py",
+            "tiny.py",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "2 processes" in done.stdout + done.stderr and "resuming tiny at step 5" in done.stdout
     assert sorted(os.listdir("artifacts/models")) == ["tiny.best.pt", "tiny.pt"]
@@ -513,13 +678,20 @@ def test_two_processes_are_one_and_survive_a_crash(tmp_path):
     assert a["step"] == b["step"] == 10
     assert_close(a["model"], b["model"], 1e-5)
     assert_close(a["ema"], b["ema"], 1e-5)
-    one, two = ([json.loads(line) for line in open(f"{folder}/logs/tiny.jsonl")] for folder in ("alone", "artifacts"))
+    one, two = (
+        [json.loads(line) for line in open(f"{folder}/logs/tiny.jsonl")]
+        for folder in ("alone", "artifacts")
+    )
     for x, y in zip(one, two, strict=True):
         assert x["step"] == y["step"]
-        assert x["loss"] == pytest.approx(y["loss"], abs=1e-5) and x["bound"] == pytest.approx(y["bound"], abs=1e-5)
+        assert x["loss"] == pytest.approx(y["loss"], abs=1e-5) and x["bound"] == pytest.approx(
+            y["bound"], abs=1e-5
+        )
 
 
-@pytest.mark.parametrize("rank, local, before, after", ((0, "0", 0, 2), (4, "0", 1, 1), (5, "1", 2, 0)))
+@pytest.mark.parametrize(
+    "rank, local, before, after", ((0, "0", 0, 2), (4, "0", 1, 1), (5, "1", 2, 0))
+)
 def test_a_first_process_that_fails_lets_the_others_go_on(rank, local, before, after, monkeypatch):
     """What one process cannot find the others cannot either, and say so, instead of waiting for it
     in vain."""
@@ -542,8 +714,12 @@ def test_a_restart_finds_its_own_run(monkeypatch):
     train.train(tiny(), quiet=True)
     assert checkpoint.interrupted("artifacts", "tiny") == "", "nothing was restarted"
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert checkpoint.interrupted("artifacts", "tiny") == os.path.join("artifacts", "models", "tiny.pt")
-    monkeypatch.setattr(os, "getppid", lambda: 1)  # torchrun itself was started again, with the same --rdzv_id
+    assert checkpoint.interrupted("artifacts", "tiny") == os.path.join(
+        "artifacts", "models", "tiny.pt"
+    )
+    monkeypatch.setattr(
+        os, "getppid", lambda: 1
+    )  # torchrun itself was started again, with the same --rdzv_id
     assert checkpoint.interrupted("artifacts", "tiny") == ""
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="start them all again, with --resume auto"):
@@ -584,7 +760,9 @@ def test_shards_hold_every_document_once(stories, monkeypatch, capsys):
     found = {"train": [], "held_out": []}
     for part, here in found.items():
         for shard in index["shards"]:
-            ids = torch.from_file(f"s.bin/{part}_{shard['name']}", dtype=torch.int16, size=shard[part]).tolist()
+            ids = torch.from_file(
+                f"s.bin/{part}_{shard['name']}", dtype=torch.int16, size=shard[part]
+            ).tolist()
             here += split_at(ids, text)
     assert sorted(found["train"] + found["held_out"]) == sorted(documents)
     assert found["held_out"] == [d for d in documents if texts.is_held_out(d, 0.05)] != []
@@ -611,15 +789,23 @@ def test_a_full_disk_loses_no_shard(stories, monkeypatch):
         if next(count) > 20:
             raise OSError(28, "No space left on device")
         full(descriptor)
+
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fsync)
-        with pytest.raises(UserError, match="No space left on device.*goes on from the last whole shard"):
+        with pytest.raises(
+            UserError, match="No space left on device.*goes on from the last whole shard"
+        ):
             make_shards(COMMAND + "parts.bin", patch)
-    assert 0 < len(shards.read_index("parts.bin")["shards"]) and not shards.read_index("parts.bin")["ended"]
+    assert (
+        0 < len(shards.read_index("parts.bin")["shards"])
+        and not shards.read_index("parts.bin")["ended"]
+    )
     for folder in ("parts.bin", "whole.bin"):
         make_shards(COMMAND + folder, monkeypatch)
     whole, parts = (shards.read_index(folder) for folder in ("whole.bin", "parts.bin"))
-    assert whole["shards"] == parts["shards"] and whole["tokens"] == parts["tokens"] and parts["ended"]
+    assert (
+        whole["shards"] == parts["shards"] and whole["tokens"] == parts["tokens"] and parts["ended"]
+    )
 
 
 def test_shards_go_on_after_an_interruption(stories, monkeypatch, capsys):
@@ -633,6 +819,7 @@ def test_shards_go_on_after_an_interruption(stories, monkeypatch, capsys):
             if number == 210:
                 raise KeyboardInterrupt
             yield document
+
     monkeypatch.setattr(texts, "documents_of", stops)
     with pytest.raises(KeyboardInterrupt):
         make_shards(COMMAND + "parts.bin", monkeypatch)
@@ -644,7 +831,10 @@ def test_shards_go_on_after_an_interruption(stories, monkeypatch, capsys):
     assert whole["shards"] == parts["shards"] and whole["documents"] == parts["documents"] == 600
     for shard in whole["shards"]:
         for part in ("train", "held_out"):
-            assert open(f"whole.bin/{part}_{shard['name']}", "rb").read() == open(f"parts.bin/{part}_{shard['name']}", "rb").read()
+            assert (
+                open(f"whole.bin/{part}_{shard['name']}", "rb").read()
+                == open(f"parts.bin/{part}_{shard['name']}", "rb").read()
+            )
     with pytest.raises(UserError, match="was made with text_column=body, not text"):
         make_shards(COMMAND.replace("body", "text") + "parts.bin", monkeypatch)
 
@@ -667,7 +857,10 @@ def test_shards_are_written_in_flat_memory(stories):
     documents, _ = stories
     for name, count in (("some", 50_000), ("many", 120_000)):
         with open(f"{name}.jsonl", "w") as file:
-            file.writelines(json.dumps({"body": documents[i % len(documents)] + str(i)}) + "\n" for i in range(count))
+            file.writelines(
+                json.dumps({"body": documents[i % len(documents)] + str(i)}) + "\n"
+                for i in range(count)
+            )
     here, there = forkserver().Pipe()
     child = forkserver().Process(target=write_and_measure, args=(there,))
     child.start()
@@ -681,7 +874,10 @@ def test_training_on_shards(stories, monkeypatch):
     documents, text = stories
     cfg = tiny(data="s.bin", rows="stream", seq_len=32, batch_size=8)
     data = corpus.load(cfg)
-    assert data.tokenizer.to_json() == text.to_json() and data.tokens == shards.read_index("s.bin")["tokens"]
+    assert (
+        data.tokenizer.to_json() == text.to_json()
+        and data.tokens == shards.read_index("s.bin")["tokens"]
+    )
     known = "".join(t + "|" for t in documents if not texts.is_held_out(t, 0.05))
     for row in data.batch(0).tolist():
         assert "".join("|" if i == text.end else text.decode([i]) for i in row) in known
@@ -692,13 +888,20 @@ def test_training_on_shards(stories, monkeypatch):
         corpus.load(tiny(data="s.bin"))
 
 
-@pytest.mark.parametrize("words, message", (
-    ("--dataset s.jsonl --tokens 1B --output s.bin", "needs --tokenizer"),
-    ("--dataset s.jsonl --tokens many --tokenizer t.json --output s.bin", "expected a number of tokens"),
-    ("--dataset s.jsonl --tokens 1B --tokenizer t.json --output s.txt", "something.bin"),
-    ("--dataset tales --tokens 1B --tokenizer t.json --output s.bin", "fit into memory"),
-    ("--dataset s.jsonl --tokens 1B --tokenizer t.json --output s.bin", "has no column text"),
-    ("--dataset none.jsonl --tokens 1B --tokenizer t.json --output s.bin", "there is no file")))
+@pytest.mark.parametrize(
+    "words, message",
+    (
+        ("--dataset s.jsonl --tokens 1B --output s.bin", "needs --tokenizer"),
+        (
+            "--dataset s.jsonl --tokens many --tokenizer t.json --output s.bin",
+            "expected a number of tokens",
+        ),
+        ("--dataset s.jsonl --tokens 1B --tokenizer t.json --output s.txt", "something.bin"),
+        ("--dataset tales --tokens 1B --tokenizer t.json --output s.bin", "fit into memory"),
+        ("--dataset s.jsonl --tokens 1B --tokenizer t.json --output s.bin", "has no column text"),
+        ("--dataset none.jsonl --tokens 1B --tokenizer t.json --output s.bin", "there is no file"),
+    ),
+)
 def test_mistakes_with_shards(words, message, stories, monkeypatch):
     with pytest.raises(UserError, match=message):
         make_shards(words, monkeypatch)

@@ -5,6 +5,7 @@ sequences.
 code as the real one. All expected values of test_maths.py are exact properties of this
 distribution.
 """
+
 import dataclasses
 import itertools
 from types import SimpleNamespace
@@ -19,7 +20,9 @@ L, V, MASK = 4, 3, 3
 PI = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
 A = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.6, 0.3], [0.25, 0.25, 0.5]], dtype=torch.float64)
 SEQUENCES = torch.tensor(list(itertools.product(range(V), repeat=L)))  # (81, 4)
-P = PI[SEQUENCES[:, 0]] * torch.stack([A[SEQUENCES[:, i], SEQUENCES[:, i + 1]] for i in range(L - 1)]).prod(0)
+P = PI[SEQUENCES[:, 0]] * torch.stack(
+    [A[SEQUENCES[:, i], SEQUENCES[:, i + 1]] for i in range(L - 1)]
+).prod(0)
 CANVASES = torch.tensor(list(itertools.product(range(V + 1), repeat=L)))  # (256, 4), MASKs included
 
 
@@ -39,6 +42,7 @@ def conditionals():
 class Lookup:
     """The perfect network, or with blur > 0 an imperfect one: (1 - blur) p + blur / 3. Counts its
     evaluations."""
+
     vocab_size = V + 1
 
     def __init__(self, blur=0.0):
@@ -79,7 +83,9 @@ def sample(model, canvas, *, window=None, stop=None, seeds=None, top=0, **change
     names = {f.name for f in dataclasses.fields(SampleConfig)}
     how = SampleConfig(**{"top_p": 1.0} | {k: v for k, v in changes.items() if k in names})
     kind = family(**{k: v for k, v in changes.items() if k not in names})
-    return diffusion.sample(kind, model, canvas, how, window=window, stop=stop, seeds=seeds, top=top)
+    return diffusion.sample(
+        kind, model, canvas, how, window=window, stop=stop, seeds=seeds, top=top
+    )
 
 
 MASKED = family()

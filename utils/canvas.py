@@ -1,5 +1,6 @@
 """Canvases: rows of ids, MASK where the model generates. Prompted, infilled and unconditional
 samples differ only in where the MASKs are."""
+
 import re
 
 from config import LONGEST
@@ -9,7 +10,9 @@ from utils.cli import UserError, reason
 
 MOST_TOKENS = 2**24  # of all texts together: what is kept of each token is some 100 bytes
 
-HOLE = re.compile(r"\\([\[\]\\])|\[(?:(\d+)|_+)\]|(\[[^\]]*\]?)")  # an escape, a hole, or a bracket that is neither
+HOLE = re.compile(
+    r"\\([\[\]\\])|\[(?:(\d+)|_+)\]|(\[[^\]]*\]?)"
+)  # an escape, a hole, or a bracket that is neither
 GUIDE_HOLE = 5  # tokens of [___], the hole of the "Let's build a diffusion LM" guide
 
 
@@ -18,21 +21,29 @@ def parse_infill(template):
     and \\\\ are plain."""
     parts, plain, position = [], "", 0
     for match in HOLE.finditer(template):
-        plain += template[position:match.start()]
+        plain += template[position : match.start()]
         position = match.end()
         escaped, size, wrong = match.groups()
         if wrong:
-            raise UserError(f"--infill: {wrong} is no hole; write [8] for a hole of 8 tokens, \\[ for a plain bracket")
+            raise UserError(
+                f"--infill: {wrong} is no hole; write [8] for a hole of 8 tokens, \\[ for a plain "
+                "bracket"
+            )
         if escaped:
             plain += escaped
             continue
         if size and len(size.lstrip("0")) > len(str(LONGEST)):
-            raise UserError(f"--infill: a hole of {size[:20]} tokens; a text has at most {LONGEST:,}")
-        parts += [plain, int(size[-len(str(LONGEST)):]) if size else GUIDE_HOLE]
+            raise UserError(
+                f"--infill: a hole of {size[:20]} tokens; a text has at most {LONGEST:,}"
+            )
+        parts += [plain, int(size[-len(str(LONGEST)) :]) if size else GUIDE_HOLE]
         plain = ""
     parts.append(plain + template[position:])
     if not any(isinstance(part, int) and part for part in parts):
-        raise UserError("--infill has no hole; write [8] where 8 tokens are to be filled in, as in 'Tom [8] a boat.'")
+        raise UserError(
+            "--infill has no hole; write [8] where 8 tokens are to be filled in, as in 'Tom [8] a "
+            "boat.'"
+        )
     return [part for part in parts if part]
 
 
@@ -44,19 +55,37 @@ def build(tokenizer, parts, window):
     carries the space in front of a word, so the space before a hole is left to the hole.
     """
     row = [] if tokenizer.end is None else [tokenizer.end]
-    ids = iter(tokenizer.encode([
-        part.rstrip(" ") if not tokenizer.is_char and i + 1 < len(parts) else part
-        for i, part in enumerate(parts) if isinstance(part, str)], "the prompt"))
+    ids = iter(
+        tokenizer.encode(
+            [
+                part.rstrip(" ") if not tokenizer.is_char and i + 1 < len(parts) else part
+                for i, part in enumerate(parts)
+                if isinstance(part, str)
+            ],
+            "the prompt",
+        )
+    )
     pieces = [next(ids) if isinstance(part, str) else part for part in parts]
-    asked = len(row) + sum(len(piece) if isinstance(piece, list) else piece or 0 for piece in pieces)
+    asked = len(row) + sum(
+        len(piece) if isinstance(piece, list) else piece or 0 for piece in pieces
+    )
     if asked > LONGEST:
-        raise UserError(f"the text would have {asked:,} tokens, more than {LONGEST:,}; ask for fewer")
+        raise UserError(
+            f"the text would have {asked:,} tokens, more than {LONGEST:,}; ask for fewer"
+        )
     room = window - asked
     if None in pieces and room < 1:
-        raise UserError(f"the prompt takes {window - room} of the window's {window} tokens, which leaves no room to "
-                        "write: shorten it, or say with --gen-len how many tokens to generate beyond the window")
+        raise UserError(
+            f"the prompt takes {window - room} of the window's {window} tokens, which leaves no "
+            "room to "
+            "write: shorten it, or say with --gen-len how many tokens to generate beyond the window"
+        )
     for piece in pieces:
-        row += piece if isinstance(piece, list) else [tokenizer.mask] * (room if piece is None else piece)
+        row += (
+            piece
+            if isinstance(piece, list)
+            else [tokenizer.mask] * (room if piece is None else piece)
+        )
     return row
 
 
@@ -76,7 +105,7 @@ def finished(tokenizer, ids, blank=None, stop=True):
     if tokenizer.end is None:
         return tokenizer.decode(ids)
     if stop:
-        ids = ids[:end(tokenizer, ids, blank)]
+        ids = ids[: end(tokenizer, ids, blank)]
     parts = [[]]
     for token in ids[1:] if ids[:1] == [tokenizer.end] else ids:
         if token == tokenizer.end:
@@ -92,10 +121,10 @@ def documents(tokenizer, ids, rows):
     if rows == "document":
         return [finished(tokenizer, ids)]
     ends = [i for i, token in enumerate(ids) if token == tokenizer.end]
-    return [tokenizer.decode(ids[start + 1:end]) for start, end in zip(ends, ends[1:])]
+    return [tokenizer.decode(ids[start + 1 : end]) for start, end in zip(ends, ends[1:])]
 
 
-# --- what a command line of inference.py asks for ----------------------------------------------------------------
+# --- what a command line of inference.py asks for -------------------------------------------------
 
 
 def rows_of(how, family, tokenizer):
@@ -105,14 +134,23 @@ def rows_of(how, family, tokenizer):
         templates = [parse_infill(how.infill)]
     else:
         prompts = read_prompts(how.prompt_file) if how.prompt_file else [how.prompt]
-        templates = [[part for part in (prompt, how.gen_len, how.suffix) if part != ""] for prompt in prompts]
+        templates = [
+            [part for part in (prompt, how.gen_len, how.suffix) if part != ""] for prompt in prompts
+        ]
     rows = [build(tokenizer, template, family.cfg.seq_len) for template in templates]
     if family.block_len and any(given_after_a_hole(row, tokenizer.mask) for row in rows):
-        raise UserError("this model writes from left to right and sees nothing of what comes after; give a --prompt, without "
-                        "--suffix and --infill, or train a masked model (--objective masked, without --block_len)")
+        raise UserError(
+            "this model writes from left to right and sees nothing of what comes after; give a "
+            "--prompt, without "
+            "--suffix and --infill, or train a masked model (--objective masked, without "
+            "--block_len)"
+        )
     if sum(map(len, rows)) * how.num_samples > MOST_TOKENS:
-        raise UserError(f"{len(rows) * how.num_samples:,} texts of up to {max(map(len, rows)):,} tokens are more than "
-                        f"{MOST_TOKENS:,} tokens together; ask for fewer at a time")
+        raise UserError(
+            f"{len(rows) * how.num_samples:,} texts of up to {max(map(len, rows)):,} tokens are "
+            "more than "
+            f"{MOST_TOKENS:,} tokens together; ask for fewer at a time"
+        )
     return [(row, how.seed + i) for row in rows for i in range(how.num_samples)]
 
 
@@ -130,7 +168,7 @@ def read_prompts(path):
 
 def given_after_a_hole(row, mask):
     """Whether a row (list of ids) has a given token after a MASK."""
-    return mask in row and any(token != mask for token in row[row.index(mask):])
+    return mask in row and any(token != mask for token in row[row.index(mask) :])
 
 
 def batches(rows, family, vocabulary, device):
@@ -139,4 +177,4 @@ def batches(rows, family, vocabulary, device):
     for length in dict.fromkeys(len(row) for row, _ in rows):
         members = [i for i, (row, _) in enumerate(rows) if len(row) == length]
         size = runtime.rows_at_once(family, vocabulary, length, device)
-        yield from (members[start:start + size] for start in range(0, len(members), size))
+        yield from (members[start : start + size] for start in range(0, len(members), size))

@@ -4,6 +4,7 @@ Tensors, numbers, strings, lists and dicts only, and loaded with weights_only=Tr
 a stranger's file runs no code. Written beside the old file and then renamed, so that a crash at any
 moment leaves the old file whole.
 """
+
 import contextlib
 import dataclasses
 import json
@@ -21,9 +22,26 @@ from utils import tokenizer as tokenizers
 from utils.cli import UserError, reason
 
 # what a resumed run may change; everything else would make it another run
-MAY_CHANGE = {"max_iters", "max_minutes", "save_interval", "device", "dtype", "compile", "lr", "muon_lr", "lr_decay",
-              "decay_share", "eval_interval", "final_rows", "final_masks", "final_samples", "resume", "micro_batch",
-              "activation_checkpointing", "out_dir"}  # out_dir: for "auto"
+MAY_CHANGE = {
+    "max_iters",
+    "max_minutes",
+    "save_interval",
+    "device",
+    "dtype",
+    "compile",
+    "lr",
+    "muon_lr",
+    "lr_decay",
+    "decay_share",
+    "eval_interval",
+    "final_rows",
+    "final_masks",
+    "final_samples",
+    "resume",
+    "micro_batch",
+    "activation_checkpointing",
+    "out_dir",
+}  # out_dir: for "auto"
 
 
 def save(path, state):
@@ -34,8 +52,22 @@ def save(path, state):
         torch.save(state, file)
 
 
-ENTRIES = {"version": int, "config": dict, "sample": dict, "tokenizer": str, "step": int, "nll": float, "model": dict}
-ENTRIES_TO_RESUME = {"minutes": float, "running": torch.Tensor, "counted": int, "scaler": dict, "optimizers": list}
+ENTRIES = {
+    "version": int,
+    "config": dict,
+    "sample": dict,
+    "tokenizer": str,
+    "step": int,
+    "nll": float,
+    "model": dict,
+}
+ENTRIES_TO_RESUME = {
+    "minutes": float,
+    "running": torch.Tensor,
+    "counted": int,
+    "scaler": dict,
+    "optimizers": list,
+}
 PLAIN = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 ENTRIES_OR_NONE = {"ema": dict, "corpus": str, "job": str, "density": torch.Tensor}
 
@@ -46,7 +78,9 @@ def check_state(state, path):
     if not isinstance(state, dict) or type(state.get("version")) is not int:
         raise UserError(f"{path} is no checkpoint of this program")
     if state["version"] != config.VERSION:
-        raise UserError(f"{path} has format {state['version']}, this program reads {config.VERSION}")
+        raise UserError(
+            f"{path} has format {state['version']}, this program reads {config.VERSION}"
+        )
     wanted = ENTRIES | (ENTRIES_TO_RESUME if "optimizers" in state else {})
     # these may be None or, in a file from before they were, missing
     wanted |= {name: kind for name, kind in ENTRIES_OR_NONE.items() if state.get(name) is not None}
@@ -54,20 +88,40 @@ def check_state(state, path):
         if name not in state:
             raise UserError(f"{path} is no checkpoint of this program: it has no {name}")
         if not isinstance(state[name], kind) or isinstance(state[name], bool):
-            raise UserError(f"{path} is damaged: its {name} is of type {type(state[name]).__name__}, not {kind.__name__}")
-        if name == "nll" and math.isnan(state[name]) or name in ("step", "minutes", "counted") and not 0 <= state[name] < 2**53:
+            raise UserError(
+                f"{path} is damaged: its {name} is of type {type(state[name]).__name__}, not "
+                f"{kind.__name__}"
+            )
+        if (
+            name == "nll"
+            and math.isnan(state[name])
+            or name in ("step", "minutes", "counted")
+            and not 0 <= state[name] < 2**53
+        ):
             raise UserError(f"{path} is damaged: its {name} is {state[name]}")
     tensors = {name: state[name] for name, kind in wanted.items() if kind is torch.Tensor}
     for part in ("model", "ema"):
-        tensors |= {f"{part}'s {name}": weights for name, weights in (state.get(part) or {}).items()}
+        tensors |= {
+            f"{part}'s {name}": weights for name, weights in (state.get(part) or {}).items()
+        }
     for name, tensor in tensors.items():
         # neither sparse nor without memory of its own, which a small file can make arbitrarily
         # large
-        plain = torch.is_tensor(tensor) and tensor.dtype in PLAIN and tensor.layout == torch.strided and not tensor.is_nested and (
-            tensor.device.type == "cpu" and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes())
+        plain = (
+            torch.is_tensor(tensor)
+            and tensor.dtype in PLAIN
+            and tensor.layout == torch.strided
+            and not tensor.is_nested
+            and (
+                tensor.device.type == "cpu"
+                and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+            )
+        )
         if not plain or not tensor.isfinite().all():
             raise UserError(f"{path} is damaged: {name} is no tensor of finite numbers")
-    if "optimizers" in state and not all(isinstance(value, (int, float)) for value in state["scaler"].values()):
+    if "optimizers" in state and not all(
+        isinstance(value, (int, float)) for value in state["scaler"].values()
+    ):
         raise UserError(f"{path} is damaged: its scaler holds something else than numbers")
 
 
@@ -94,8 +148,12 @@ def read(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError as error:
         raise UserError(f"{path} cannot be read: {reason(error)}") from None
-    except Exception as error:  # noqa: BLE001 - any file may be given, and the unpickler fails in many ways, at length
-        raise UserError(f"{path} is no checkpoint, or a damaged one ({type(error).__name__}); take another, or train anew") from None
+    # noqa: BLE001 - any file may be given, and the unpickler fails in many ways, at length
+    except Exception as error:
+        raise UserError(
+            f"{path} is no checkpoint, or a damaged one ({type(error).__name__}); take another, or "
+            "train anew"
+        ) from None
     check_state(state, path)
     return state
 
@@ -103,7 +161,11 @@ def read(path):
 def newest(folder=os.path.join(Config.out_dir, "models"), best=True):
     """Path of the newest run's checkpoint in `folder`: its best file (or the last one, to
     resume)."""
-    files = [os.path.join(folder, f) for f in os.listdir(folder) if f.endswith(".pt")] if os.path.isdir(folder) else []
+    files = (
+        [os.path.join(folder, f) for f in os.listdir(folder) if f.endswith(".pt")]
+        if os.path.isdir(folder)
+        else []
+    )
     last = [f for f in files if not f.endswith(".best.pt")]
     if not files or not (last or best):
         raise UserError(f"there is no checkpoint in {folder}; train one with: python train.py")
@@ -131,7 +193,11 @@ def interrupted(out_dir, name):
     folder = os.path.join(out_dir, "models")
     if not ranks.restarted() or not os.path.isdir(folder):
         return ""
-    runs = [os.path.join(folder, f) for f in os.listdir(folder) if re.fullmatch(rf"{re.escape(name)}(-\d+)?\.pt", f)]
+    runs = [
+        os.path.join(folder, f)
+        for f in os.listdir(folder)
+        if re.fullmatch(rf"{re.escape(name)}(-\d+)?\.pt", f)
+    ]
     for path in sorted(runs, key=os.path.getmtime, reverse=True):
         with contextlib.suppress(UserError):  # of another version, say
             if read(path).get("job") == ranks.torchrun_job():
@@ -142,15 +208,24 @@ def interrupted(out_dir, name):
 def snapshot(cfg, data, model, step, nll, **more):
     """State for `save`: what inference needs, and `more` for a resumed run. data is its Corpus, nll
     the last held-out bound."""
-    return {"version": config.VERSION, "config": dataclasses.asdict(cfg), "sample": sample_defaults(), "corpus": data.fingerprint,
-            "tokenizer": data.tokenizer.to_json(), "step": step, "nll": nll, "model": model.state_dict(), **more}
+    return {
+        "version": config.VERSION,
+        "config": dataclasses.asdict(cfg),
+        "sample": sample_defaults(),
+        "corpus": data.fingerprint,
+        "tokenizer": data.tokenizer.to_json(),
+        "step": step,
+        "nll": nll,
+        "model": model.state_dict(),
+        **more,
+    }
 
 
 def sample_defaults():
     """How config.py says that this model should be sampled: the group "how", but for the machine's
     own."""
     names = [f.name for f in dataclasses.fields(SampleConfig)]
-    how = names[names.index("sampler"):names.index("device")]
+    how = names[names.index("sampler") : names.index("device")]
     return {name: getattr(SampleConfig(), name) for name in how}
 
 
@@ -173,9 +248,17 @@ def restore(state, device, path="the checkpoint"):
         families.checked(cfg)
         tokenizer = tokenizers.from_json(state["tokenizer"])
         weights = state.get("ema") or state["model"]
-        held = sum(w.numel() for name, w in weights.items() if not (cfg.tie_embeddings and name == "head.weight"))
-        if held != (count := count_parameters(cfg, tokenizer.vocab_size)):  # before as much memory is taken
-            raise UserError(f"it holds {held:,} weights, and the network of its config has {count:,}")
+        held = sum(
+            w.numel()
+            for name, w in weights.items()
+            if not (cfg.tie_embeddings and name == "head.weight")
+        )
+        if held != (
+            count := count_parameters(cfg, tokenizer.vocab_size)
+        ):  # before as much memory is taken
+            raise UserError(
+                f"it holds {held:,} weights, and the network of its config has {count:,}"
+            )
         model = Transformer(cfg, tokenizer.vocab_size)
         model.load_state_dict(weights)
     return model.to(device).eval(), tokenizer, cfg
@@ -194,30 +277,49 @@ def resumed_config(positional, overrides):
     path = newest(folder, best=False) if overrides["resume"] == "auto" else overrides["resume"]
     state = read(path)
     if "optimizers" not in state:
-        raise UserError(f"{path} holds weights only and cannot be resumed; use the run's last checkpoint "
-                        f"({path.replace('.best.pt', '.pt')}), or --init_from {path} to start a new run from it")
+        raise UserError(
+            f"{path} holds weights only and cannot be resumed; use the run's last checkpoint "
+            f"({path.replace('.best.pt', '.pt')}), or --init_from {path} to start a new run from it"
+        )
     before = dataclasses.asdict(cli.merge(Config, state["config"]))
     for key, value in overrides.items():
         if key not in MAY_CHANGE and value != before[key]:
-            raise UserError(f"--{key} {value} differs from the run's {before[key]}, and a resumed run cannot change it; "
-                            f"--init_from {path} starts a new run")
+            raise UserError(
+                f"--{key} {value} differs from the run's {before[key]}, and a resumed run cannot "
+                "change it; "
+                f"--init_from {path} starts a new run"
+            )
     folder, file = os.path.split(os.path.abspath(path))
     if os.path.basename(folder) != "models":
-        raise UserError(f"{path} is not in a folder models/; to go on with it, move it to {Config.out_dir}/models/")
+        raise UserError(
+            f"{path} is not in a folder models/; to go on with it, move it to "
+            f"{Config.out_dir}/models/"
+        )
     if "max_minutes" in overrides:  # a new limit replaces the old one of the other kind
         overrides.setdefault("max_iters", 0)
     elif "max_iters" in overrides:
         overrides["max_minutes"] = 0.0
     place = {"out_dir": os.path.relpath(os.path.dirname(folder)), "name": file.removesuffix(".pt")}
     cfg = cli.merge(Config, before, overrides, place)
-    changed = [f"{k} {before[k]} -> {v}" for k, v in overrides.items()
-               if k not in ("resume", "out_dir") and v != before[k]]
+    changed = [
+        f"{k} {before[k]} -> {v}"
+        for k, v in overrides.items()
+        if k not in ("resume", "out_dir") and v != before[k]
+    ]
     over = 0 < cfg.max_iters <= state["step"] or 0 < cfg.max_minutes <= state["minutes"]
-    if over and reported_steps(os.path.join(cfg.out_dir, "logs", f"{cfg.name}.json")) == state["step"]:
-        raise UserError(f"{path} is finished ({state['step']:,} steps, {state['minutes']:.1f} minutes); "
-                        "give a larger --max_iters or --max_minutes to go on")
+    if (
+        over
+        and reported_steps(os.path.join(cfg.out_dir, "logs", f"{cfg.name}.json")) == state["step"]
+    ):
+        raise UserError(
+            f"{path} is finished ({state['step']:,} steps, {state['minutes']:.1f} minutes); "
+            "give a larger --max_iters or --max_minutes to go on"
+        )
     if runtime.is_first():
-        print(f"resuming {cfg.name} at step {state['step']:,}" + (f", with {', '.join(changed)}" if changed else ""))
+        print(
+            f"resuming {cfg.name} at step {state['step']:,}"
+            + (f", with {', '.join(changed)}" if changed else "")
+        )
     return cfg, state
 
 

@@ -1,5 +1,6 @@
 """What all command lines share: a dataclass whose fields are flags, errors in one line, exit codes,
 whole files."""
+
 import contextlib
 import dataclasses
 import difflib
@@ -20,7 +21,11 @@ def reason(error):
 
 def no_memory(error):
     """Whether an exception says that there is no memory, the GPU's or the machine's."""
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    )
 
 
 @contextlib.contextmanager
@@ -47,8 +52,12 @@ def replacing(path, *also):
                 os.remove(temporary)
         if not isinstance(error, (OSError, *also)):
             raise
-        raise UserError(f"cannot write {path}: {reason(error)}; what was there before is untouched") from None
-    with contextlib.suppress(OSError, AttributeError):  # the new name on the disk too, where the system can
+        raise UserError(
+            f"cannot write {path}: {reason(error)}; what was there before is untouched"
+        ) from None
+    with contextlib.suppress(
+        OSError, AttributeError
+    ):  # the new name on the disk too, where the system can
         folder = os.open(os.path.dirname(target), os.O_DIRECTORY)
         try:
             os.fsync(folder)
@@ -61,18 +70,30 @@ def nearest(word, words, prefix=""):
     return f"; did you mean {prefix}{match[0]}?" if match else ""
 
 
-MOST = 10**12  # of a whole number whose field names no other: beyond, C integers overflow and memory is gone
+MOST = (
+    10**12
+)  # of a whole number whose field names no other: beyond, C integers overflow and memory is gone
 
 
-def field(default, help, group=None, choices=None, low=None, high=None, above=None, below=None, alias=None):
+def field(
+    default, help, group=None, choices=None, low=None, high=None, above=None, below=None, alias=None
+):
     """A dataclass field that is a flag. `group` starts a heading of --help, for this field and
     those after it; alias is an older name of it, which flags, experiments and checkpoints may use.
 
     low <= value <= high, above < value < below: what `check` allows, where given.
     """
     limits = {"low": low, "high": high, "above": above, "below": below}
-    return dataclasses.field(default=default, metadata={
-        "help": help, "group": group, "choices": choices, "limits": limits, "alias": alias})
+    return dataclasses.field(
+        default=default,
+        metadata={
+            "help": help,
+            "group": group,
+            "choices": choices,
+            "limits": limits,
+            "alias": alias,
+        },
+    )
 
 
 def aliases(kind):
@@ -89,12 +110,18 @@ def check(config):
         if value is None:
             continue
         if choices and value not in choices:
-            raise UserError(f"{f.name}={value} is not one of {', '.join(choices)}{nearest(value, choices)}")
+            raise UserError(
+                f"{f.name}={value} is not one of {', '.join(choices)}{nearest(value, choices)}"
+            )
         if f.type not in (int, float):
             continue
         high = MOST if f.type is int and limit["high"] is None else limit["high"]
-        for bound, wrong, words in ((limit["low"], operator.lt, "must be at least"), (high, operator.gt, "must be at most"),
-                                    (limit["above"], operator.le, "must be above"), (limit["below"], operator.ge, "must be below")):
+        for bound, wrong, words in (
+            (limit["low"], operator.lt, "must be at least"),
+            (high, operator.gt, "must be at most"),
+            (limit["above"], operator.le, "must be above"),
+            (limit["below"], operator.ge, "must be below"),
+        ):
             if bound is not None and wrong(value, bound):
                 shown = f"{bound:,}" if f.type is int else f"{bound:g}"
                 raise UserError(f"{f.name}={value} {words} {shown}")
@@ -108,7 +135,9 @@ def refuse(config, names, why):
 def check_name(kind, name, known):
     """Complain where there is no `kind` (say, sampler) called `name`; known is its dictionary."""
     if name not in known:
-        raise UserError(f"there is no {kind} {name}{nearest(name, known)}; known: {', '.join(known)}")
+        raise UserError(
+            f"there is no {kind} {name}{nearest(name, known)}; known: {', '.join(known)}"
+        )
 
 
 def check_needs(family, settings):
@@ -118,8 +147,10 @@ def check_needs(family, settings):
         value = getattr(settings, name, allowed[0])
         if value not in allowed:
             why = family.why.get(name)
-            raise UserError(f"{name}={value} with {family.name}: it needs {name}={' or '.join(map(str, allowed))}"
-                            + (f", since {why}" if why else ""))
+            raise UserError(
+                f"{name}={value} with {family.name}: it needs "
+                f"{name}={' or '.join(map(str, allowed))}" + (f", since {why}" if why else "")
+            )
 
 
 def convert(f, text):
@@ -156,7 +187,9 @@ def parse(argv, kind):
             overrides[positive.name] = False
             continue
         if key not in fields:
-            raise UserError(f"unknown flag {word.split('=')[0]}{nearest(key, fields, '--')} (--help shows all)")
+            raise UserError(
+                f"unknown flag {word.split('=')[0]}{nearest(key, fields, '--')} (--help shows all)"
+            )
         if not equals:
             if fields[key].type is bool and (not rest or rest[0].startswith("--")):
                 value = "true"
@@ -182,11 +215,21 @@ def merge(kind, *layers):
                 values[key] = None
                 continue
             if not isinstance(value, wanted) or isinstance(value, bool) != (types[key] is bool):
-                raise UserError(f"{key}={' '.join(repr(value).split())[:60]} must be of type {types[key].__name__}")
-            if types[key] is str and ("\0" in value or value.encode(errors="replace").decode() != value):
-                raise UserError(f"{key}={value!r} is no text: it has a NUL character, or bytes that are not UTF-8")
+                raise UserError(
+                    f"{key}={' '.join(repr(value).split())[:60]} must be of type "
+                    f"{types[key].__name__}"
+                )
+            if types[key] is str and (
+                "\0" in value or value.encode(errors="replace").decode() != value
+            ):
+                raise UserError(
+                    f"{key}={value!r} is no text: it has a NUL character, or bytes that are not "
+                    "UTF-8"
+                )
             if types[key] is int and value.bit_length() > 1000:  # Python does not even print it
-                raise UserError(f"{key} is a number of {value.bit_length()} bits, which is too large")
+                raise UserError(
+                    f"{key} is a number of {value.bit_length()} bits, which is too large"
+                )
             if types[key] is float:
                 try:
                     value = float(value)
@@ -215,7 +258,11 @@ def duration(seconds):
     if seconds < 60:
         return f"{seconds} s"
     minutes, seconds = divmod(seconds, 60)
-    return f"{minutes} min {seconds:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+    return (
+        f"{minutes} min {seconds:02d} s"
+        if minutes < 60
+        else f"{minutes // 60} h {minutes % 60:02d} min"
+    )
 
 
 def command(kind, run, usage, unexpected=None, lists=None):
@@ -225,6 +272,7 @@ def command(kind, run, usage, unexpected=None, lists=None):
     unexpected  what to say where there is a positional argument and may be none
     lists       function that shows what --list does
     """
+
     def main(argv):
         if "--help" in argv or "-h" in argv:
             return show_help(kind, usage)
@@ -234,6 +282,7 @@ def command(kind, run, usage, unexpected=None, lists=None):
         if positional and unexpected:
             raise UserError(f"what is {positional[0]}? {unexpected.format(positional[0])}")
         return run(positional, overrides)
+
     return main
 
 
@@ -250,9 +299,13 @@ def run(main):
     except (RuntimeError, MemoryError) as error:
         if not no_memory(error):
             raise
-        print("error: too little memory for this; ask for less at once. In training: a smaller --micro_batch, --batch_size or "
-              "network, or --activation_checkpointing true; in writing: fewer or shorter texts "
-              f"({reason(error)})", file=sys.stderr)
+        print(
+            "error: too little memory for this; ask for less at once. In training: a smaller "
+            "--micro_batch, --batch_size or "
+            "network, or --activation_checkpointing true; in writing: fewer or shorter texts "
+            f"({reason(error)})",
+            file=sys.stderr,
+        )
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -1,4 +1,5 @@
 """Corpora in memory: documents -> training batches and held-out rows of token ids."""
+
 import hashlib
 import os
 from functools import partial
@@ -19,7 +20,9 @@ from utils.runtime import generator, is_first
 from utils.shards import load_shards
 
 TALES_HELD_OUT = 2048  # stories
-SHORTEST_TALE = 60  # tokens; a tale has 65 words and punctuation marks, which no tokenizer trained here joins
+SHORTEST_TALE = (
+    60  # tokens; a tale has 65 words and punctuation marks, which no tokenizer trained here joins
+)
 
 
 # --- corpora --------------------------------------------------------------------------------------
@@ -27,13 +30,19 @@ SHORTEST_TALE = 60  # tokens; a tale has 65 words and punctuation marks, which n
 
 def stream_batch(ids, cfg, step, rows=slice(None)):
     """Windows at uniformly random places of the token stream `ids` (N,), one gather for all."""
-    start = torch.randint(len(ids) - cfg.seq_len + 1, (cfg.batch_size, 1), generator=generator(cfg.seed, "rows", step))
+    start = torch.randint(
+        len(ids) - cfg.seq_len + 1, (cfg.batch_size, 1), generator=generator(cfg.seed, "rows", step)
+    )
     return ids[start[rows] + torch.arange(cfg.seq_len)].long()
 
 
 def pool_batch(table, cfg, step, rows=slice(None)):
     """Uniformly random rows of the table (N, L)."""
-    return table[torch.randint(len(table), (cfg.batch_size,), generator=generator(cfg.seed, "rows", step))[rows]].long()
+    return table[
+        torch.randint(len(table), (cfg.batch_size,), generator=generator(cfg.seed, "rows", step))[
+            rows
+        ]
+    ].long()
 
 
 def tales_held_out(cfg):
@@ -53,10 +62,13 @@ def tales_batch(tokenizer, cfg, held_out, step, rows=slice(None)):
         return document_rows(stories[rows], tokenizer, cfg.seq_len)
     ids = token_stream(stories, tokenizer)
     if len(ids) < size:
-        raise UserError(f"tokenizer={cfg.tokenizer} joins words; rows=stream of the tales needs one that does not: bpe "
-                        "or char")
+        raise UserError(
+            f"tokenizer={cfg.tokenizer} joins words; rows=stream of the tales needs one that does "
+            "not: bpe "
+            "or char"
+        )
     start = torch.randint(len(ids) - size + 1, (), generator=generator(cfg.seed, "rows", step))
-    return ids[start:start + size].view(cfg.batch_size, cfg.seq_len)[rows].long()
+    return ids[start : start + size].view(cfg.batch_size, cfg.seq_len)[rows].long()
 
 
 def latest(batch, cfg, steps, limit):
@@ -70,16 +82,23 @@ def load(cfg, tokenizer=None):
     """Corpus of cfg.data. `text` is the tokenizer of a checkpoint to go on with; else cfg.tokenizer
     decides."""
     if cfg.max_documents and (cfg.data == "tales" or os.path.isdir(cfg.data)):
-        raise UserError(f"max_documents={cfg.max_documents} with {cfg.data}: only a text file is cut to its first documents")
+        raise UserError(
+            f"max_documents={cfg.max_documents} with {cfg.data}: only a text file is cut to its "
+            "first documents"
+        )
     if cfg.data == "tales":
         held_out = tales_held_out(cfg)
         seen = set(held_out)
         if tokenizer is None:
-            tokenizer = make_tokenizer(cfg, tales.generate(f"tokenizer {cfg.seed}", 4000), documents=True)
+            tokenizer = make_tokenizer(
+                cfg, tales.generate(f"tokenizer {cfg.seed}", 4000), documents=True
+            )
         rows = held_out_rows(held_out, tokenizer, cfg)
         if cfg.rows == "document" and len(rows) != len(held_out):
-            raise UserError(f"seq_len={cfg.seq_len} is shorter than a tale with tokenizer={cfg.tokenizer}; "
-                            "use at least 67 with bpe, 320 with char")
+            raise UserError(
+                f"seq_len={cfg.seq_len} is shorter than a tale with tokenizer={cfg.tokenizer}; "
+                "use at least 67 with bpe, 320 with char"
+            )
         batch = partial(tales_batch, tokenizer, cfg, seen)
         return Corpus(batch, rows, tokenizer, 0, fingerprint(rows), partial(latest, batch, cfg))
     if not os.path.exists(cfg.data):
@@ -88,22 +107,41 @@ def load(cfg, tokenizer=None):
         return load_shards(cfg, tokenizer)
     documents = texts.read_documents(cfg.data)
     if cfg.max_documents and len(documents) == 1:
-        raise UserError(f"max_documents={cfg.max_documents} with {cfg.data}: it is one document; separate documents by a line "
-                        f"{tokenizers.END}")
+        raise UserError(
+            f"max_documents={cfg.max_documents} with {cfg.data}: it is one document; separate "
+            "documents by a line "
+            f"{tokenizers.END}"
+        )
     train, held_out = texts.split(documents)
     if tokenizer is None:
-        tokenizer = make_tokenizer(cfg, documents if cfg.tokenizer == "char" else train, documents=len(documents) > 1)
+        tokenizer = make_tokenizer(
+            cfg, documents if cfg.tokenizer == "char" else train, documents=len(documents) > 1
+        )
     rows, train = held_out_rows(held_out, tokenizer, cfg), train[: cfg.max_documents or None]
     if cfg.rows == "document":
         pool = document_rows(train, tokenizer, cfg.seq_len)
-        return Corpus(partial(pool_batch, pool, cfg), rows, tokenizer, int((pool != tokenizer.end).sum()), fingerprint(pool),
-                      lambda steps, limit: pool[:max(1, limit // cfg.seq_len)])
+        return Corpus(
+            partial(pool_batch, pool, cfg),
+            rows,
+            tokenizer,
+            int((pool != tokenizer.end).sum()),
+            fingerprint(pool),
+            lambda steps, limit: pool[: max(1, limit // cfg.seq_len)],
+        )
     ids = token_stream(train, tokenizer)
     if len(ids) < cfg.seq_len:
-        raise UserError(f"{cfg.data} has {len(ids)} training tokens, less than one window of "
-                        f"seq_len={cfg.seq_len}; use more text or a smaller --seq_len")
-    return Corpus(partial(stream_batch, ids, cfg), rows, tokenizer, len(ids), fingerprint(ids),
-                  lambda steps, limit: ids[None, :limit])
+        raise UserError(
+            f"{cfg.data} has {len(ids)} training tokens, less than one window of "
+            f"seq_len={cfg.seq_len}; use more text or a smaller --seq_len"
+        )
+    return Corpus(
+        partial(stream_batch, ids, cfg),
+        rows,
+        tokenizer,
+        len(ids),
+        fingerprint(ids),
+        lambda steps, limit: ids[None, :limit],
+    )
 
 
 def fingerprint(ids):
@@ -115,9 +153,13 @@ def check_same(data, recorded, cfg):
     """Refuse to go on with a run on other training tokens than those whose fingerprint its
     checkpoint recorded (None: it recorded none)."""
     if recorded and data.fingerprint != recorded:
-        raise UserError(f"{cfg.data} is not the text that {cfg.name} was trained on (fingerprint {recorded}, now "
-                        f"{data.fingerprint}; {data.tokens:,} training tokens); restore it, or start a new run with "
-                        "--init_from")
+        raise UserError(
+            f"{cfg.data} is not the text that {cfg.name} was trained on (fingerprint {recorded}, "
+            "now "
+            f"{data.fingerprint}; {data.tokens:,} training tokens); restore it, or start a new run "
+            "with "
+            "--init_from"
+        )
 
 
 def make_tokenizer(cfg, sample, documents):
@@ -132,7 +174,8 @@ def make_tokenizer(cfg, sample, documents):
         say(f"training the tokenizer {cfg.tokenizer} ({cfg.vocab_size:,} tokens)")
         tokenizers.save(tokenizers.train_bpe(sample, cfg.vocab_size), cfg.tokenizer)
     tokenizer = tokenizers.load(cfg.tokenizer)
-    say(f"tokenizer {cfg.tokenizer}: {tokenizer.mask:,} tokens and MASK (--tokenizer bpe trains one for this run)")
+    say(
+        f"tokenizer {cfg.tokenizer}: {tokenizer.mask:,} tokens and MASK (--tokenizer bpe trains "
+        "one for this run)"
+    )
     return tokenizer
-
-

@@ -1,4 +1,5 @@
 """Documents -> token ids -> rows, and what a corpus is: training batches and held-out rows."""
+
 import re
 from collections.abc import Callable
 from itertools import chain, islice
@@ -14,12 +15,14 @@ PIECE = 300_000  # characters that are encoded at once, some 20 bytes each; long
 
 
 class Corpus(NamedTuple):
-    batch: Callable          # step (int), rows (slice) of the global batch -> (rows, seq_len) long, always the same
-    held_out: torch.Tensor   # (R, seq_len) long
+    # step (int), rows (slice) of the global batch -> (rows, seq_len) long, always the same
+    batch: Callable
+    held_out: torch.Tensor  # (R, seq_len) long
     tokenizer: tokenizers.Tokenizer
-    tokens: int              # training tokens; 0: without end
-    fingerprint: str         # of the training tokens: changes when the corpus does
-    training: Callable       # steps of a run, limit -> (N, L) int: tokens that it was trained on, about `limit` at most
+    tokens: int  # training tokens; 0: without end
+    fingerprint: str  # of the training tokens: changes when the corpus does
+    # steps of a run, limit -> (N, L) int: tokens that it was trained on, about `limit` at most
+    training: Callable
 
 
 def cut(document):
@@ -51,7 +54,11 @@ def encode(documents, tokenizer):
     """Ids of each of the documents (list of str): list of (n,) int32. Long ones are cut, so that
     memory stays flat."""
     pieces = [list(cut(document)) for document in documents]
-    ids = (np.array(i, np.int32) for batch in in_batches(chain(*pieces)) for i in tokenizer.encode(batch, "the corpus"))
+    ids = (
+        np.array(i, np.int32)
+        for batch in in_batches(chain(*pieces))
+        for i in tokenizer.encode(batch, "the corpus")
+    )
     return [np.concatenate([np.zeros(0, np.int32), *islice(ids, len(part))]) for part in pieces]
 
 
@@ -64,7 +71,11 @@ def token_stream(documents, tokenizer):
     """The documents one after the other, (N,) int32; with an end token, one before the first and
     one after each."""
     end = end_of(tokenizer)
-    return torch.from_numpy(np.concatenate([end] + [part for ids in encode(documents, tokenizer) for part in (ids, end)]))
+    return torch.from_numpy(
+        np.concatenate(
+            [end] + [part for ids in encode(documents, tokenizer) for part in (ids, end)]
+        )
+    )
 
 
 def document_rows(documents, tokenizer, seq_len):
@@ -74,15 +85,18 @@ def document_rows(documents, tokenizer, seq_len):
     front: every row starts with one, which is what `diffusion.bos_tokens` relies on.
     """
     if tokenizer.end is None:
-        raise UserError("rows=document needs a tokenizer with <|endoftext|>, and so a corpus of several documents "
-                        "(a line <|endoftext|> between them); or use --rows stream")
+        raise UserError(
+            "rows=document needs a tokenizer with <|endoftext|>, and so a corpus of several "
+            "documents "
+            "(a line <|endoftext|> between them); or use --rows stream"
+        )
     rows = []
     for ids in tokenizer.encode(documents, "the corpus"):
-        pieces = [ids[i:i + seq_len - 1] for i in range(0, len(ids), seq_len - 1)]
+        pieces = [ids[i : i + seq_len - 1] for i in range(0, len(ids), seq_len - 1)]
         rows += [[tokenizer.end, *piece] for piece in pieces]
     table = np.full((len(rows), seq_len), tokenizer.end, dtype=np.int64)
     for row, ids in zip(table, rows):
-        row[:len(ids)] = ids
+        row[: len(ids)] = ids
     return torch.from_numpy(table)
 
 
@@ -98,11 +112,15 @@ def windows(ids, cfg):
     """The held-out ids (N,) as rows (R, seq_len) long."""
     rows = len(ids) // cfg.seq_len
     if not rows:
-        raise UserError(f"the held-out part of {cfg.data} has {len(ids)} tokens, less than one window of "
-                        f"seq_len={cfg.seq_len}; use more text or a smaller --seq_len")
+        raise UserError(
+            f"the held-out part of {cfg.data} has {len(ids)} tokens, less than one window of "
+            f"seq_len={cfg.seq_len}; use more text or a smaller --seq_len"
+        )
     return ids[: rows * cfg.seq_len].view(rows, cfg.seq_len).long()
 
 
 def row_lengths(rows, tokenizer):
     """(R, 2) characters and UTF-8 bytes that the rows stand for."""
-    return torch.tensor([[len(tokenizer.decode(row)), tokenizer.num_bytes(row)] for row in rows.tolist()])
+    return torch.tensor(
+        [[len(tokenizer.decode(row)), tokenizer.num_bytes(row)] for row in rows.tolist()]
+    )

@@ -1,5 +1,6 @@
 """The final metrics block: numbers about a trained model, each with its unit, and how they are
 shown."""
+
 import dataclasses
 import math
 import statistics
@@ -24,12 +25,26 @@ def final(model, family, data, hardware, steps, count, how, judge=None):
         report = levels_of(model, family, data, hardware.device)
         if not count:
             return report
-        rows, figures = samples.generate_rows(model, family, data.tokenizer, count, hardware.device, how)
-    searched = data.training(steps, SEARCHED) if data.training else None  # what it was trained on need not be at hand
-    rest = dict(tokenizer=data.tokenizer, cfg=family.cfg, training=searched, judge=judge, device=hardware.device)
-    return report | {"samples": samples.judge_rows(rows, **rest) | figures,
-                     "reference": samples.judge_rows(samples.reference_rows(data.held_out, data.tokenizer, count), **rest),
-                     "copies_looked_for_in_tokens": 0 if searched is None else searched.numel()}
+        rows, figures = samples.generate_rows(
+            model, family, data.tokenizer, count, hardware.device, how
+        )
+    searched = (
+        data.training(steps, SEARCHED) if data.training else None
+    )  # what it was trained on need not be at hand
+    rest = dict(
+        tokenizer=data.tokenizer,
+        cfg=family.cfg,
+        training=searched,
+        judge=judge,
+        device=hardware.device,
+    )
+    return report | {
+        "samples": samples.judge_rows(rows, **rest) | figures,
+        "reference": samples.judge_rows(
+            samples.reference_rows(data.held_out, data.tokenizer, count), **rest
+        ),
+        "copies_looked_for_in_tokens": 0 if searched is None else searched.numel(),
+    }
 
 
 def held_out(model, family, data, device):
@@ -43,16 +58,28 @@ def held_out(model, family, data, device):
     cfg = family.cfg
     rows = data.held_out[: cfg.final_rows].to(device)
     lengths = corpus.row_lengths(rows, data.tokenizer)
-    mean, se_rows, se_masks = mean_and_errors(family.nelbo(model, rows, cfg.final_masks, cfg.micro_batch or 64))
+    mean, se_rows, se_masks = mean_and_errors(
+        family.nelbo(model, rows, cfg.final_masks, cfg.micro_batch or 64)
+    )
     nats, exact = mean * rows.numel(), family.exact
-    report = {"bound_nats_per_token": mean, "bound_se_rows": se_rows, "bound_se_masks": 0.0 if exact else se_masks,
-              "bound_bits_per_character": nats / math.log(2) / lengths[:, 0].sum().item(),
-              "bound_bits_per_byte": nats / math.log(2) / lengths[:, 1].sum().item(),
-              "perplexity_of_bound": perplexity(mean), "held_out_rows": len(rows), "masks_a_row": 0 if exact else cfg.final_masks}
+    report = {
+        "bound_nats_per_token": mean,
+        "bound_se_rows": se_rows,
+        "bound_se_masks": 0.0 if exact else se_masks,
+        "bound_bits_per_character": nats / math.log(2) / lengths[:, 0].sum().item(),
+        "bound_bits_per_byte": nats / math.log(2) / lengths[:, 1].sum().item(),
+        "perplexity_of_bound": perplexity(mean),
+        "held_out_rows": len(rows),
+        "masks_a_row": 0 if exact else cfg.final_masks,
+    }
     if cfg.data == "tales" and cfg.rows == "document":
         truth = -sum(map(tales.log_prob, corpus.tales_held_out(cfg)[: len(rows)])) / len(rows)
-        report |= {"bound_nats_per_story": mean * cfg.seq_len, "exact_nats_per_story": truth,
-                   "excess_over_exact": mean * cfg.seq_len / truth - 1, "entropy_nats_per_story": tales.entropy()}
+        report |= {
+            "bound_nats_per_story": mean * cfg.seq_len,
+            "exact_nats_per_story": truth,
+            "excess_over_exact": mean * cfg.seq_len / truth - 1,
+            "entropy_nats_per_story": tales.entropy(),
+        }
     return report
 
 
@@ -87,26 +114,39 @@ def levels_of(model, family, data, device):
     exponential of the mean cross entropy of all masked tokens under the training schedule: no
     likelihood, and another number with every schedule.
     """
-    rows, generator = data.held_out[: family.cfg.final_rows].to(device), torch.Generator().manual_seed(0)
+    rows, generator = (
+        data.held_out[: family.cfg.final_rows].to(device),
+        torch.Generator().manual_seed(0),
+    )
     levels, losses = {}, torch.full(rows.shape, math.nan)
     for level, corruption in family.probes(model, rows.shape, LEVELS, generator):
         found = _look(model, family, rows, corruption)
         levels[level] = _means(level, found)  # few masks have few ratios
         losses = torch.where(found[0].isnan(), losses, found[0])
-    report = {"levels": list(levels.values()), "accuracy": statistics.fmean(entry["accuracy"] for entry in levels.values()),
-              "entropy": statistics.fmean(entry["entropy"] for entry in levels.values())}
+    report = {
+        "levels": list(levels.values()),
+        "accuracy": statistics.fmean(entry["accuracy"] for entry in levels.values()),
+        "entropy": statistics.fmean(entry["entropy"] for entry in levels.values()),
+    }
     if family.exact:
         report["nats_per_token_but_the_first"] = losses[:, 1:].nanmean().item()
     elif isinstance(family, diffusion.Masked):
         mean = pooled_ce(model, family.cfg, rows, generator)
-        report |= {"masked_ce_pooled": mean, "exp_of_masked_ce_schedule_dependent": perplexity(mean)}
+        report |= {
+            "masked_ce_pooled": mean,
+            "exp_of_masked_ce_schedule_dependent": perplexity(mean),
+        }
     return report
 
 
 def pooled_ce(model, cfg, rows, generator):
     """Mean cross entropy, in nats, of all tokens of rows (R, L) that are masked under the training
     schedule."""
-    family = families.family_of(dataclasses.replace(cfg, loss_weighting="pooled", time_sampling="uniform", complementary=False))
+    family = families.family_of(
+        dataclasses.replace(
+            cfg, loss_weighting="pooled", time_sampling="uniform", complementary=False
+        )
+    )
     losses = []
     for part in rows.split(cfg.micro_batch or 64):
         corruption = family.corrupt(part.shape, generator).to(rows.device)
@@ -119,19 +159,30 @@ def _look(model, family, rows, corruption):
     """(loss, entropy, 1.0 where the likeliest token is right), each (R, L) with nan where rows (R,
     L) are not corrupted, on the CPU."""
     out, size = torch.full((3, *rows.shape), math.nan), family.cfg.micro_batch or 64
-    for number, (x0, piece) in enumerate(zip(rows.split(size), corruption.split(slice(0, len(rows)), size))):
+    for number, (x0, piece) in enumerate(
+        zip(rows.split(size), corruption.split(slice(0, len(rows)), size))
+    ):
         index = piece.masked.flatten().nonzero()[:, 0]
         log_p = family.log_p(model, x0, piece.to(rows.device), index.to(rows.device))
         target = x0.flatten()[index.to(rows.device)]
-        figures = torch.stack((-log_p.gather(1, target[:, None])[:, 0], torch.special.entr(log_p.exp()).sum(-1),
-                               (log_p.argmax(-1) == target).float()))
+        figures = torch.stack(
+            (
+                -log_p.gather(1, target[:, None])[:, 0],
+                torch.special.entr(log_p.exp()).sum(-1),
+                (log_p.argmax(-1) == target).float(),
+            )
+        )
         part = slice(number * size, number * size + len(x0))
-        out[:, part] = out[:, part].flatten(1).index_copy(1, index, figures.float().cpu()).view(3, *x0.shape)
+        out[:, part] = (
+            out[:, part].flatten(1).index_copy(1, index, figures.float().cpu()).view(3, *x0.shape)
+        )
     return out
 
 
 def _means(level, found):
-    return {"level": level} | {name: part.nanmean().item() for name, part in zip(("loss", "entropy", "accuracy"), found)}
+    return {"level": level} | {
+        name: part.nanmean().item() for name, part in zip(("loss", "entropy", "accuracy"), found)
+    }
 
 
 @torch.no_grad()
@@ -156,13 +207,21 @@ def left_to_right(model, family, rows):
 def show(report):
     """The report (dict) as lines of text."""
     number = lambda value: f"{value:.4f}" if isinstance(value, float) else f"{value}"
-    lines = ["final metrics"] + [f"  {key:<28} {number(value)}" for key, value in report.items()
-                                 if not isinstance(value, (list, dict))]
+    lines = ["final metrics"] + [
+        f"  {key:<28} {number(value)}"
+        for key, value in report.items()
+        if not isinstance(value, (list, dict))
+    ]
     if levels := report.get("levels"):
         lines.append("  by noise level" + "".join(f"{entry['level']:>8.2f}" for entry in levels))
-        lines += [f"  {name:>14}" + "".join(f"{entry[name]:>8.3f}" for entry in levels) for name in ("loss", "entropy", "accuracy")]
+        lines += [
+            f"  {name:>14}" + "".join(f"{entry[name]:>8.3f}" for entry in levels)
+            for name in ("loss", "entropy", "accuracy")
+        ]
     if "samples" in report:
         lines.append(f"  {'':<28} {'samples':>10} {'held-out text':>14}")
-        lines += [f"  {key:<28} {number(value):>10} {number(report['reference'].get(key, '')):>14}"
-                  for key, value in report["samples"].items()]
+        lines += [
+            f"  {key:<28} {number(value):>10} {number(report['reference'].get(key, '')):>14}"
+            for key, value in report["samples"].items()
+        ]
     return "\n".join(lines)

@@ -1,4 +1,5 @@
 """Optimizers and the learning rate over a run."""
+
 import math
 
 import torch
@@ -46,7 +47,10 @@ class Muon(torch.optim.Optimizer):
                 for p in params:
                     if not self.state[p]:
                         self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                buffers, grads = [self.state[p]["momentum_buffer"] for p in params], [p.grad for p in params]
+                buffers, grads = (
+                    [self.state[p]["momentum_buffer"] for p in params],
+                    [p.grad for p in params],
+                )
                 torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
                 nesterov = torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"]))
                 updates = orthogonalise(nesterov, self.dtype)
@@ -60,37 +64,62 @@ def make_optimizers(model, cfg, dtype=torch.float32):
     """List of optimizers. Muon (Jordan 2024) moves the block matrices, each step orthogonalised, in
     bfloat16 if that is the run's dtype; AdamW moves embeddings, head and vectors. Each group
     remembers its full learning rate in "peak"."""
-    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and name.startswith("blocks.")]
+    matrices = [
+        p for name, p in model.named_parameters() if p.ndim == 2 and name.startswith("blocks.")
+    ]
     if cfg.optimizer == "adamw":
         matrices = []
     others = [p for p in model.parameters() if not any(p is m for m in matrices)]
     decayed, plain = [p for p in others if p.ndim == 2], [p for p in others if p.ndim != 2]
-    groups = [dict(params=decayed, weight_decay=cfg.weight_decay), dict(params=plain, weight_decay=0.0)]
-    optimizers = [torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.lr, betas=(cfg.beta1, cfg.beta2),
-                                    fused=True)]
+    groups = [
+        dict(params=decayed, weight_decay=cfg.weight_decay),
+        dict(params=plain, weight_decay=0.0),
+    ]
+    optimizers = [
+        torch.optim.AdamW(
+            [g for g in groups if g["params"]], lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=True
+        )
+    ]
     if matrices:
-        optimizers.append(Muon(matrices, lr=cfg.muon_lr, weight_decay=cfg.weight_decay,
-                               dtype=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32))
+        optimizers.append(
+            Muon(
+                matrices,
+                lr=cfg.muon_lr,
+                weight_decay=cfg.weight_decay,
+                dtype=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32,
+            )
+        )
     for group in (g for optimizer in optimizers for g in optimizer.param_groups):
         group["peak"] = group["lr"]
     return optimizers
 
 
-STATE = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "Muon": {"momentum_buffer"}}  # of each parameter
+STATE = {
+    "AdamW": {"step", "exp_avg", "exp_avg_sq"},
+    "Muon": {"momentum_buffer"},
+}  # of each parameter
 
 
 def load(optimizer, saved, begun):
     """Put what the state dict `saved` has averaged into `optimizer`, which keeps its own settings:
     a resumed run may have other learning rates. A ValueError where it is of other parameters, or
     lacks some though the run has `begun`, which torch would notice at the next step or never."""
-    if begun and set(saved["state"]) != set(range(sum(len(group["params"]) for group in optimizer.param_groups))):
+    if begun and set(saved["state"]) != set(
+        range(sum(len(group["params"]) for group in optimizer.param_groups))
+    ):
         raise ValueError("its optimizer has not averaged the gradients of each parameter")
-    optimizer.load_state_dict({"state": saved["state"], "param_groups": optimizer.state_dict()["param_groups"]})
+    optimizer.load_state_dict(
+        {"state": saved["state"], "param_groups": optimizer.state_dict()["param_groups"]}
+    )
     for parameter, state in optimizer.state.items():
         if state.keys() != STATE[type(optimizer).__name__] or not all(
-                value.is_floating_point() and value.shape == (() if name == "step" else parameter.shape)
-                for name, value in state.items()):
-            raise ValueError(f"the averages of its optimizer, {', '.join(map(str, state))}, are not those of its network")
+            value.is_floating_point() and value.shape == (() if name == "step" else parameter.shape)
+            for name, value in state.items()
+        ):
+            raise ValueError(
+                f"the averages of its optimizer, {', '.join(map(str, state))}, are not those of "
+                "its network"
+            )
 
 
 @torch.no_grad()

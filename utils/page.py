@@ -39,7 +39,10 @@ def write_html(path, frames, tokenizer, title):
     for entry in steps:
         seen.update({token: None for _, token in entry["ids"]})
         seen.update({token: None for _, top in entry["top"] for token, _ in top})
-    tokens = {token: "" if token in (mask, tokenizer.end) else tokenizer.pieces([token])[0] for token in seen}
+    tokens = {
+        token: "" if token in (mask, tokenizer.end) else tokenizer.pieces([token])[0]
+        for token in seen
+    }
     data = {
         "title": title,
         "mask": mask,

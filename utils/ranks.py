@@ -1,5 +1,6 @@
 """Where a run computes: this process's hardware, and the other processes, one a GPU, that torchrun
 started."""
+
 import contextlib
 import os
 from typing import NamedTuple
@@ -14,9 +15,10 @@ from utils.cli import UserError
 class Hardware(NamedTuple):
     """Where a run computes: the device and the number format of this process, and its place among
     those that torchrun started."""
+
     device: torch.device
     dtype: torch.dtype = torch.float32  # of matrix products
-    rank: int = 0   # of this process
+    rank: int = 0  # of this process
     world: int = 1  # how many there are
 
     def autocast(self):
@@ -56,8 +58,11 @@ def start(device, dtype):
         return Hardware(device, runtime.choose_dtype(name, device))
     if device.type == "cuda":
         if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
-            raise UserError(f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']} with {torch.cuda.device_count()} GPUs: "
-                            "start one process for each")
+            raise UserError(
+                f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']} with "
+                f"{torch.cuda.device_count()} GPUs: "
+                "start one process for each"
+            )
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     elif device.type == "cpu":
@@ -66,11 +71,18 @@ def start(device, dtype):
         raise UserError(f"torchrun works with device=cuda and cpu, not {device.type}")
     if not dist.is_initialized():
         store, rank, world = next(dist.rendezvous("env://"))
-        if restarted():  # torchrun keeps the store; without a prefix the processes would look for those that died
+        # torchrun keeps the store; without a prefix the processes would look for those that died
+        if restarted():
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
-                                world_size=world)
-    return Hardware(device, runtime.choose_dtype(name, device), dist.get_rank(), dist.get_world_size())
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            store=store,
+            rank=rank,
+            world_size=world,
+        )
+    return Hardware(
+        device, runtime.choose_dtype(name, device), dist.get_rank(), dist.get_world_size()
+    )
 
 
 def cpu_cores():
@@ -98,7 +110,9 @@ def restarted():
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         return False
     if os.environ["WORLD_SIZE"] != os.environ["LOCAL_WORLD_SIZE"]:
-        raise UserError("a process crashed; over several nodes start them all again, with --resume auto")
+        raise UserError(
+            "a process crashed; over several nodes start them all again, with --resume auto"
+        )
     return True
 
 
@@ -112,7 +126,9 @@ def first_rank_first(hardware):
     failed = None
     try:
         yield
-    except UserError as error:  # a corpus is missing, say, which the others will find out themselves
+    except (
+        UserError
+    ) as error:  # a corpus is missing, say, which the others will find out themselves
         failed = error
     for _ in range(2 - turn if hardware.world > 1 else 0):
         dist.barrier()
@@ -126,7 +142,8 @@ def distribute(model, hardware):
         return model
     device = hardware.device
     network = torch.nn.parallel.DistributedDataParallel(
-        model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
+        model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
+    )
     network.vocab_size = model.vocab_size
     return network
 
@@ -134,4 +151,6 @@ def distribute(model, hardware):
 def gradient_sync(network, wanted):
     """Context of a backward pass, after which the processes' gradients are averaged or (more rows
     follow) not yet."""
-    return contextlib.nullcontext() if wanted or not hasattr(network, "no_sync") else network.no_sync()
+    return (
+        contextlib.nullcontext() if wanted or not hasattr(network, "no_sync") else network.no_sync()
+    )

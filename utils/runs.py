@@ -261,13 +261,15 @@ def introduce(run, progress, minutes):
     memory = runtime.peak_memory(hardware.device) + 8 * parameters  # and the optimizers' averages
     tokens = f"{data.tokens:,} training tokens" if data.tokens else "fresh stories every step"
     run.say(
-        f"{cfg.name}: {parameters:,} parameters, vocabulary {data.tokenizer.vocab_size:,} | {tokens}, "
+        f"{cfg.name}: {parameters:,} parameters, vocabulary {data.tokenizer.vocab_size:,} | "
+        f"{tokens}, "
         f"{len(data.held_out):,} held-out rows of {cfg.seq_len}"
     )
     run.say(
         f"{cfg.device} {cfg.dtype}{', compiled' if cfg.compile == 'on' else ''}"
         f"{f', {hardware.world} processes' if hardware.world > 1 else ''} | "
-        f"{cfg.batch_size} rows a step, about {1000 * run.seconds:.0f} ms | about {memory / 2**30:.1f} GB, "
+        f"{cfg.batch_size} rows a step, about {1000 * run.seconds:.0f} ms | about "
+        f"{memory / 2**30:.1f} GB, "
         f"{cli.duration(steps * run.seconds)} for {steps:,} steps"
     )
     return total

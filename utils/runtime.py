@@ -1,4 +1,5 @@
 """Where and how a run computes: device, number format, compilation, processes, seeds."""
+
 import contextlib
 import copy
 import ctypes
@@ -29,7 +30,9 @@ def choose_device(name):
     if name == "auto":
         name = next(device for device, available in has.items() if available)
     if not has[name]:
-        raise UserError(f"device={name}: this machine has none that torch can use; use --device auto or cpu")
+        raise UserError(
+            f"device={name}: this machine has none that torch can use; use --device auto or cpu"
+        )
     return torch.device(name)
 
 
@@ -39,15 +42,24 @@ def has_bfloat16(device):
     without."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
-    return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512" and (
-        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return (
+        device.type == "cpu"
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    )
 
 
 def choose_dtype(name, device):
     """torch.dtype of matrix products for auto | float32 | bfloat16 | float16, where a network is
     trained."""
     if name == "auto":
-        name = "bfloat16" if has_bfloat16(device) else "float16" if device.type == "cuda" else "float32"
+        name = (
+            "bfloat16"
+            if has_bfloat16(device)
+            else "float16"
+            if device.type == "cuda"
+            else "float32"
+        )
     return getattr(torch, name)
 
 
@@ -56,11 +68,21 @@ def dtype_of_run(name, trained, device, path):
     for "auto" that of its training, `trained`, so that its figures and texts can be had again on
     any machine. A line on stderr says where the device emulates it."""
     name = trained if name == "auto" else name
-    dtype = torch.float32 if name == "auto" else getattr(torch, name)  # a run that did not say is judged as any machine can
-    if not has_bfloat16(device) if dtype == torch.bfloat16 else dtype == torch.float16 and device.type == "cpu":
+    dtype = (
+        torch.float32 if name == "auto" else getattr(torch, name)
+    )  # a run that did not say is judged as any machine can
+    if (
+        not has_bfloat16(device)
+        if dtype == torch.bfloat16
+        else dtype == torch.float16 and device.type == "cpu"
+    ):
         whose = f", in which {path} was trained" if name == trained else ""
-        print(f"the {device.type} of this machine emulates {name}{whose}, which is slow; with --dtype float32 it is faster, and "
-              "its figures differ slightly", file=sys.stderr)
+        print(
+            f"the {device.type} of this machine emulates {name}{whose}, which is slow; with "
+            "--dtype float32 it is faster, and "
+            "its figures differ slightly",
+            file=sys.stderr,
+        )
     return dtype
 
 
@@ -74,7 +96,9 @@ def rows_at_once(family, vocabulary, length, device):
     and by what a pass keeps of each layer."""
     cfg, seen = family.cfg, min(length, family.cfg.seq_len)
     asked = min(seen, family.block_len or seen)
-    return max(1, AT_ONCE[device.type] // max(asked * vocabulary, seen * cfg.n_layer * cfg.n_embd // 4))
+    return max(
+        1, AT_ONCE[device.type] // max(asked * vocabulary, seen * cfg.n_layer * cfg.n_embd // 4)
+    )
 
 
 def dtype_name(dtype):
@@ -105,7 +129,7 @@ def keep_memory():
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):  # no glibc
         return
-    mallopt(-4, 0)   # M_MMAP_MAX: nothing by mmap
+    mallopt(-4, 0)  # M_MMAP_MAX: nothing by mmap
     mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
 
 
@@ -141,7 +165,10 @@ def check_memory(needed, what):
     """Complain before memory is taken of which `what` (str) needs at least so many bytes: a system
     that has less ends a process without a word."""
     if needed > (total := total_memory()):
-        raise UserError(f"{what} needs at least {needed / 2**30:,.1f} GB, and this machine has {total / 2**30:,.1f} GB")
+        raise UserError(
+            f"{what} needs at least {needed / 2**30:,.1f} GB, and this machine has "
+            f"{total / 2**30:,.1f} GB"
+        )
 
 
 def reset_peak_memory(device):
@@ -157,8 +184,11 @@ def keep_compiled_apart():
     ATEN_CPU_CAPABILITY=avx2."""
     with contextlib.suppress(ImportError):  # without a compiler there is no cache
         from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
         name, usual = "TORCHINDUCTOR_CACHE_DIR", default_cache_dir()
-        if os.environ.get(name, usual) == usual:  # where it is not set, torch does so itself when it is imported
+        if (
+            os.environ.get(name, usual) == usual
+        ):  # where it is not set, torch does so itself when it is imported
             os.environ[name] = f"{usual}_{torch.backends.cpu.get_cpu_capability()}"
 
 
@@ -174,14 +204,19 @@ def compile_network(model, token_nll, device, try_out):
     compiled._modules = dict(model._modules)
     # on a CPU the compiler's own random numbers, for dropout, are slower than PyTorch's
     options = {"fallback_random": True} if device.type == "cpu" else None
-    compiled.blocks = torch.nn.ModuleList(torch.compile(block, options=options) for block in model.blocks)
+    compiled.blocks = torch.nn.ModuleList(
+        torch.compile(block, options=options) for block in model.blocks
+    )
     compiled.embed, compiled.unembed, compiled_nll = (
-        torch.compile(function, options=options) for function in (model.embed, model.unembed, token_nll))
+        torch.compile(function, options=options)
+        for function in (model.embed, model.unembed, token_nll)
+    )
     try:
         result = try_out(compiled, compiled_nll)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # noqa: BLE001 - whatever the compiler lacks (Triton, g++, headers), eager works
+    # noqa: BLE001 - whatever the compiler lacks (Triton, g++, headers), eager works
+    except Exception as error:
         model.zero_grad()  # of the pass that failed
         if is_first():
             print(f"torch.compile does not work here ({reason(error)}); going on without it")
@@ -226,13 +261,17 @@ def begin_log(path, step):
             return open(path, "x").close()
         kept = []
         for line in open(path, encoding="utf-8") if os.path.exists(path) else ():
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that a crash cut off, or of somebody else
+            with contextlib.suppress(
+                ValueError, KeyError, TypeError
+            ):  # a line that a crash cut off, or of somebody else
                 if json.loads(line)["step"] <= step:
                     kept.append(line.rstrip("\n") + "\n")
         with cli.replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
             file.writelines(kept)
     except FileExistsError:
-        raise UserError(f"{path} exists: another run of this name has just begun; start again, or give a --name") from None
+        raise UserError(
+            f"{path} exists: another run of this name has just begun; start again, or give a --name"
+        ) from None
     except OSError as error:
         raise UserError(f"cannot write {path}: {error}") from None
 

@@ -1,5 +1,6 @@
 """Samples: generated to be judged, and what is said of them: diversity, copies, validity, a judge's
 NLL."""
+
 import math
 import time
 from collections import Counter
@@ -20,7 +21,9 @@ def sample_rows(generate, family, tokenizer, count, device):
     time, or as many as fit.
     """
     parts, window = [], family.cfg.seq_len
-    for seeds in torch.arange(count).split(min(50, runtime.rows_at_once(family, tokenizer.vocab_size, window, device))):
+    for seeds in torch.arange(count).split(
+        min(50, runtime.rows_at_once(family, tokenizer.vocab_size, window, device))
+    ):
         blank = torch.tensor([canvas.build(tokenizer, [None], window)] * len(seeds), device=device)
         parts.append([part.cpu() for part in generate(blank, seeds.tolist())])
     return tuple(map(torch.cat, zip(*parts)))
@@ -39,40 +42,63 @@ def generate_rows(model, family, tokenizer, count, device, how):
         for step in diffusion.sample(family, model, blank, how, seeds=seeds):
             changes += (step.fresh | step.remasked).sum(1)
         return step.ids, step.row_nfe, changes / (blank == tokenizer.mask).sum(1)
+
     rows, nfe, changes = sample_rows(generate, family, tokenizer, count, device)
     generated = count * canvas.build(tokenizer, [None], family.cfg.seq_len).count(tokenizer.mask)
-    return rows, {"change_rate": (changes / nfe).mean().item(), "evaluations_a_sample": nfe.float().mean().item(),
-                  "tokens_per_second": generated / (time.perf_counter() - start)}
+    return rows, {
+        "change_rate": (changes / nfe).mean().item(),
+        "evaluations_a_sample": nfe.float().mean().item(),
+        "tokens_per_second": generated / (time.perf_counter() - start),
+    }
 
 
 def reference_rows(held_out, tokenizer, count):
     """Up to `count` held-out windows (R, L) that begin as samples do: where there is an
     `<|endoftext|>`, with one."""
     L, flat = held_out.size(1), held_out.flatten()
-    starts, free = [], 0  # that do not overlap: text that stands in two windows would be less varied
+    starts, free = (
+        [],
+        0,
+    )  # that do not overlap: text that stands in two windows would be less varied
     if tokenizer.end is not None:
-        begins = (flat[:-1] == tokenizer.end) & (flat[1:] != tokenizer.end)  # and not what fills up a row
+        begins = (flat[:-1] == tokenizer.end) & (
+            flat[1:] != tokenizer.end
+        )  # and not what fills up a row
         for start in begins[: len(flat) - L + 1].nonzero()[:, 0].tolist():
             if start >= free:
                 starts, free = [*starts, start], start + L
-    if len(starts) < min(count, len(held_out) // 2):  # few documents: how much text there is matters more
+    if len(starts) < min(
+        count, len(held_out) // 2
+    ):  # few documents: how much text there is matters more
         return held_out[:count]
-    return torch.stack([flat[start:start + L] for start in starts[:count]]) if starts else held_out[:count]
+    return (
+        torch.stack([flat[start : start + L] for start in starts[:count]])
+        if starts
+        else held_out[:count]
+    )
 
 
 def judge_rows(rows, *, tokenizer, cfg, training, judge, device):
     """Figures (dict) of samples or real text, rows (R, L) long: diversity, copies from the
     `training` rows (N, L), validity on tales, and the judge's nats per character."""
     between = f"\n{tokenizers.END}\n"  # documents of a stream
-    texts = [canvas.finished(tokenizer, row, stop=cfg.rows == "document").replace(between, "\n") for row in rows.tolist()]
+    texts = [
+        canvas.finished(tokenizer, row, stop=cfg.rows == "document").replace(between, "\n")
+        for row in rows.tolist()
+    ]
     report = {"texts": len(texts)} | diversity(texts)
     if training is not None:
         own = without_filling(rows, tokenizer, cfg)
         copies = longest_copies(own, training)
-        report |= {"longest_copy_mean": copies.float().mean().item(), "longest_copy_max": copies.max().item(),
-                   "shared_8_grams": shared_runs(own, training, 8)}
+        report |= {
+            "longest_copy_mean": copies.float().mean().item(),
+            "longest_copy_max": copies.max().item(),
+            "shared_8_grams": shared_runs(own, training, 8),
+        }
     if cfg.data == "tales":
-        report |= judge_tales([story for row in rows.tolist() for story in canvas.documents(tokenizer, row, cfg.rows)])
+        report |= judge_tales(
+            [story for row in rows.tolist() for story in canvas.documents(tokenizer, row, cfg.rows)]
+        )
     if judge:
         report["judge_nats_per_character"] = judge_texts(texts, judge, device)
     return report
@@ -84,12 +110,13 @@ def without_filling(rows, tokenizer, cfg):
     rows = rows.clone()
     if cfg.rows == "document":
         for row in rows:
-            row[canvas.end(tokenizer, row.tolist()) + 1:] = -1
+            row[canvas.end(tokenizer, row.tolist()) + 1 :] = -1
     return rows
 
 
 class Judge(NamedTuple):
     """An autoregressive checkpoint that scores texts."""
+
     model: torch.nn.Module
     family: object
     tokenizer: tokenizers.Tokenizer
@@ -105,13 +132,13 @@ def judge_texts(texts, judge, device):
     begin = [] if tokenizer.end is None else [tokenizer.end]
     for ids in tokenizer.encode([t for t in texts if t], "the samples"):
         for start in range(0, len(ids), window - len(begin)):
-            piece = begin + ids[start:start + window - len(begin)]
+            piece = begin + ids[start : start + window - len(begin)]
             row = torch.tensor([piece], device=device)
             index = torch.arange(len(begin), len(piece), device=device)
             with runtime.autocast(device, dtype):
                 logits = family.logits(model, row, index)
             total += diffusion.token_nll(logits, row[0, index]).sum().item()
-            characters += len(tokenizer.decode(piece[len(begin):]))
+            characters += len(tokenizer.decode(piece[len(begin) :]))
     return total / max(1, characters)
 
 
@@ -126,11 +153,14 @@ def judge_tales(texts):
     log_probs = [p for text in texts if (p := tales.log_prob(text)) > -math.inf]
     verdicts = [verdict for text in texts for verdict in tales.judge(text)]
     count, sentences = max(1, len(texts)), max(1, len(verdicts))
-    return {"samples": len(texts), "valid": len(log_probs) / count,
-            "grammatical": sum(v != "ungrammatical" for v in verdicts) / sentences,
-            "agreeing": sum(v == "ok" for v in verdicts) / sentences,
-            "distinct": len(set(texts)) / count,
-            "log_prob": sum(log_probs) / len(log_probs) if log_probs else None}
+    return {
+        "samples": len(texts),
+        "valid": len(log_probs) / count,
+        "grammatical": sum(v != "ungrammatical" for v in verdicts) / sentences,
+        "agreeing": sum(v == "ok" for v in verdicts) / sentences,
+        "distinct": len(set(texts)) / count,
+        "log_prob": sum(log_probs) / len(log_probs) if log_probs else None,
+    }
 
 
 def diversity(texts):
@@ -155,8 +185,11 @@ def diversity(texts):
     repetition = [1 - len(set(own)) / len(own) for own in fours]
     counts = Counter(word for own in words for word in own)
     total = max(1, sum(counts.values()))
-    return distinct | {"repetition": sum(repetition) / max(1, len(fours)), "self_overlap": sum(overlap) / max(1, len(fours)),
-                       "unigram_entropy": -sum(n / total * math.log(n / total) for n in counts.values())}
+    return distinct | {
+        "repetition": sum(repetition) / max(1, len(fours)),
+        "self_overlap": sum(overlap) / max(1, len(fours)),
+        "unigram_entropy": -sum(n / total * math.log(n / total) for n in counts.values()),
+    }
 
 
 def longest_copies(rows, training):
@@ -190,7 +223,9 @@ def _is_shared(hashes, training, n):
     shape."""
     wanted = hashes.flatten().unique()
     shared = torch.zeros(len(wanted), dtype=torch.bool)
-    for part in training.split(8192):  # few rows are looked for and many looked through, so the few are sorted
+    for part in training.split(
+        8192
+    ):  # few rows are looked for and many looked through, so the few are sorted
         if part.size(1) < n:
             continue
         known = _run_hashes(part, n).flatten()
@@ -205,10 +240,20 @@ def _run_hashes(rows, n):
 
     A run of a + b tokens has the hash hash_a * M^b + hash_b, so log2(n) steps are enough.
     """
-    size, power, block, total, length = 1, 6364136223846793005, rows.long() + 1, None, 0  # power is M^size
+    size, power, block, total, length = (
+        1,
+        6364136223846793005,
+        rows.long() + 1,
+        None,
+        0,
+    )  # power is M^size
     while True:
         if n & size:
-            total = block if total is None else total[:, : block.size(1) - length] * power + block[:, length:]
+            total = (
+                block
+                if total is None
+                else total[:, : block.size(1) - length] * power + block[:, length:]
+            )
             length += size
         if length == n:
             return total

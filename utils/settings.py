@@ -1,4 +1,5 @@
 """From names of presets, experiment files and flags to a Config."""
+
 import dataclasses
 import os
 import runpy
@@ -10,7 +11,10 @@ from utils.cli import UserError, merge, nearest, reason
 def family_defaults(objective, families):
     """What `--objective` sets (dict), whatever the preset has: what the family (of the dict
     `families`) needs."""
-    needs, names = getattr(families.get(objective), "needs", {}), {f.name for f in dataclasses.fields(Config)}
+    needs, names = (
+        getattr(families.get(objective), "needs", {}),
+        {f.name for f in dataclasses.fields(Config)},
+    )
     return {name: allowed[0] for name, allowed in needs.items() if name in names}
 
 
@@ -32,11 +36,18 @@ def preset(name, families=()):
         if "preset" in settings:
             base_name = settings.pop("preset")
             if not isinstance(base_name, str) or base_name not in PRESETS:
-                raise UserError(f"{name}: there is no preset {base_name}{nearest(base_name, PRESETS)}")
+                raise UserError(
+                    f"{name}: there is no preset {base_name}{nearest(base_name, PRESETS)}"
+                )
             base = PRESETS[base_name]
-        family = family_defaults(str(settings["objective"]), families) if "objective" in settings else {}
+        family = (
+            family_defaults(str(settings["objective"]), families) if "objective" in settings else {}
+        )
         return base | family | {"name": os.path.splitext(os.path.basename(name))[0]} | settings
-    raise UserError(f"there is no preset {name}{nearest(name, PRESETS)} (--list shows all; a .py file works too)")
+    raise UserError(
+        f"there is no preset {name}{nearest(name, PRESETS)} (--list shows all; a .py file works "
+        "too)"
+    )
 
 
 def load(positional, overrides, families):
@@ -51,9 +62,22 @@ def load(positional, overrides, families):
     elif os.path.exists(PRESETS["stories"]["data"]):
         chosen, why = "stories", f"{PRESETS['stories']['data']} has been prepared"
     else:
-        chosen, why = "tales", f"the built-in corpus; no {PRESETS['stories']['data']} has been prepared"
-    base = preset(chosen, families) if chosen else {"name": os.path.splitext(os.path.basename(overrides["data"]))[0]}
-    layers = [base, family_defaults(overrides["objective"], families) if "objective" in overrides else {}, overrides]
+        chosen, why = (
+            "tales",
+            f"the built-in corpus; no {PRESETS['stories']['data']} has been prepared",
+        )
+    base = (
+        preset(chosen, families)
+        if chosen
+        else {"name": os.path.splitext(os.path.basename(overrides["data"]))[0]}
+    )
+    layers = [
+        base,
+        family_defaults(overrides["objective"], families) if "objective" in overrides else {},
+        overrides,
+    ]
     if overrides.get("max_minutes") and "max_iters" not in overrides:
-        layers.append({"max_iters": 0})  # a time that the user names replaces the preset's number of steps
+        layers.append(
+            {"max_iters": 0}
+        )  # a time that the user names replaces the preset's number of steps
     return merge(Config, *layers), f"preset {chosen}: {why}" if chosen else why

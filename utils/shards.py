@@ -1,4 +1,5 @@
 """Corpora larger than memory: a folder of memory-mapped shards of token ids."""
+
 import contextlib
 import hashlib
 import json
@@ -34,8 +35,15 @@ def write_shards(folder, source, tokenizer, wanted, settings, progress=lambda to
     """
     (dataset, read), end = source, end_of(tokenizer)
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-    index = {"settings": settings, "dtype": np.dtype(dtype).name, "shards": [], "tokens": 0, "documents": 0, "state": None,
-             "ended": False}
+    index = {
+        "settings": settings,
+        "dtype": np.dtype(dtype).name,
+        "shards": [],
+        "tokens": 0,
+        "documents": 0,
+        "state": None,
+        "ended": False,
+    }
     path = os.path.join(folder, "index.json")
     try:
         os.makedirs(folder, exist_ok=True)
@@ -43,8 +51,11 @@ def write_shards(folder, source, tokenizer, wanted, settings, progress=lambda to
             index = read_index(folder)
             for name, value in settings.items():
                 if index["settings"].get(name) != value:
-                    raise UserError(f"{folder} was made with {name}={index['settings'].get(name)}, not {value}; give "
-                                    "another --output")
+                    raise UserError(
+                        f"{folder} was made with {name}={index['settings'].get(name)}, not "
+                        f"{value}; give "
+                        "another --output"
+                    )
             if index["state"]:
                 dataset.load_state_dict(index["state"])
         else:
@@ -53,13 +64,20 @@ def write_shards(folder, source, tokenizer, wanted, settings, progress=lambda to
         while index["tokens"] < wanted and not index["ended"]:
             name, counts = f"{len(index['shards']):05d}.bin", {"train": 0, "held_out": 0}
             with contextlib.ExitStack() as stack:
-                files = {part: stack.enter_context(open(os.path.join(folder, f"{part}_{name}"), "wb")) for part in counts}
+                files = {
+                    part: stack.enter_context(open(os.path.join(folder, f"{part}_{name}"), "wb"))
+                    for part in counts
+                }
                 goal = min(SHARD_TOKENS, wanted - index["tokens"])
                 while counts["train"] < goal and (documents := next(batches, None)):
                     index["documents"] += len(documents)
-                    documents = [document for document in documents if document and not document.isspace()]
+                    documents = [
+                        document for document in documents if document and not document.isspace()
+                    ]
                     for document, ids in zip(documents, encode(documents, tokenizer)):
-                        part = "held_out" if texts.is_held_out(document, SHARD_HELD_OUT) else "train"
+                        part = (
+                            "held_out" if texts.is_held_out(document, SHARD_HELD_OUT) else "train"
+                        )
                         ids = np.append(ids, end).astype(dtype)
                         ids.tofile(files[part])
                         counts[part] += len(ids)
@@ -74,7 +92,10 @@ def write_shards(folder, source, tokenizer, wanted, settings, progress=lambda to
             index["state"] = dataset.state_dict()
             write_json(path, index)
     except OSError as error:
-        raise UserError(f"cannot write {folder}: {reason(error)}; the same command goes on from the last whole shard") from None
+        raise UserError(
+            f"cannot write {folder}: {reason(error)}; the same command goes on from the last whole "
+            "shard"
+        ) from None
     return index
 
 
@@ -83,12 +104,17 @@ def read_index(folder):
     try:
         with open(os.path.join(folder, "index.json"), encoding="utf-8") as file:
             index = json.load(file)
-        if not {"settings", "dtype", "shards", "tokens", "documents", "state", "ended"} <= set(index):
+        if not {"settings", "dtype", "shards", "tokens", "documents", "state", "ended"} <= set(
+            index
+        ):
             raise ValueError("it lacks what write_shards writes")
         return index
     except (OSError, ValueError, TypeError):
-        raise UserError(f"{folder} is a folder, not a text file, and holds no shards (index.json); scripts/data.py "
-                        "--tokens makes some") from None
+        raise UserError(
+            f"{folder} is a folder, not a text file, and holds no shards (index.json); "
+            "scripts/data.py "
+            "--tokens makes some"
+        ) from None
 
 
 def load_shards(cfg, tokenizer=None):
@@ -99,7 +125,9 @@ def load_shards(cfg, tokenizer=None):
     if tokenizer is not None and tokenizer.to_json() != own.to_json():
         raise UserError(f"{cfg.data} was made with another tokenizer than the checkpoint's")
     if cfg.rows == "document":
-        raise UserError(f"rows=document with {cfg.data}: shards are a stream of tokens; use --rows stream")
+        raise UserError(
+            f"rows=document with {cfg.data}: shards are a stream of tokens; use --rows stream"
+        )
 
     def maps(part):
         found = []
@@ -107,24 +135,41 @@ def load_shards(cfg, tokenizer=None):
             path = os.path.join(cfg.data, f"{part}_{shard['name']}")
             size = os.path.getsize(path) if os.path.exists(path) else 0
             if size != shard[part] * np.dtype(index["dtype"]).itemsize:
-                raise UserError(f"{path} has {size:,} bytes, not what index.json says; copy it again")
+                raise UserError(
+                    f"{path} has {size:,} bytes, not what index.json says; copy it again"
+                )
             if shard[part] >= cfg.seq_len:
                 found.append(np.memmap(path, dtype=index["dtype"], mode="r"))
         return found
+
     shards = maps("train")
     if not shards:
         raise UserError(f"{cfg.data} has no shard as long as a window of seq_len={cfg.seq_len}")
     held_out, rows = maps("held_out"), max(cfg.eval_rows, cfg.final_rows)
-    held_out = np.concatenate([part[: rows * cfg.seq_len] for part in held_out] or [[]])[: rows * cfg.seq_len]
-    starts = np.cumsum([0] + [len(shard) - cfg.seq_len + 1 for shard in shards])  # windows before each shard
-    return Corpus(partial(shard_batch, shards, starts, cfg), windows(torch.from_numpy(held_out.astype(np.int64)), cfg), own,
-                  index["tokens"], hashlib.sha256(repr(index["shards"]).encode()).hexdigest()[:16],
-                  lambda steps, limit: torch.from_numpy(shards[0][:limit].astype(np.int32))[None])
+    held_out = np.concatenate([part[: rows * cfg.seq_len] for part in held_out] or [[]])[
+        : rows * cfg.seq_len
+    ]
+    starts = np.cumsum(
+        [0] + [len(shard) - cfg.seq_len + 1 for shard in shards]
+    )  # windows before each shard
+    return Corpus(
+        partial(shard_batch, shards, starts, cfg),
+        windows(torch.from_numpy(held_out.astype(np.int64)), cfg),
+        own,
+        index["tokens"],
+        hashlib.sha256(repr(index["shards"]).encode()).hexdigest()[:16],
+        lambda steps, limit: torch.from_numpy(shards[0][:limit].astype(np.int32))[None],
+    )
 
 
 def shard_batch(shards, starts, cfg, step, rows=slice(None)):
     """Windows at uniformly random places of the shards."""
-    places = torch.randint(int(starts[-1]), (cfg.batch_size,), generator=generator(cfg.seed, "rows", step))[rows].numpy()
+    places = torch.randint(
+        int(starts[-1]), (cfg.batch_size,), generator=generator(cfg.seed, "rows", step)
+    )[rows].numpy()
     owner = np.searchsorted(starts, places, side="right") - 1
-    return torch.from_numpy(np.stack([shards[k][p:p + cfg.seq_len] for k, p in zip(owner, places - starts[owner])])
-                            .astype(np.int64))
+    return torch.from_numpy(
+        np.stack(
+            [shards[k][p : p + cfg.seq_len] for k, p in zip(owner, places - starts[owner])]
+        ).astype(np.int64)
+    )

@@ -12,6 +12,7 @@ like in the text) and plots (a list of places in the story, each with equally li
 story draws a plot, a choice for every variable and a sentence for every place. To add a plot, add a
 list to `PLOTS`; nothing else changes.
 """
+
 import math
 import random
 import re
@@ -27,8 +28,10 @@ KINDS = ("child", "bear", "rabbit", "mouse", "fox", "kitten", "puppy", "hedgehog
 VARIABLES = {
     "hero": [(name, kind) for name in GIRLS + BOYS for kind in KINDS],
     "trait": "little brave kind shy merry clever gentle curious".split(),
-    "place": ["by the river", "on the hill", "in the forest", "near the lake",
-              "in the garden", "by the sea", "in the valley", "on the farm"],
+    "place": (
+        "by the river, on the hill, in the forest, near the lake, in the garden, "
+        "by the sea, in the valley, on the farm"
+    ).split(", "),
     "colour": "red blue green yellow white golden purple silver".split(),
     "object": "kite ball drum boat hat bell lamp scarf".split(),
     "helper": "owl frog duck goat crow turtle squirrel horse".split(),
@@ -36,7 +39,9 @@ VARIABLES = {
     "feeling": "sad worried lonely gloomy upset cross".split(),
     "weather": "sunny windy rainy snowy foggy warm".split(),
     "time": "morning day evening".split(),
-    "spot": ["under a bush", "behind a rock", "up a tree", "inside a log", "beside a well", "below a bridge"],
+    "spot": (
+        "under a bush, behind a rock, up a tree, inside a log, beside a well, below a bridge"
+    ).split(", "),
 }
 
 
@@ -46,16 +51,23 @@ def _pronoun(girl, boy):
 
 FORMS = {  # placeholder -> (variable, what its choice looks like in the text)
     "name": ("hero", lambda hero: hero[0]),
-    "kind": ("hero", lambda hero: hero[1] if hero[1] != "child" else "girl" if hero[0] in GIRLS else "boy"),
-    "he": _pronoun("she", "he"), "He": _pronoun("She", "He"),
-    "his": _pronoun("her", "his"), "him": _pronoun("her", "him"),
+    "kind": (
+        "hero",
+        lambda hero: hero[1] if hero[1] != "child" else "girl" if hero[0] in GIRLS else "boy",
+    ),
+    "he": _pronoun("she", "he"),
+    "He": _pronoun("She", "He"),
+    "his": _pronoun("her", "his"),
+    "him": _pronoun("her", "him"),
     "Place": ("place", lambda place: place[0].upper() + place[1:]),
     **{name: (name, str) for name in VARIABLES if name != "hero"},
 }
 
-OPENING = ["Once upon a time, a {trait} {kind} named {name} lived {place}.",
-           "{name} was a {trait} {kind} who had a small cosy home {place}.",
-           "{Place}, long ago, there lived a {trait} {kind} named {name}."]
+OPENING = [
+    "Once upon a time, a {trait} {kind} named {name} lived {place}.",
+    "{name} was a {trait} {kind} who had a small cosy home {place}.",
+    "{Place}, long ago, there lived a {trait} {kind} named {name}.",
+]
 
 # The first sentences of all plots are equally long in words and punctuation marks, and so are the
 # second, and so on: a network that sees a few words then knows which sentence they belong to, and
@@ -65,58 +77,98 @@ OPENING = ["Once upon a time, a {trait} {kind} named {name} lived {place}.",
 PLOTS = {
     "lost": [
         OPENING,
-        ["{He} had a {colour} {object} and took it everywhere.",
-         "Every day {he} played with {his} new {colour} {object}."],
-        ["One {weather} {time} the {object} was gone, and {name} felt {feeling}.",
-         "But one {weather} {time} {he} lost the {object}, and felt {feeling}."],
-        ["A {manner} {helper} came by and asked why {he} was {feeling}.",
-         '"You look {feeling}, friend!" said a {manner} {helper}.'],
-        ["The {helper} found it {spot}, and they played {place}.",
-         "So they found it {spot}, and {name} was {feeling} no more."],
+        [
+            "{He} had a {colour} {object} and took it everywhere.",
+            "Every day {he} played with {his} new {colour} {object}.",
+        ],
+        [
+            "One {weather} {time} the {object} was gone, and {name} felt {feeling}.",
+            "But one {weather} {time} {he} lost the {object}, and felt {feeling}.",
+        ],
+        [
+            "A {manner} {helper} came by and asked why {he} was {feeling}.",
+            '"You look {feeling}, friend!" said a {manner} {helper}.',
+        ],
+        [
+            "The {helper} found it {spot}, and they played {place}.",
+            "So they found it {spot}, and {name} was {feeling} no more.",
+        ],
     ],
     "wish": [
         OPENING,
-        ["{He} wished for a {colour} {object} of {his} own.",
-         "More than anything else {he} wanted a {colour} {object}."],
-        ["But {name} had no money at all, and felt very {feeling}.",
-         "{He} looked for one high and low, and felt very {feeling}."],
-        ["A {manner} {helper} came by and asked why {he} was {feeling}.",
-         '"You look {feeling}, friend!" said a {manner} {helper}.'],
-        ["The {helper} gave {him} a new {object}, and they played {place}.",
-         "So the {helper} made {him} a {object}, and {name} was {feeling} no more."],
+        [
+            "{He} wished for a {colour} {object} of {his} own.",
+            "More than anything else {he} wanted a {colour} {object}.",
+        ],
+        [
+            "But {name} had no money at all, and felt very {feeling}.",
+            "{He} looked for one high and low, and felt very {feeling}.",
+        ],
+        [
+            "A {manner} {helper} came by and asked why {he} was {feeling}.",
+            '"You look {feeling}, friend!" said a {manner} {helper}.',
+        ],
+        [
+            "The {helper} gave {him} a new {object}, and they played {place}.",
+            "So the {helper} made {him} a {object}, and {name} was {feeling} no more.",
+        ],
     ],
     "share": [
         OPENING,
-        ["{He} would never share {his} lovely new {colour} {object}.",
-         "{He} kept {his} {colour} {object} in a big box."],
-        ["One {weather} {time} a {manner} {helper} begged {name} to please share it.",
-         "One {weather} {time} {name} would not lend it to a {manner} {helper}."],
-        ["Then {name} saw the {helper} go home, and felt {feeling}.",
-         "Soon {name} had nobody to play with, and felt {feeling}."],
-        ["So {name} shared it with the {helper}, and they played {place}.",
-         "In the end {he} shared the {object}, and {name} was {feeling} no more."],
+        [
+            "{He} would never share {his} lovely new {colour} {object}.",
+            "{He} kept {his} {colour} {object} in a big box.",
+        ],
+        [
+            "One {weather} {time} a {manner} {helper} begged {name} to please share it.",
+            "One {weather} {time} {name} would not lend it to a {manner} {helper}.",
+        ],
+        [
+            "Then {name} saw the {helper} go home, and felt {feeling}.",
+            "Soon {name} had nobody to play with, and felt {feeling}.",
+        ],
+        [
+            "So {name} shared it with the {helper}, and they played {place}.",
+            "In the end {he} shared the {object}, and {name} was {feeling} no more.",
+        ],
     ],
     "night": [
         OPENING,
-        ["One {weather} {time} {he} followed a {colour} bird away.",
-         "One {weather} {time} {he} took {his} {colour} {object} outside."],
-        ["Night came, and {name} sat {spot} and felt {feeling}.",
-         "Soon {name} got lost, hid {spot} and felt {feeling}."],
-        ["A {manner} {helper} came by and asked why {he} was {feeling}.",
-         '"You look {feeling}, friend!" said a {manner} {helper}.'],
-        ["Soon {he} and the {helper} were home, and they played {place}.",
-         "So the {helper} took {him} safely home, and {name} was {feeling} no more."],
+        [
+            "One {weather} {time} {he} followed a {colour} bird away.",
+            "One {weather} {time} {he} took {his} {colour} {object} outside.",
+        ],
+        [
+            "Night came, and {name} sat {spot} and felt {feeling}.",
+            "Soon {name} got lost, hid {spot} and felt {feeling}.",
+        ],
+        [
+            "A {manner} {helper} came by and asked why {he} was {feeling}.",
+            '"You look {feeling}, friend!" said a {manner} {helper}.',
+        ],
+        [
+            "Soon {he} and the {helper} were home, and they played {place}.",
+            "So the {helper} took {him} safely home, and {name} was {feeling} no more.",
+        ],
     ],
     "party": [
         OPENING,
-        ["One {weather} {time} a {manner} {helper} had a party.",
-         "And then came the birthday of a {manner} {helper}."],
-        ["But {name} had no gift to bring along, and felt {feeling}.",
-         '"No gift!" said {name}, and {he} felt very {feeling}.'],
-        ["So {he} made a lovely new {colour} {object} all by {him}self.",
-         "So {he} found {his} old {object} and painted it bright {colour}."],
-        ["The {helper} truly loved the pretty {object}, and they played {place}.",
-         '"A {object}!" said the {helper}, and {name} was {feeling} no more.'],
+        [
+            "One {weather} {time} a {manner} {helper} had a party.",
+            "And then came the birthday of a {manner} {helper}.",
+        ],
+        [
+            "But {name} had no gift to bring along, and felt {feeling}.",
+            '"No gift!" said {name}, and {he} felt very {feeling}.',
+        ],
+        [
+            "So {he} made a lovely new {colour} {object} all by {him}self.",
+            "So {he} found {his} old {object} and painted it bright {colour}.",
+        ],
+        [
+            "The {helper} truly loved the pretty {object}, and they played {place}.",
+            '"A {object}!" said the {helper}, and {name} was {feeling} no more.',
+        ],
     ],
 }
 
@@ -127,8 +179,9 @@ SENTENCE_END = re.compile(r'(?:(?<=[.!?])|(?<=[.!?]")) (?=[A-Z"])')
 
 class Grammar(NamedTuple):
     variables: dict  # name -> list of equally likely choices
-    forms: dict      # placeholder -> (variable, function from a choice to text)
-    plots: dict      # name -> places in the story, each a list of equally likely sentences with {placeholders}
+    forms: dict  # placeholder -> (variable, function from a choice to text)
+    # name -> places in the story, each a list of equally likely sentences with {placeholders}
+    plots: dict
 
 
 TALES = Grammar(VARIABLES, FORMS, PLOTS)
@@ -140,7 +193,8 @@ def stream(seed, grammar=TALES):
     """Stories (iterator of str) without end, the same for the same seed (int or str) on every
     machine."""
     rng, plots = random.Random(seed), list(grammar.plots.values())
-    pick = lambda choices: choices[int(rng.random() * len(choices))]  # random.choice's result may change with Python
+    # random.choice's result may change with Python
+    pick = lambda choices: choices[int(rng.random() * len(choices))]
     while True:
         plot = pick(plots)
         chosen = {variable: pick(choices) for variable, choices in grammar.variables.items()}
@@ -172,7 +226,7 @@ class _Rendered(dict):
 
 class _Compiled(NamedTuple):
     patterns: dict  # sentence template -> (regex, placeholders in order)
-    allowed: dict   # placeholder -> {text: frozenset of indices of the choices that read so}
+    allowed: dict  # placeholder -> {text: frozenset of indices of the choices that read so}
 
 
 _COMPILED = {}
@@ -191,9 +245,14 @@ def _compile(grammar):
     for plot in grammar.plots.values():
         for template in (t for sentences in plot for t in sentences):
             parts = re.split(r"\{(\w+)\}", template)
-            regex = "".join(re.escape(part) if i % 2 == 0 else
-                            "(" + "|".join(map(re.escape, sorted(allowed[part], key=len, reverse=True))) + ")"
-                            for i, part in enumerate(parts))
+            regex = "".join(
+                re.escape(part)
+                if i % 2 == 0
+                else "("
+                + "|".join(map(re.escape, sorted(allowed[part], key=len, reverse=True)))
+                + ")"
+                for i, part in enumerate(parts)
+            )
             patterns[template] = re.compile(regex), parts[1::2]
     _COMPILED[id(grammar)] = grammar, _Compiled(patterns, allowed)
     return _COMPILED[id(grammar)][1]
@@ -224,7 +283,7 @@ def _derivations(text, plot, grammar, bound, start=0):
         match = pattern.match(text, start)
         if match and (narrowed := _bind(match, placeholders, bound, grammar, allowed)) is not None:
             end = match.end()
-            if len(plot) == 1 or text[end:end + 1] == " ":
+            if len(plot) == 1 or text[end : end + 1] == " ":
                 yield from _derivations(text, plot[1:], grammar, narrowed, end + (len(plot) > 1))
 
 
@@ -238,7 +297,10 @@ def log_prob(story, grammar=TALES):
     total = 0.0
     for plot in grammar.plots.values():
         for bound in _derivations(story, plot, grammar, {}):
-            shares = [len(indices) / len(grammar.variables[variable]) for variable, indices in bound.items()]
+            shares = [
+                len(indices) / len(grammar.variables[variable])
+                for variable, indices in bound.items()
+            ]
             total += math.prod(shares) / math.prod(map(len, plot)) / len(grammar.plots)
     return math.log(total) if total else -math.inf
 
@@ -254,8 +316,12 @@ def entropy(grammar=TALES):
     for plot in grammar.plots.values():
         nats = sum(math.log(len(sentences)) for sentences in plot)
         for variable, choices in grammar.variables.items():
-            shows = lambda t: any(grammar.forms[p][0] == variable for p in re.findall(r"\{(\w+)\}", t))
-            absent = math.prod(1 - sum(map(shows, sentences)) / len(sentences) for sentences in plot)
+            shows = lambda t: any(
+                grammar.forms[p][0] == variable for p in re.findall(r"\{(\w+)\}", t)
+            )
+            absent = math.prod(
+                1 - sum(map(shows, sentences)) / len(sentences) for sentences in plot
+            )
             nats += (1 - absent) * math.log(len(choices))
         total += nats / len(grammar.plots)
     return total
@@ -272,8 +338,11 @@ def judge(story, grammar=TALES):
     patterns, allowed = _compile(grammar)
     verdicts, bound = [], {}
     for sentence in SENTENCE_END.split(story):
-        readings = [(match, placeholders) for pattern, placeholders in patterns.values()
-                    if (match := pattern.fullmatch(sentence))]
+        readings = [
+            (match, placeholders)
+            for pattern, placeholders in patterns.values()
+            if (match := pattern.fullmatch(sentence))
+        ]
         if not any(_bind(m, p, {}, grammar, allowed) is not None for m, p in readings):
             verdicts.append("ungrammatical")
             continue

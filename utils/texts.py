@@ -7,6 +7,7 @@ never in both, and the tokenizer, which is trained on the training part only, ne
 text. (An alphabet of characters is that of the whole corpus, as is usual: it has nothing to learn
 from frequencies.)
 """
+
 import contextlib
 import hashlib
 import http.client
@@ -22,9 +23,12 @@ from utils import tokenizer as tokenizers
 from utils.cli import UserError, reason
 
 HELD_OUT = 0.1  # share of the documents, or of the text of a single one
-SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHAKESPEARE = (
+    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+)
 STORIES = "roneneldan/TinyStories"
-BENCHMARK = "http://mattmahoney.net/dc/{}.zip"  # enwik8 and text8, the first 100 MB of Wikipedia as it was in 2006
+# enwik8 and text8, the first 100 MB of Wikipedia as it was in 2006
+BENCHMARK = "http://mattmahoney.net/dc/{}.zip"
 DOWNLOADS = ("shakespeare", "text8", "enwik8")
 LOCAL = (".jsonl", ".json", ".parquet")
 
@@ -33,8 +37,11 @@ def read_documents(path, column="text"):
     """Documents (list of str) of a local .txt, .jsonl or .parquet file; `column` of the latter
     two."""
     if not os.path.exists(path):
-        raise UserError(f"there is no file {path}; scripts/data.py makes corpora, --data takes any .txt, .jsonl "
-                        "or .parquet file")
+        raise UserError(
+            f"there is no file {path}; scripts/data.py makes corpora, --data takes any .txt, "
+            ".jsonl "
+            "or .parquet file"
+        )
     if os.path.isdir(path):
         raise UserError(f"{path} is a folder, not a text file")
     if path.endswith(LOCAL):
@@ -63,20 +70,26 @@ def reading(name):
     except Exception as error:  # noqa: BLE001 - see above
         if name.endswith(LOCAL):
             raise UserError(f"{name} cannot be read: {reason(error)}") from None
-        raise UserError(f"cannot stream {name} from the Hugging Face hub ({reason(error)}); without a network give a local "
-                        "file: --dataset FILE.txt, .jsonl or .parquet, or --dataset tales") from None
+        raise UserError(
+            f"cannot stream {name} from the Hugging Face hub ({reason(error)}); without a network "
+            "give a local "
+            "file: --dataset FILE.txt, .jsonl or .parquet, or --dataset tales"
+        ) from None
 
 
 def open_dataset(name, split="train", config=None):
     """A Hugging Face dataset, or a local .jsonl or .parquet file, as a `datasets.IterableDataset`:
     never downloaded or held in memory as a whole."""
     import datasets  # here, because it takes seconds to import and most runs do not need it
+
     with reading(name):
         if name.endswith(LOCAL):
             kind = "parquet" if name.endswith(".parquet") else "json"
             return datasets.load_dataset(kind, data_files=name, split="train", streaming=True)
         print(f"looking for {name} on the Hugging Face hub")
-        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each of its retries is a warning of two lines
+        logging.getLogger("huggingface_hub").setLevel(
+            logging.ERROR
+        )  # each of its retries is a warning of two lines
         return datasets.load_dataset(name, config, split=split, streaming=True)
 
 
@@ -85,16 +98,22 @@ def documents_of(dataset, name, column="text"):
     with reading(name):
         for row in dataset:
             if column not in row:
-                raise UserError(f"{name} has no column {column}, but {', '.join(row)}; "
-                                "scripts/data.py chooses one with --text-column")
+                raise UserError(
+                    f"{name} has no column {column}, but {', '.join(row)}; "
+                    "scripts/data.py chooses one with --text-column"
+                )
             if row[column] is None:
                 continue
             if not isinstance(row[column], str):
-                raise UserError(f"the column {column} of {name} holds {type(row[column]).__name__}, not text")
+                raise UserError(
+                    f"the column {column} of {name} holds {type(row[column]).__name__}, not text"
+                )
             yield row[column]
 
 
-def stream_dataset(name, split="train", config=None, column="text", seed=None, shuffle_buffer=10_000):
+def stream_dataset(
+    name, split="train", config=None, column="text", seed=None, shuffle_buffer=10_000
+):
     """Documents (iterator of str) of a dataset; with a seed, shuffled through a buffer of
     `shuffle_buffer`."""
     dataset = open_dataset(name, split, config)
@@ -106,19 +125,34 @@ def stream_dataset(name, split="train", config=None, column="text", seed=None, s
 def download(name):
     """The text (str) of shakespeare (1,115,394 characters), enwik8 or text8."""
     import urllib.request
+
     url = SHAKESPEARE if name == "shakespeare" else BENCHMARK.format(name)
     print(f"fetching {name} from {url}")
     try:
         with urllib.request.urlopen(url, timeout=60) as response:
             content = response.read()
-        return (content if name == "shakespeare" else zipfile.ZipFile(io.BytesIO(content)).read(name)).decode()
-    except (OSError, http.client.HTTPException, zipfile.BadZipFile, KeyError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot fetch {name} ({error}); without a network put a copy at data/{name}.txt, or train on the "
-                        "built-in tales: python train.py tales") from None
+        return (
+            content if name == "shakespeare" else zipfile.ZipFile(io.BytesIO(content)).read(name)
+        ).decode()
+    except (
+        OSError,
+        http.client.HTTPException,
+        zipfile.BadZipFile,
+        KeyError,
+        UnicodeDecodeError,
+    ) as error:
+        raise UserError(
+            f"cannot fetch {name} ({error}); without a network put a copy at data/{name}.txt, or "
+            "train on the "
+            "built-in tales: python train.py tales"
+        ) from None
 
 
 _TAIL = {chr(b): b for b in range(0x80, 0xC0)} | {
-    bytes([b]).decode("cp1252"): b for b in range(0x80, 0xC0) if b not in (0x81, 0x8D, 0x8F, 0x90, 0x9D)}
+    bytes([b]).decode("cp1252"): b
+    for b in range(0x80, 0xC0)
+    if b not in (0x81, 0x8D, 0x8F, 0x90, 0x9D)
+}
 _MOJIBAKE = re.compile(f"[\u00c2-\u00f4][{re.escape(''.join(_TAIL))}]{{1,3}}")
 
 
@@ -126,14 +160,20 @@ def repair_mojibake(text):
     """UTF-8 that somebody read as Windows-1252, put right: the three characters that a quotation
     mark became are one again. Only sequences that are valid UTF-8 change, so real quotation marks
     and accents stay as they are."""
+
     def repair(match):
         found = match.group()
         for end in range(len(found), 1, -1):
             try:
-                return (bytes([ord(found[0])]) + bytes(_TAIL[c] for c in found[1:end])).decode() + found[end:]
+                return (
+                    bytes([ord(found[0])]) + bytes(_TAIL[c] for c in found[1:end])
+                ).decode() + found[end:]
             except UnicodeDecodeError:
                 continue
-        return "\u201d" + found[2:] if found[:2] == "\u00e2\u20ac" else found  # its last byte has no cp1252 letter
+        return (
+            "\u201d" + found[2:] if found[:2] == "\u00e2\u20ac" else found
+        )  # its last byte has no cp1252 letter
+
     return _MOJIBAKE.sub(repair, text)
 
 
@@ -156,17 +196,25 @@ def prepare(path):
     if path in (f"data/{name}.txt" for name in DOWNLOADS):
         write_documents(path, [download(os.path.basename(path).removesuffix(".txt"))])
     elif path.endswith(".bin"):
-        raise UserError(f"there is no {path}; make it with: python scripts/data.py --dataset fineweb-edu --tokens 10B "
-                        f"--tokenizer artifacts/tokenizer/fineweb.json --output {path} (README, Large corpora)")
+        raise UserError(
+            f"there is no {path}; make it with: python scripts/data.py --dataset fineweb-edu "
+            "--tokens 10B "
+            f"--tokenizer artifacts/tokenizer/fineweb.json --output {path} (README, Large corpora)"
+        )
     elif path == "data/stories.txt":
         print(f"streaming 10,000 stories of {STORIES} from the Hugging Face hub to {path}")
-        write_documents(path, map(repair_mojibake, islice(stream_dataset(STORIES, seed=1337), 10_000)))
+        write_documents(
+            path, map(repair_mojibake, islice(stream_dataset(STORIES, seed=1337), 10_000))
+        )
 
 
 def split_documents(text):
     """The text of a prepared file -> its documents."""
     parts = re.split(rf"(?m)^{re.escape(tokenizers.END)}$", text)
-    return [part.removeprefix("\n" * (i > 0)).removesuffix("\n" * (i < len(parts) - 1)) for i, part in enumerate(parts)]
+    return [
+        part.removeprefix("\n" * (i > 0)).removesuffix("\n" * (i < len(parts) - 1))
+        for i, part in enumerate(parts)
+    ]
 
 
 def is_held_out(document, share=HELD_OUT):
@@ -180,7 +228,9 @@ def split(documents):
     if len(documents) == 1:
         cut = int(len(documents[0]) * (1 - HELD_OUT))
         if not cut:
-            raise UserError("the corpus is a single character, too short to hold anything out; use more text")
+            raise UserError(
+                "the corpus is a single character, too short to hold anything out; use more text"
+            )
         return [documents[0][:cut]], [documents[0][cut:]]
     train, held_out = [], []
     for document in documents:

@@ -5,6 +5,7 @@ Ids 0..V-1 are real tokens. MASK is not one of them: its id is V, and no text en
 of several documents have a real token `<|endoftext|>` between documents; the same letters in a text
 are plain text.
 """
+
 import os
 
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
@@ -37,9 +38,16 @@ class Tokenizer:
         vocab = tokenizer.get_vocab()
         if sorted(vocab.values()) != list(range(self.mask)):
             raise UserError(f"its ids are not 0 to {self.mask - 1}, each once")
-        self._added = {i: token.content for i, token in tokenizer.get_added_tokens_decoder().items()}  # as they are written
-        if not self.is_char and not all(i in self._added or _BYTE.keys() >= set(t) for t, i in vocab.items()):
-            raise UserError("it is no byte-level BPE (nor one of characters), so that the bytes of its tokens are not known")
+        self._added = {
+            i: token.content for i, token in tokenizer.get_added_tokens_decoder().items()
+        }  # as they are written
+        if not self.is_char and not all(
+            i in self._added or _BYTE.keys() >= set(t) for t, i in vocab.items()
+        ):
+            raise UserError(
+                "it is no byte-level BPE (nor one of characters), so that the bytes of its tokens "
+                "are not known"
+            )
         self._characters = {t for t in vocab if t != END} if self.is_char else None
 
     def encode(self, texts, what="the text"):
@@ -49,13 +57,19 @@ class Tokenizer:
             for text in texts:
                 if unknown := set(text) - self._characters:
                     shown = " ".join(repr(c) for c in sorted(unknown)[:8])
-                    raise UserError(f"{what} has characters that the vocabulary of this model lacks: {shown}; "
-                                    f"it knows {''.join(sorted(self._characters))!r}")
+                    raise UserError(
+                        f"{what} has characters that the vocabulary of this model lacks: {shown}; "
+                        f"it knows {''.join(sorted(self._characters))!r}"
+                    )
         try:
-            return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+            return [
+                encoding.ids
+                for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+            ]
         except (TypeError, UnicodeEncodeError):
             raise UserError(f"{what} is not valid Unicode text") from None
-        except Exception as error:  # noqa: BLE001 - `tokenizers` raises plain Exception; the file may be a stranger's
+        # noqa: BLE001 - `tokenizers` raises plain Exception; the file may be a stranger's
+        except Exception as error:
             raise UserError(f"the tokenizer cannot encode {what}: {cli.reason(error)}") from None
 
     def decode(self, ids):
@@ -70,7 +84,9 @@ class Tokenizer:
         if i in (self.mask, self.end):
             return b""
         token = self.tokenizer.id_to_token(i)
-        return token.encode() if self.is_char or i in self._added else bytes(_BYTE[c] for c in token)
+        return (
+            token.encode() if self.is_char or i in self._added else bytes(_BYTE[c] for c in token)
+        )
 
     def pieces(self, ids):
         """One str per id, together the text: for pictures in which every token has its place.
@@ -91,7 +107,10 @@ class Tokenizer:
                     if error.reason == "unexpected end of data" and end < len(ids) and raw[end]:
                         text, end = text + raw[end], end + 1
                         continue
-                    out[position], end = raw[position].decode(errors="backslashreplace"), position + 1
+                    out[position], end = (
+                        raw[position].decode(errors="backslashreplace"),
+                        position + 1,
+                    )
                     break
             position = end
         return out
@@ -103,7 +122,11 @@ class Tokenizer:
 def _byte_alphabet():
     """Character -> byte of the byte-level alphabet (GPT-2): printable bytes stand for
     themselves."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
     others = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
@@ -134,9 +157,16 @@ def train_bpe(texts, vocab_size, min_frequency=2):
     tokenizer = Backend(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab_size - 1, min_frequency=min_frequency, special_tokens=[END], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size - 1,
+            min_frequency=min_frequency,
+            special_tokens=[END],
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
     return Tokenizer(tokenizer)
 
 
@@ -151,8 +181,10 @@ def from_json(text):
 def load(path):
     """Tokenizer file -> Tokenizer."""
     if not os.path.exists(path):
-        raise UserError(f"there is no tokenizer {path}; make it with: python scripts/train_tokenizer.py "
-                        f"--input YOUR.txt --output {path}")
+        raise UserError(
+            f"there is no tokenizer {path}; make it with: python scripts/train_tokenizer.py "
+            f"--input YOUR.txt --output {path}"
+        )
     try:
         return from_json(open(path, encoding="utf-8").read())
     except (OSError, UnicodeDecodeError, UserError) as error:

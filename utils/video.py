@@ -50,17 +50,10 @@ def _known_characters():
 def printable(piece):
     """The text of a token as it is drawn: a line break as an arrow, what the font lacks escaped
     (never a box)."""
-    known = _known_characters()
-    return "".join(
-        "↵"
-        if c == "\n"
-        else "→"
-        if c == "\t"
-        else c
-        if ord(c) in known and (c == " " or c.isprintable())
-        else c.encode("unicode_escape").decode()
-        for c in piece
-    )
+    known, arrows = _known_characters(), {"\n": "↵", "\t": "→"}
+    drawn = lambda c: ord(c) in known and (c == " " or c.isprintable())
+    escaped = lambda c: c if drawn(c) else c.encode("unicode_escape").decode()
+    return "".join(arrows.get(c) or escaped(c) for c in piece)
 
 
 # --- layout ---------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ medians.
     python scripts/lab/bench.py video                           seconds to encode 256 tokens x 100
                                                                 steps as MP4
 """
+
 import dataclasses
 import os
 import statistics
@@ -47,23 +48,37 @@ from utils.cli import UserError, field
 @dataclass(frozen=True)
 class BenchConfig:
     rounds: int = field(7, "timed rounds of each variant", low=1, high=1000)
-    warm_up: int = field(1, "rounds before those (train: memory takes several steps to settle)", low=0, high=1000)
+    warm_up: int = field(
+        1, "rounds before those (train: memory takes several steps to settle)", low=0, high=1000
+    )
     variants: str = field("", "only variants whose name holds this (train)")
     batches: str = field("1,16,64", "rows that are sampled at once (sample)")
     samplers: str = field("", "NAME or NAME:NUMBER, with commas between (sample; default: all)")
-    steps: int = field(64, "steps of the samplers that take as many as they are told (sample)", low=1, high=LONGEST)
+    steps: int = field(
+        64, "steps of the samplers that take as many as they are told (sample)", low=1, high=LONGEST
+    )
     json: str = field("", "write the figures to this file too")
-    device: str = field("auto", "auto: cuda, else mps, else cpu", choices=("auto", "cpu", "cuda", "mps"))
+    device: str = field(
+        "auto", "auto: cuda, else mps, else cpu", choices=("auto", "cpu", "cuda", "mps")
+    )
 
     def __post_init__(self):
         cli.check(self)
         for name in self.sampler_names():
             policies.find_sampler(name)
-        if not all(word.strip().isdecimal() and 1 <= int(word) <= 10_000 for word in self.batches.split(",")):
-            raise UserError(f"batches={self.batches}: expected whole numbers up to 10,000 with commas between, as in 1,16")
+        if not all(
+            word.strip().isdecimal() and 1 <= int(word) <= 10_000
+            for word in self.batches.split(",")
+        ):
+            raise UserError(
+                f"batches={self.batches}: expected whole numbers up to 10,000 with commas between, "
+                "as in 1,16"
+            )
 
     def sampler_names(self):
-        return [name.strip() for name in self.samplers.split(",") if name.strip()] or list(policies.SAMPLERS)
+        return [name.strip() for name in self.samplers.split(",") if name.strip()] or list(
+            policies.SAMPLERS
+        )
 
 
 def bench_sample(name, options):
@@ -81,7 +96,9 @@ def bench_sample(name, options):
     else:
         cfg = cli.merge(Config, settings.preset(name))
         torch.manual_seed(0)
-        model = Transformer(cfg, cfg.vocab_size if cfg.tokenizer != "char" else 66).to(device).eval()
+        model = (
+            Transformer(cfg, cfg.vocab_size if cfg.tokenizer != "char" else 66).to(device).eval()
+        )
         torch.nn.init.normal_(model.head.weight, std=0.02)
     rows = []
     for batch in map(int, options.batches.split(",")):
@@ -98,13 +115,23 @@ def bench_sample(name, options):
                 with runtime.autocast(device, dtype):
                     *_, last = diffusion.sample(families.family_of(cfg), model, blank, how)
                 return last.ids, last.nfe
+
             return run
 
         block = cfg.seq_len // 8
-        variants = {"source procedure, float32": source} | {name: ours(name) for name in options.sampler_names()} | {
-            f"confidence, blocks of {block}": ours("confidence", decode_block=block),
-            f"confidence, blocks of {block}, prefix cache": ours("confidence", decode_block=block, cache="prefix"),
-            f"confidence, blocks of {block}, dual cache": ours("confidence", decode_block=block, cache="dual")}
+        variants = (
+            {"source procedure, float32": source}
+            | {name: ours(name) for name in options.sampler_names()}
+            | {
+                f"confidence, blocks of {block}": ours("confidence", decode_block=block),
+                f"confidence, blocks of {block}, prefix cache": ours(
+                    "confidence", decode_block=block, cache="prefix"
+                ),
+                f"confidence, blocks of {block}, dual cache": ours(
+                    "confidence", decode_block=block, cache="dual"
+                ),
+            }
+        )
         times, nfe, peak = {label: [] for label in variants}, {}, {}
         for number in range(options.rounds + options.warm_up):
             for label, run in variants.items():
@@ -116,24 +143,43 @@ def bench_sample(name, options):
                     times[label].append(time.perf_counter() - start)
                 peak[label] = runtime.peak_memory(device)
         base = times["source procedure, float32"]
-        rows += [{"batch": batch, "sampler": label, "evaluations": nfe[label],
-                  "median_seconds": statistics.median(seconds),
-                  "tokens_per_second": batch * (cfg.seq_len - 1) / statistics.median(seconds),
-                  "speed_up": statistics.median(b / s for b, s in zip(base, seconds)),
-                  "peak_memory_gb": peak[label] / 2**30}  # on a CPU: of the process so far
-                 for label, seconds in times.items()]
-    return {"model": name, "device": bench_training.device_name(device), "dtype": runtime.dtype_name(dtype), "torch": torch.__version__,
-            "threads": torch.get_num_threads(), "window": cfg.seq_len, "parameters": model.num_parameters(),
-            "rounds": options.rounds, "rows": rows}
+        rows += [
+            {
+                "batch": batch,
+                "sampler": label,
+                "evaluations": nfe[label],
+                "median_seconds": statistics.median(seconds),
+                "tokens_per_second": batch * (cfg.seq_len - 1) / statistics.median(seconds),
+                "speed_up": statistics.median(b / s for b, s in zip(base, seconds)),
+                "peak_memory_gb": peak[label] / 2**30,
+            }  # on a CPU: of the process so far
+            for label, seconds in times.items()
+        ]
+    return {
+        "model": name,
+        "device": bench_training.device_name(device),
+        "dtype": runtime.dtype_name(dtype),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "window": cfg.seq_len,
+        "parameters": model.num_parameters(),
+        "rounds": options.rounds,
+        "rows": rows,
+    }
 
 
 def show_sample(report):
-    print(f"{report['model']} on {report['device']} {report['dtype']}, {report['threads']} threads, "
-          f"{report['parameters']:,} parameters, {report['window']} tokens")
+    print(
+        f"{report['model']} on {report['device']} {report['dtype']}, {report['threads']} threads, "
+        f"{report['parameters']:,} parameters, {report['window']} tokens"
+    )
     for row in report["rows"]:
-        print(f"  batch {row['batch']:<3} {row['sampler']:<42} {row['evaluations']:4} evaluations "
-              f"{row['median_seconds']:8.2f} s {row['tokens_per_second']:10,.0f} tokens/s  x{row['speed_up']:.2f}  "
-              f"{row['peak_memory_gb']:.2f} GB")
+        print(
+            f"  batch {row['batch']:<3} {row['sampler']:<42} {row['evaluations']:4} evaluations "
+            f"{row['median_seconds']:8.2f} s {row['tokens_per_second']:10,.0f} tokens/s  "
+            f"x{row['speed_up']:.2f}  "
+            f"{row['peak_memory_gb']:.2f} GB"
+        )
 
 
 def bench_video(name, options):
@@ -145,29 +191,47 @@ def bench_video(name, options):
     model = Transformer(cfg, tokenizer.vocab_size).eval()
     blank = torch.full((1, 256), tokenizer.mask)
     how = SampleConfig(steps=100, sampler="confidence", top_p=1.0)
-    frames, steps = trace.record(diffusion.sample(families.family_of(cfg), model, blank, how), blank, tokenizer.mask)
+    frames, steps = trace.record(
+        diffusion.sample(families.family_of(cfg), model, blank, how), blank, tokenizer.mask
+    )
     list(steps)
     with tempfile.TemporaryDirectory() as folder:
         seconds = []
         for _ in range(options.rounds + options.warm_up):
             start = time.perf_counter()
-            video.write_mp4(os.path.join(folder, "trace.mp4"), video.pictures(frames, tokenizer, "title"), 100)
+            video.write_mp4(
+                os.path.join(folder, "trace.mp4"), video.pictures(frames, tokenizer, "title"), 100
+            )
             seconds.append(time.perf_counter() - start)
-    return {"frames": len(frames), "tokens": 256, "rounds": options.rounds, "threads": torch.get_num_threads(),
-            "median_seconds": statistics.median(seconds[options.warm_up:])}
+    return {
+        "frames": len(frames),
+        "tokens": 256,
+        "rounds": options.rounds,
+        "threads": torch.get_num_threads(),
+        "median_seconds": statistics.median(seconds[options.warm_up :]),
+    }
 
 
 def show_video(report):
-    print(f"{report['tokens']} tokens x {report['frames']} frames as MP4: {report['median_seconds']:.1f} s")
+    print(
+        f"{report['tokens']} tokens x {report['frames']} frames as MP4: "
+        f"{report['median_seconds']:.1f} s"
+    )
 
 
-BENCHES = {"train": (bench_training.bench_train, bench_training.show_train, "tales"), "sample": (bench_sample, show_sample, "stories"),
-           "video": (bench_video, show_video, "tales")}
+BENCHES = {
+    "train": (bench_training.bench_train, bench_training.show_train, "tales"),
+    "sample": (bench_sample, show_sample, "stories"),
+    "video": (bench_video, show_video, "tales"),
+}
 
 
 def run(positional, overrides):
     if not positional or positional[0] not in BENCHES:
-        raise UserError("say what to time: python scripts/lab/bench.py train [preset ...], sample [preset ...] or video")
+        raise UserError(
+            "say what to time: python scripts/lab/bench.py train [preset ...], sample [preset ...] "
+            "or video"
+        )
     options, reports = cli.merge(BenchConfig, overrides), []
     bench, show, default = BENCHES[positional[0]]
     for name in positional[1:] or [default]:

@@ -1,4 +1,5 @@
 """Time of a training step: `scripts/lab/bench.py train`, which runs it."""
+
 import contextlib
 import dataclasses
 import math
@@ -27,11 +28,22 @@ def training_step(cfg, vocab_size, device, dtype=torch.float32, compiled=False, 
     torch.manual_seed(0)
     model = Transformer(cfg, vocab_size).to(device).train()
     family = families.family_of(cfg)
-    optimizers, numbers, hardware = optim.make_optimizers(model, cfg, dtype), iter(range(10**9)), ranks.Hardware(device, dtype)
+    optimizers, numbers, hardware = (
+        optim.make_optimizers(model, cfg, dtype),
+        iter(range(10**9)),
+        ranks.Hardware(device, dtype),
+    )
     if torchs_muon:
         optimizers[1] = torch.optim.Muon(optimizers[1].param_groups[0]["params"], cfg.muon_lr)
     x0 = torch.randint(vocab_size - 1, (cfg.batch_size, cfg.seq_len))
-    data = corpus.Corpus(batch=lambda step, rows: x0[rows], held_out=None, tokenizer=None, tokens=0, fingerprint="", training=None)
+    data = corpus.Corpus(
+        batch=lambda step, rows: x0[rows],
+        held_out=None,
+        tokenizer=None,
+        tokens=0,
+        fingerprint="",
+        training=None,
+    )
 
     def step(network, token_nll=diffusion.token_nll):
         batch = train.draw_batch(family, data, next(numbers), hardware)
@@ -41,12 +53,16 @@ def training_step(cfg, vocab_size, device, dtype=torch.float32, compiled=False, 
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         runtime.synchronise(device)
-        return x0.numel() if cfg.loss_weighting == "full" else sum(len(c.index) for _, c in batch[0])
+        return (
+            x0.numel() if cfg.loss_weighting == "full" else sum(len(c.index) for _, c in batch[0])
+        )
 
     if compiled:
         compiled = runtime.compile_network(model, diffusion.token_nll, device, step)
         if not compiled:
-            raise UserError("torch.compile does not work here: nothing compiled to time; choose with --variants")
+            raise UserError(
+                "torch.compile does not work here: nothing compiled to time; choose with --variants"
+            )
     network, token_nll, _ = compiled or (model, diffusion.token_nll, None)
     return partial(step, network, token_nll), model.num_parameters()
 
@@ -66,7 +82,9 @@ def serve(pipe, keep_memory, *setting):
                 start = time.perf_counter()
                 scored = step()
                 times.append(time.perf_counter() - start)
-            pipe.send((statistics.median(times[1:]), scored, parameters, runtime.peak_memory(setting[2])))
+            pipe.send(
+                (statistics.median(times[1:]), scored, parameters, runtime.peak_memory(setting[2]))
+            )
     except (UserError, RuntimeError) as error:  # a GPU's memory that is too small, say
         pipe.send(cli.reason(error))
     except EOFError:  # the process that asks has ended
@@ -116,6 +134,7 @@ def matrix_rate(device, dtype, size):
     def product():
         a @ a
         runtime.synchronise(device)
+
     product()
     return 2 * size**3 / statistics.median(seconds_of(product) for _ in range(5))
 
@@ -126,20 +145,33 @@ def model_flops(cfg, vocab_size, scored):
     computed twice."""
     tokens = cfg.batch_size * cfg.seq_len
     blocks = sum(p.numel() for p in Transformer(cfg, vocab_size).blocks.parameters())
-    return (6 * blocks + 12 * cfg.n_layer * cfg.n_embd * cfg.seq_len) * tokens + 6 * cfg.n_embd * (vocab_size - 1) * scored
+    return (6 * blocks + 12 * cfg.n_layer * cfg.n_embd * cfg.seq_len) * tokens + 6 * cfg.n_embd * (
+        vocab_size - 1
+    ) * scored
 
 
 def training_variants(cfg, dtype):
     """Label -> (whether memory is kept, Config, dtype, whether compiled, whether with
     torch.optim.Muon), in order."""
-    shape = {name: getattr(cfg, name) for name in ("n_layer", "n_head", "n_embd", "seq_len", "micro_batch")}
-    recipe = cli.merge(Config, config.MICRO, shape, {"loss_weighting": "full"})  # head and loss at all positions
+    shape = {
+        name: getattr(cfg, name)
+        for name in ("n_layer", "n_head", "n_embd", "seq_len", "micro_batch")
+    }
+    recipe = cli.merge(
+        Config, config.MICRO, shape, {"loss_weighting": "full"}
+    )  # head and loss at all positions
     label, full = runtime.dtype_name(dtype), torch.float32
-    variants = {SOURCE: (False, recipe, full, False, False),
-                "the same, memory kept": (True, recipe, full, False, False),
-                "float32 eager": (True, cfg, full, False, False), "float32 compiled": (True, cfg, full, True, False)}
+    variants = {
+        SOURCE: (False, recipe, full, False, False),
+        "the same, memory kept": (True, recipe, full, False, False),
+        "float32 eager": (True, cfg, full, False, False),
+        "float32 compiled": (True, cfg, full, True, False),
+    }
     if dtype != full:
-        variants |= {f"{label} eager": (True, cfg, dtype, False, False), f"{label} compiled": (True, cfg, dtype, True, False)}
+        variants |= {
+            f"{label} eager": (True, cfg, dtype, False, False),
+            f"{label} compiled": (True, cfg, dtype, True, False),
+        }
     if cfg.optimizer == "muon":
         variants[f"{label} compiled, torch.optim.Muon"] = (True, cfg, dtype, True, True)
     return variants
@@ -148,17 +180,28 @@ def training_variants(cfg, dtype):
 def time_together(variants, vocab_size, device, matrices, options):
     """(label -> list of answers of `serve`, one a round; median FLOP/s of matrix products), all in
     turn, each for the rows of the largest step."""
-    processes = [Variant(label, keep, cfg, vocab_size, device, *rest) for label, (keep, cfg, *rest) in variants.items()]
-    answers, rates, most = {label: [] for label in variants}, [], max(cfg.batch_size for _, cfg, *_ in variants.values())
+    processes = [
+        Variant(label, keep, cfg, vocab_size, device, *rest)
+        for label, (keep, cfg, *rest) in variants.items()
+    ]
+    answers, rates, most = (
+        {label: [] for label in variants},
+        [],
+        max(cfg.batch_size for _, cfg, *_ in variants.values()),
+    )
     try:
         for number in range(options.rounds + options.warm_up):
             rates.append(matrix_rate(device, *matrices))
             for process in processes:
-                answers[process.label].append(process.turn(most // variants[process.label][1].batch_size))
+                answers[process.label].append(
+                    process.turn(most // variants[process.label][1].batch_size)
+                )
     finally:
         for process in processes:
             process.end()
-    return {label: rows[options.warm_up:] for label, rows in answers.items()}, statistics.median(rates[options.warm_up:])
+    return {label: rows[options.warm_up :] for label, rows in answers.items()}, statistics.median(
+        rates[options.warm_up :]
+    )
 
 
 def bench_train(name, options):
@@ -167,12 +210,17 @@ def bench_train(name, options):
     cfg = dataclasses.replace(cli.merge(Config, settings.preset(name)), short_rows=0.0)
     device = runtime.choose_device(options.device)
     dtype = runtime.choose_dtype("auto", device)
-    vocab_size = 66 if cfg.tokenizer == "char" else cfg.vocab_size  # of Tiny Shakespeare, or what BPE is trained to
+    vocab_size = (
+        66 if cfg.tokenizer == "char" else cfg.vocab_size
+    )  # of Tiny Shakespeare, or what BPE is trained to
     variants, figures = training_variants(cfg, dtype), {}
     matrices = dtype, 8192 if device.type == "cuda" else 2048
     labels = [label for label in variants if label != SOURCE and options.variants in label]
     if not labels:
-        raise UserError(f"variants={options.variants}: no variant's name holds this; known: {', '.join(variants)}")
+        raise UserError(
+            f"variants={options.variants}: no variant's name holds this; known: "
+            f"{', '.join(variants)}"
+        )
     tokens = lambda label: variants[label][1].batch_size * variants[label][1].seq_len
     own, timed = f"{runtime.dtype_name(dtype)} compiled", {}
     for label in [SOURCE, *labels] if device.type == "cuda" else labels:
@@ -181,7 +229,9 @@ def bench_train(name, options):
         reference = own if label == f"{own}, torch.optim.Muon" and own in figures else SOURCE
         group = [label] if device.type == "cuda" else [reference, label]
         try:
-            answers, rate = time_together({one: variants[one] for one in group}, vocab_size, device, matrices, options)
+            answers, rate = time_together(
+                {one: variants[one] for one in group}, vocab_size, device, matrices, options
+            )
         except UserError as error:  # a GPU's memory that is too small for one may do for the others
             failed = error
             print(f"left out: {error}", file=sys.stderr)
@@ -195,27 +245,51 @@ def bench_train(name, options):
             seconds = statistics.median(row[0] for row in rows)
             flops = model_flops(variants[one][1], vocab_size, rows[-1][1]) / seconds
             figures[one] = {
-                "rows_a_step": variants[one][1].batch_size, "median_step_seconds": seconds,
+                "rows_a_step": variants[one][1].batch_size,
+                "median_step_seconds": seconds,
                 "tokens_per_second": tokens(one) / seconds,
-                "speed_up": base and known and known * tokens(one) / tokens(reference) * statistics.median(
-                    a[0] / b[0] for a, b in zip(base, rows)),
-                "model_flops_per_second": flops, "matrix_product_flops_per_second": rate,
-                "share_of_matrix_rate": flops / rate, "peak_memory_gb": rows[-1][3] / 2**30, "parameters": rows[-1][2]}
+                "speed_up": base
+                and known
+                and known
+                * tokens(one)
+                / tokens(reference)
+                * statistics.median(a[0] / b[0] for a, b in zip(base, rows)),
+                "model_flops_per_second": flops,
+                "matrix_product_flops_per_second": rate,
+                "share_of_matrix_rate": flops / rate,
+                "peak_memory_gb": rows[-1][3] / 2**30,
+                "parameters": rows[-1][2],
+            }
     if not figures:
         raise failed
-    return {"preset": name, "device": device_name(device), "torch": torch.__version__, "threads": torch.get_num_threads(),
-            "seq_len": cfg.seq_len, "vocab_size": vocab_size, "rounds": options.rounds,
-            "matrix_product_dtype": runtime.dtype_name(dtype), "matrix_product_size": matrices[1],
-            "variants": figures}
+    return {
+        "preset": name,
+        "device": device_name(device),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "seq_len": cfg.seq_len,
+        "vocab_size": vocab_size,
+        "rounds": options.rounds,
+        "matrix_product_dtype": runtime.dtype_name(dtype),
+        "matrix_product_size": matrices[1],
+        "variants": figures,
+    }
 
 
 def show_train(report):
     size = report["matrix_product_size"]
-    print(f"{report['preset']} on {report['device']}, {report['threads']} threads; shares are of the rate of "
-          f"{report['matrix_product_dtype']} matrix products, {size} x {size} x {size}")
+    print(
+        f"{report['preset']} on {report['device']}, {report['threads']} threads; shares are of the "
+        "rate of "
+        f"{report['matrix_product_dtype']} matrix products, {size} x {size} x {size}"
+    )
     for label, f in report["variants"].items():
-        print(f"  {label:<38} {f['rows_a_step']:4} rows {f['median_step_seconds'] * 1000:8.0f} ms a step "
-              f"{f['tokens_per_second']:10,.0f} tokens/s  x{f['speed_up'] or math.nan:.2f} "
-              f"{f['model_flops_per_second'] / 1e9:10,.0f} "
-              f"of {f['matrix_product_flops_per_second'] / 1e9:,.0f} GFLOP/s {f['share_of_matrix_rate']:6.1%} "
-              f"{f['peak_memory_gb']:6.1f} GB")
+        print(
+            f"  {label:<38} {f['rows_a_step']:4} rows {f['median_step_seconds'] * 1000:8.0f} ms a "
+            "step "
+            f"{f['tokens_per_second']:10,.0f} tokens/s  x{f['speed_up'] or math.nan:.2f} "
+            f"{f['model_flops_per_second'] / 1e9:10,.0f} "
+            f"of {f['matrix_product_flops_per_second'] / 1e9:,.0f} GFLOP/s "
+            f"{f['share_of_matrix_rate']:6.1%} "
+            f"{f['peak_memory_gb']:6.1f} GB"
+        )

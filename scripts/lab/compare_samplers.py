@@ -4,6 +4,7 @@ scripts/lab/ablate.py, which runs them.
 Each is a function from ablate.py's options to the settings, and one from them to (the function that
 measures a setting, what its figures depend on besides).
 """
+
 import re
 import time
 from functools import partial
@@ -32,8 +33,12 @@ from utils.cli import UserError
 STEPS = (4, 8, 16, 32, 64)
 MORE_STEPS = (*STEPS, 128, 256)  # for the samplers that gain from more steps than there are tokens
 # samplers that choose their number of steps themselves
-NUMBERS = {"threshold": (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99), "factor": (0.3, 0.5, 1.0, 1.5, 2.0, 3.0),
-           "entropy_bounded": (0.01, 0.03, 0.1, 0.3, 1.0, 3.0), "local_entropy": (11, 17, 22, 33, 48)}
+NUMBERS = {
+    "threshold": (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99),
+    "factor": (0.3, 0.5, 1.0, 1.5, 2.0, 3.0),
+    "entropy_bounded": (0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
+    "local_entropy": (11, 17, 22, 33, 48),
+}
 
 
 def sampler_settings(options):
@@ -42,19 +47,31 @@ def sampler_settings(options):
     rows = []
     for name, sampler in policies.SAMPLERS.items():
         if name in NUMBERS:
-            rows += [{"sampler": f"{name}:{number:g}", "steps": "", "decode_block": 0} for number in NUMBERS[name]]
+            rows += [
+                {"sampler": f"{name}:{number:g}", "steps": "", "decode_block": 0}
+                for number in NUMBERS[name]
+            ]
         elif name == "first_hitting":
             rows.append({"sampler": name, "steps": "", "decode_block": 0})
         else:
-            several = MORE_STEPS if name == "ancestral" or name.startswith("remdm") else (*STEPS, "")  # "": one a token
+            several = (
+                MORE_STEPS if name == "ancestral" or name.startswith("remdm") else (*STEPS, "")
+            )  # "": one a token
             rows += [{"sampler": name, "steps": steps, "decode_block": 0} for steps in several]
-    rows += [{"sampler": "confidence", "steps": steps, "decode_block": 16} for steps in (*STEPS, "")]
-    rows += [{"sampler": "source", "steps": steps, "decode_block": 0} for steps in (4, 8, 16, 32, 64, 101)]
+    rows += [
+        {"sampler": "confidence", "steps": steps, "decode_block": 16} for steps in (*STEPS, "")
+    ]
+    rows += [
+        {"sampler": "source", "steps": steps, "decode_block": 0}
+        for steps in (4, 8, 16, 32, 64, 101)
+    ]
     rows = [row | {"cache": "none", "top_p": 1.0} for row in rows]
     best = {"sampler": SampleConfig.sampler, "steps": "", "decode_block": 0, "cache": "none"}
     rows += [best | {"top_p": share} for share in (0.9, 0.95, 0.98, 0.99)]
     best["decode_block"] = 16
-    return rows + [best | {"cache": cache, "top_p": SampleConfig.top_p} for cache in ("none", "prefix", "dual")]
+    return rows + [
+        best | {"cache": cache, "top_p": SampleConfig.top_p} for cache in ("none", "prefix", "dual")
+    ]
 
 
 def masked_model(path, device):
@@ -68,8 +85,11 @@ def masked_model(path, device):
     model, tokenizer, cfg = checkpoint.restore(state, device, path)
     family = families.family_of(cfg)
     if family.block_len or family.procedure:
-        raise UserError(f"{path} writes {family.procedure or 'block by block'}; samplers are compared with a masked model of the "
-                        "whole window")
+        raise UserError(
+            f"{path} writes {family.procedure or 'block by block'}; samplers are compared with a "
+            "masked model of the "
+            "whole window"
+        )
     return model, tokenizer, cfg, state
 
 
@@ -78,10 +98,21 @@ def trained(options):
     checkpoint that is meant."""
     device = runtime.choose_device(options.device)
     model, tokenizer, cfg, state = masked_model(options.checkpoint, device)
-    dtype = runtime.dtype_of_run(options.dtype, cfg.dtype, device, options.checkpoint or "the newest checkpoint")
-    return model, families.family_of(cfg), tokenizer, state["step"], ranks.Hardware(device, dtype), {
-        "num_samples": options.num_samples, "model": f"{cfg.name} {state['step']} {state['nll']:.4f}",
-        "dtype": runtime.dtype_name(dtype)}
+    dtype = runtime.dtype_of_run(
+        options.dtype, cfg.dtype, device, options.checkpoint or "the newest checkpoint"
+    )
+    return (
+        model,
+        families.family_of(cfg),
+        tokenizer,
+        state["step"],
+        ranks.Hardware(device, dtype),
+        {
+            "num_samples": options.num_samples,
+            "model": f"{cfg.name} {state['step']} {state['nll']:.4f}",
+            "dtype": runtime.dtype_name(dtype),
+        },
+    )
 
 
 def generate(model, family, setting, blank, seeds):
@@ -90,7 +121,9 @@ def generate(model, family, setting, blank, seeds):
     misled")."""
     how = setting | {"steps": setting["steps"] or None}
     if how["sampler"] == "source":
-        return yardstick.sampler(model, blank, how["steps"], seeds[0]), torch.full((len(blank),), how["steps"])
+        return yardstick.sampler(model, blank, how["steps"], seeds[0]), torch.full(
+            (len(blank),), how["steps"]
+        )
     if how["sampler"] == "notes, misled":
         model, how["sampler"] = misled(model, how["steps"]), "notes"
     *_, last = diffusion.sample(family, model, blank, SampleConfig(**how), seeds=seeds)
@@ -103,33 +136,58 @@ def judge_samplers(options):
     model, family, tokenizer, _, hardware, common = trained(options)
     cfg = family.cfg
     if cfg.data != "tales":
-        raise UserError(f"{cfg.name} was trained on {cfg.data}; samplers are judged on tales: python train.py tales")
+        raise UserError(
+            f"{cfg.name} was trained on {cfg.data}; samplers are judged on tales: python train.py "
+            "tales"
+        )
 
     def measure(setting):
         start = time.perf_counter()
         with hardware.autocast():
-            rows, nfe = samples.sample_rows(partial(generate, model, family, setting), family, tokenizer, options.num_samples, hardware.device)
+            rows, nfe = samples.sample_rows(
+                partial(generate, model, family, setting),
+                family,
+                tokenizer,
+                options.num_samples,
+                hardware.device,
+            )
         seconds = time.perf_counter() - start
-        stories = [story for row in rows.tolist() for story in canvas.documents(tokenizer, row, cfg.rows)]
+        stories = [
+            story for row in rows.tolist() for story in canvas.documents(tokenizer, row, cfg.rows)
+        ]
         figures = samples.judge_tales(stories) | samples.diversity(stories)
-        return {"evaluations": nfe.float().mean().item()} | figures | {
-            "entropy": tales.entropy(), "seconds_a_sample": seconds / options.num_samples}
+        return (
+            {"evaluations": nfe.float().mean().item()}
+            | figures
+            | {"entropy": tales.entropy(), "seconds_a_sample": seconds / options.num_samples}
+        )
+
     return measure, common
 
 
 def temperature_settings(options):
     """The default sampler and one token at a time, from always the likeliest token to beyond the
     network's own."""
-    return [{"sampler": sampler, "steps": "", "temperature": t, "top_p": 1.0}
-            for sampler in (SampleConfig.sampler, "first_hitting") for t in (0.0, 0.3, 0.6, 0.8, 0.9, 1.0, 1.1, 1.3)]
+    return [
+        {"sampler": sampler, "steps": "", "temperature": t, "top_p": 1.0}
+        for sampler in (SampleConfig.sampler, "first_hitting")
+        for t in (0.0, 0.3, 0.6, 0.8, 0.9, 1.0, 1.1, 1.3)
+    ]
 
 
 # --- who comes first ------------------------------------------------------------------------------
 
 
 def order_settings(options):
-    return [{"sampler": name, "steps": "", "temperature": t}
-            for name, t in (("first_hitting", 1.0), ("confidence", 1.0), ("confidence", 0.0), (SampleConfig.sampler, 1.0))]
+    return [
+        {"sampler": name, "steps": "", "temperature": t}
+        for name, t in (
+            ("first_hitting", 1.0),
+            ("confidence", 1.0),
+            ("confidence", 0.0),
+            (SampleConfig.sampler, 1.0),
+        )
+    ]
 
 
 def measure_order(options):
@@ -145,7 +203,9 @@ def measure_order(options):
     """
     model, family, tokenizer, steps, hardware, common = trained(options)
     cfg, device = family.cfg, hardware.device
-    training = samples.without_filling(corpus.load(cfg, tokenizer).training(steps, metrics.SEARCHED), tokenizer, cfg)
+    training = samples.without_filling(
+        corpus.load(cfg, tokenizer).training(steps, metrics.SEARCHED), tokenizer, cfg
+    )
     counts = torch.bincount(training[training >= 0].long(), minlength=tokenizer.mask).double()
     share = counts / counts.sum()
     cumulative = torch.zeros_like(share)
@@ -156,19 +216,33 @@ def measure_order(options):
         def places(blank, seeds):
             place = torch.zeros(blank.shape, device=device)
             with hardware.autocast():
-                how = SampleConfig(sampler=setting["sampler"], temperature=setting["temperature"], top_p=1.0)
-                for k, step in enumerate(diffusion.sample(family, model, blank, how, seeds=seeds), 1):
+                how = SampleConfig(
+                    sampler=setting["sampler"], temperature=setting["temperature"], top_p=1.0
+                )
+                for k, step in enumerate(
+                    diffusion.sample(family, model, blank, how, seeds=seeds), 1
+                ):
                     place[step.fresh] = k
             last = place.amax(1, keepdim=True)  # a row that is finished early has had its last step
             return step.ids, torch.where(place > 0, (place - 1) / (last - 1).clamp(min=1), -1)
+
         ids, place = samples.sample_rows(places, family, tokenizer, options.num_samples, device)
         unmasked = (place >= 0) & (samples.without_filling(ids, tokenizer, cfg) >= 0)
-        rank, place, frequency = cumulative[ids[unmasked]], place[unmasked].double(), share[ids[unmasked]]
+        rank, place, frequency = (
+            cumulative[ids[unmasked]],
+            place[unmasked].double(),
+            share[ids[unmasked]],
+        )
         share_of_frequent = lambda some: (rank[some] < 0.25).double().mean().item()
-        return {"early": share_of_frequent(place < 0.1), "all": share_of_frequent(place >= 0),
-                "frequent": place[rank < 0.25].mean().item(), "middle": place[(rank >= 0.25) & (rank < 0.75)].mean().item(),
-                "rare": place[rank >= 0.75].mean().item(),
-                "correlation": torch.corrcoef(torch.stack((place, frequency)))[0, 1].item()}
+        return {
+            "early": share_of_frequent(place < 0.1),
+            "all": share_of_frequent(place >= 0),
+            "frequent": place[rank < 0.25].mean().item(),
+            "middle": place[(rank >= 0.25) & (rank < 0.75)].mean().item(),
+            "rare": place[rank >= 0.75].mean().item(),
+            "correlation": torch.corrcoef(torch.stack((place, frequency)))[0, 1].item(),
+        }
+
     return measure, common
 
 
@@ -184,6 +258,7 @@ def misled(model, steps):
     def network(ids, noise_level, **more):
         t = torch.tensor(next(times) / steps, device=ids.device)
         return model(ids, diffusion.mask_ratio("cos2_s008", t).expand(len(ids)), **more)
+
     network.vocab_size = model.vocab_size
     return network
 
@@ -191,12 +266,33 @@ def misled(model, steps):
 def spelling_settings(options):
     """The notes' sampler with their 100 and 300 steps, with and without their clock, beside others
     with as many, the default, and other temperatures."""
-    rows = [("notes", 100), ("notes", 300), ("notes, misled", 100), ("notes, misled", 300), ("confidence", 100), ("random", 100),
-            ("ancestral", 100), ("ancestral", 300), ("ancestral", 1000), ("remask", 100), ("source", 101), ("first_hitting", "")]
-    best = [{"sampler": SampleConfig.sampler, "steps": "", "temperature": t, "top_p": 1.0} for t in (0.0, 0.5, 0.8, 1.0)]
-    return [{"sampler": "held-out text", "steps": "", "temperature": 1.0, "top_p": 1.0}] + [
-        {"sampler": name, "steps": steps, "temperature": 1.0, "top_p": 1.0} for name, steps in rows] + best + [
-        best[-1] | {"top_p": SampleConfig.top_p}]
+    rows = [
+        ("notes", 100),
+        ("notes", 300),
+        ("notes, misled", 100),
+        ("notes, misled", 300),
+        ("confidence", 100),
+        ("random", 100),
+        ("ancestral", 100),
+        ("ancestral", 300),
+        ("ancestral", 1000),
+        ("remask", 100),
+        ("source", 101),
+        ("first_hitting", ""),
+    ]
+    best = [
+        {"sampler": SampleConfig.sampler, "steps": "", "temperature": t, "top_p": 1.0}
+        for t in (0.0, 0.5, 0.8, 1.0)
+    ]
+    return (
+        [{"sampler": "held-out text", "steps": "", "temperature": 1.0, "top_p": 1.0}]
+        + [
+            {"sampler": name, "steps": steps, "temperature": 1.0, "top_p": 1.0}
+            for name, steps in rows
+        ]
+        + best
+        + [best[-1] | {"top_p": SampleConfig.top_p}]
+    )
 
 
 def measure_spelling(options):
@@ -209,8 +305,11 @@ def measure_spelling(options):
     model, family, tokenizer, steps, hardware, common = trained(options)
     cfg = family.cfg
     if cfg.time_conditioning == "none":
-        raise UserError(f"{cfg.name} is not told the time, so that a wrong clock would do nothing; train one that is: "
-                        "--time_conditioning sinusoidal")
+        raise UserError(
+            f"{cfg.name} is not told the time, so that a wrong clock would do nothing; train one "
+            "that is: "
+            "--time_conditioning sinusoidal"
+        )
     data = corpus.load(cfg, tokenizer)
     words_of = lambda string: re.findall(r"[^\W\d_]+(?:'[^\W\d_]+)*", string)
     speakers_of = lambda string: re.findall(r"\n(.+:)\n", string)
@@ -219,15 +318,32 @@ def measure_spelling(options):
     known_words, known_speakers = set(words_of(training)), set(speakers_of(training))
 
     def measure(setting):
-        rows, nfe = samples.reference_rows(data.held_out, tokenizer, options.num_samples), torch.zeros(1)
+        rows, nfe = (
+            samples.reference_rows(data.held_out, tokenizer, options.num_samples),
+            torch.zeros(1),
+        )
         if setting["sampler"] != "held-out text":
             with hardware.autocast():
-                rows, nfe = samples.sample_rows(partial(generate, model, family, setting), family, tokenizer, options.num_samples,
-                                                hardware.device)
-        texts = [canvas.finished(tokenizer, row, stop=cfg.rows == "document") for row in rows.tolist()]
-        words = [word for one in texts for word in words_of(one)[1:-1]]  # windows cut the first and the last
+                rows, nfe = samples.sample_rows(
+                    partial(generate, model, family, setting),
+                    family,
+                    tokenizer,
+                    options.num_samples,
+                    hardware.device,
+                )
+        texts = [
+            canvas.finished(tokenizer, row, stop=cfg.rows == "document") for row in rows.tolist()
+        ]
+        words = [
+            word for one in texts for word in words_of(one)[1:-1]
+        ]  # windows cut the first and the last
         speakers = [speaker for one in texts for speaker in speakers_of(one)]
-        return {"evaluations": nfe.float().mean().item(), "words": share(words, known_words),
-                "speakers": share(speakers, known_speakers), "speaker_lines": len(speakers),
-                "texts": len(texts)} | samples.diversity(texts)
+        return {
+            "evaluations": nfe.float().mean().item(),
+            "words": share(words, known_words),
+            "speakers": share(speakers, known_speakers),
+            "speaker_lines": len(speakers),
+            "texts": len(texts),
+        } | samples.diversity(texts)
+
     return measure, common

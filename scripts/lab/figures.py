@@ -1,4 +1,5 @@
 """Figures of the comparisons."""
+
 import math
 
 from utils import plots
@@ -19,24 +20,46 @@ def bound_over_cost(rows, title, path):
     """
     plt = plots.pyplot()
     from matplotlib import ticker
+
     variants = {}
     for row in rows:
         if row["curve"]:  # not of a run that diverged
             variants.setdefault(row["variant"], []).append(row)
-    ends = {name: sum(float(row["bound"]) for row in runs) / len(runs) for name, runs in variants.items()}
+    ends = {
+        name: sum(float(row["bound"]) for row in runs) / len(runs)
+        for name, runs in variants.items()
+    }
     order = sorted(ends, key=ends.get)
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4 + 0.15 * len(order)), width_ratios=(3, 3, 2), layout="constrained")
+    figure, axes = plt.subplots(
+        1, 3, figsize=(15, 4 + 0.15 * len(order)), width_ratios=(3, 3, 2), layout="constrained"
+    )
     for place, name in enumerate(order):
-        style = dict(color=plots.OKABE_ITO[place % 7], ls=("-", "--", ":", "-.")[place // 7 % 4], lw=1.2)
+        style = dict(
+            color=plots.OKABE_ITO[place % 7], ls=("-", "--", ":", "-.")[place // 7 % 4], lw=1.2
+        )
         for row in variants[name]:
             points = curve(row)
-            axes[0].plot([p[0] * float(row["rows_a_step"]) for p in points], [p[2] for p in points], **style)
+            axes[0].plot(
+                [p[0] * float(row["rows_a_step"]) for p in points], [p[2] for p in points], **style
+            )
             axes[1].plot([p[1] for p in points], [p[2] for p in points], **style)
-            axes[2].errorbar(float(row["bound"]), -place, xerr=float(row["se_rows"]), fmt="o", ms=4, color=style["color"])
+            axes[2].errorbar(
+                float(row["bound"]),
+                -place,
+                xerr=float(row["se_rows"]),
+                fmt="o",
+                ms=4,
+                color=style["color"],
+            )
     axes[2].set_yticks([-place for place in range(len(order))], order)
     low = min((point[2] for row in rows for point in curve(row)), default=0)
     for axis, cost in zip(axes, ("rows seen", "minutes")):
-        axis.set(xlabel=cost, ylabel="held-out bound, nats per token", ylim=(low - 0.05, low + 1.2), xscale="log")
+        axis.set(
+            xlabel=cost,
+            ylabel="held-out bound, nats per token",
+            ylim=(low - 0.05, low + 1.2),
+            xscale="log",
+        )
         axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 3)))
         axis.xaxis.set_major_formatter("{x:g}")
         axis.xaxis.set_minor_formatter(ticker.NullFormatter())
@@ -52,7 +75,9 @@ def overfitting(rows, title, path):
     """Held-out bound and training loss of scripts/lab/ablate.py's training runs (dicts of str) over
     the rows seen; the lowest bound of each is marked. A PNG at `path`."""
     plt = plots.pyplot()
-    figure, axes = plt.subplots(1, 2, figsize=(13, 5), layout="constrained", sharex=True, sharey=True)
+    figure, axes = plt.subplots(
+        1, 2, figsize=(13, 5), layout="constrained", sharex=True, sharey=True
+    )
     for number, row in enumerate(row for row in rows if row["curve"]):
         points = curve(row)
         seen = [p[0] * float(row["rows_a_step"]) for p in points]
@@ -64,7 +89,9 @@ def overfitting(rows, title, path):
     for axis, what in zip(axes, ("held-out bound (dots: the lowest)", "training loss")):
         axis.set(xlabel="rows seen", ylabel="nats per token", xscale="log", title=what)
         axis.grid(alpha=0.3)
-    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=9)
+    figure.legend(
+        *axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=9
+    )
     figure.suptitle(title)
     plots.save(figure, path)
     plt.close(figure)
@@ -83,38 +110,75 @@ def quality_against_cost(rows, title, path):
     curves = {}
     for row in rows:
         name = row["sampler"].partition(":")[0] + "".join(
-            words.format(row[key]) for key, words, plain in (
-                ("decode_block", ", blocks of {}", "0"), ("cache", ", {} cache", "none"), ("top_p", ", top-p", "1.0"))
-            if row[key] != plain)
+            words.format(row[key])
+            for key, words, plain in (
+                ("decode_block", ", blocks of {}", "0"),
+                ("cache", ", {} cache", "none"),
+                ("top_p", ", top-p", "1.0"),
+            )
+            if row[key] != plain
+        )
         curves.setdefault(name, []).append(row)
     figure, axes = plt.subplots(1, 2, figsize=(13, 6), layout="constrained")
     cost, quality = (lambda row: float(row["evaluations"])), (lambda row: 100 * float(row["valid"]))
     surplus = lambda row: float(row["log_prob"]) + float(row["entropy"])
-    best = [row for row in rows if quality(row) >= ENOUGH and not any(
-        cost(other) <= cost(row) and quality(other) > quality(row) for other in rows)]
+    best = [
+        row
+        for row in rows
+        if quality(row) >= ENOUGH
+        and not any(cost(other) <= cost(row) and quality(other) > quality(row) for other in rows)
+    ]
     styles = [(colour, marker) for marker in "osD^" for colour in plots.OKABE_ITO]
     for (name, points), (colour, marker) in zip(curves.items(), styles):
         points = sorted(points, key=cost)
         leads = [row for row in points if row in best]
-        style = dict(marker=marker, color=colour, ms=6 if leads else 4, lw=2.2 if leads else 1, alpha=1 if leads else 0.45)
-        axes[0].plot([cost(row) for row in points], [quality(row) for row in points], label=name, **style)
+        style = dict(
+            marker=marker,
+            color=colour,
+            ms=6 if leads else 4,
+            lw=2.2 if leads else 1,
+            alpha=1 if leads else 0.45,
+        )
+        axes[0].plot(
+            [cost(row) for row in points], [quality(row) for row in points], label=name, **style
+        )
         sure = [row for row in points if quality(row) >= ENOUGH]
         axes[1].plot([cost(row) for row in sure], [surplus(row) for row in sure], **style)
-        for row in leads[-1:] if len(name) < 25 else ():  # longer ones would not fit; the legend has them
-            axes[0].annotate(name, (cost(row), quality(row)), (-6, 2), textcoords="offset points", ha="right",
-                             color=colour, weight="bold")
-    axes[0].set(xlabel="network evaluations a sample", ylabel="% of samples that are valid stories", ylim=(-2, 104))
-    axes[1].set(xlabel="network evaluations a sample", ylabel="log-probability of valid samples + entropy, nats")
+        for row in (
+            leads[-1:] if len(name) < 25 else ()
+        ):  # longer ones would not fit; the legend has them
+            axes[0].annotate(
+                name,
+                (cost(row), quality(row)),
+                (-6, 2),
+                textcoords="offset points",
+                ha="right",
+                color=colour,
+                weight="bold",
+            )
+    axes[0].set(
+        xlabel="network evaluations a sample",
+        ylabel="% of samples that are valid stories",
+        ylim=(-2, 104),
+    )
+    axes[1].set(
+        xlabel="network evaluations a sample",
+        ylabel="log-probability of valid samples + entropy, nats",
+    )
     axes[1].axhline(0, color="#1d1d1f", lw=1)
     axes[0].set_title("bold: nothing is better at the same cost", fontsize=10)
-    axes[1].set_title(f"above 0: too likely (collapsed); settings with {ENOUGH}% valid or more", fontsize=10)
+    axes[1].set_title(
+        f"above 0: too likely (collapsed); settings with {ENOUGH}% valid or more", fontsize=10
+    )
     costs = [float(row["evaluations"]) for row in rows]
     for axis in axes:
         axis.set_xscale("log", base=2)
         axis.set_xlim(0.8 * min(costs), 1.25 * max(costs))
         axis.xaxis.set_major_formatter("{x:.0f}")
         axis.grid(alpha=0.3)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=9)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=9
+    )
     figure.suptitle(title)
     plots.save(figure, path)
     plt.close(figure)
@@ -126,14 +190,29 @@ def over_temperature(rows, title, path):
     `path`."""
     plt = plots.pyplot()
     figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    surplus = lambda row: float(row["log_prob"]) + float(row["entropy"]) if row["log_prob"] else math.nan
-    values = (lambda row: 100 * float(row["valid"])), (lambda row: 100 * float(row["distinct"])), surplus
+    surplus = lambda row: (
+        float(row["log_prob"]) + float(row["entropy"]) if row["log_prob"] else math.nan
+    )
+    values = (
+        (lambda row: 100 * float(row["valid"])),
+        (lambda row: 100 * float(row["distinct"])),
+        surplus,
+    )
     for number, name in enumerate(dict.fromkeys(row["sampler"] for row in rows)):
         own = [row for row in rows if row["sampler"] == name]
         for axis, value in zip(axes, values):
-            axis.plot([float(row["temperature"]) for row in own], [value(row) for row in own], "o-", ms=4, label=name,
-                      color=plots.OKABE_ITO[number])
-    for axis, what in zip(axes, ("% valid stories", "% different samples", "log-probability of valid ones + entropy, nats")):
+            axis.plot(
+                [float(row["temperature"]) for row in own],
+                [value(row) for row in own],
+                "o-",
+                ms=4,
+                label=name,
+                color=plots.OKABE_ITO[number],
+            )
+    for axis, what in zip(
+        axes,
+        ("% valid stories", "% different samples", "log-probability of valid ones + entropy, nats"),
+    ):
         axis.set(xlabel="temperature", ylabel=what)
         axis.grid(alpha=0.3)
     axes[2].axhline(0, color=plots.OKABE_ITO[-1], lw=1)
@@ -151,12 +230,36 @@ def bars(rows, title, path, *, names, what, legend):
     figure, axis = plt.subplots(figsize=(4 + 0.5 * len(rows), 4.5), layout="constrained")
     width = 0.8 / len(names)
     for number, name in enumerate(names):
-        axis.bar([place + width * (number - (len(names) - 1) / 2) for place in range(len(rows))],
-                 [float(row[name] or math.nan) for row in rows], 0.9 * width, label=name, color=plots.OKABE_ITO[number])
-    axis.set_xticks(range(len(rows)), [", ".join(filter(None, (
-        row["sampler"], row["steps"] and f"{row['steps']} steps", *(f"{key} {row[key]}" for key in ("temperature", "top_p")
-                                                                   if row.get(key, "1.0") != "1.0")))) for row in rows],
-        rotation=30, ha="right", fontsize=8)
+        axis.bar(
+            [place + width * (number - (len(names) - 1) / 2) for place in range(len(rows))],
+            [float(row[name] or math.nan) for row in rows],
+            0.9 * width,
+            label=name,
+            color=plots.OKABE_ITO[number],
+        )
+    axis.set_xticks(
+        range(len(rows)),
+        [
+            ", ".join(
+                filter(
+                    None,
+                    (
+                        row["sampler"],
+                        row["steps"] and f"{row['steps']} steps",
+                        *(
+                            f"{key} {row[key]}"
+                            for key in ("temperature", "top_p")
+                            if row.get(key, "1.0") != "1.0"
+                        ),
+                    ),
+                )
+            )
+            for row in rows
+        ],
+        rotation=30,
+        ha="right",
+        fontsize=8,
+    )
     axis.set(ylabel=what, title=title)
     figure.legend(title=legend, loc="outside right upper")
     plots.save(figure, path)

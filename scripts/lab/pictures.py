@@ -1,9 +1,10 @@
 """The pictures of learning.md, into artifacts/plots: each a function and an entry of PICTURES.
 
-    python scripts/lab/pictures.py                                             all
-    python scripts/lab/pictures.py schedules weights                           some
-    python scripts/lab/pictures.py samplers_at_work --checkpoint artifacts/models/tales.best.pt
+python scripts/lab/pictures.py                                             all
+python scripts/lab/pictures.py schedules weights                           some
+python scripts/lab/pictures.py samplers_at_work --checkpoint artifacts/models/tales.best.pt
 """
+
 import os
 import sys
 from dataclasses import dataclass
@@ -49,10 +50,23 @@ def weights(options, path):
     m = torch.linspace(0, 1, 1001, dtype=torch.float64)[1:-1]
     axis.axhline(1, color=plots.OKABE_ITO[-1], lw=2, label="the bound, whatever the schedule")
     for number, name in enumerate(("linear", "cos", "cos2", "cos2_s008")):
-        weight = m / diffusion.mask_ratio_slope(name, diffusion.time_of(name, m))  # m times the density of shares
-        axis.plot(m, weight / (weight.sum() / len(m)), color=plots.OKABE_ITO[number], ls=("-", "--", "-", ":")[number],
-                  lw=4 if name == "cos2" else 1.5, label=f"mean over masked tokens, {name}")  # cos2 and cos2_s008 nearly coincide
-    axis.set(xlabel="mask ratio m", ylabel="weight of a masked token's cross entropy", xlim=(0, 1), ylim=(0, 4))
+        weight = m / diffusion.mask_ratio_slope(
+            name, diffusion.time_of(name, m)
+        )  # m times the density of shares
+        axis.plot(
+            m,
+            weight / (weight.sum() / len(m)),
+            color=plots.OKABE_ITO[number],
+            ls=("-", "--", "-", ":")[number],
+            lw=4 if name == "cos2" else 1.5,
+            label=f"mean over masked tokens, {name}",
+        )  # cos2 and cos2_s008 nearly coincide
+    axis.set(
+        xlabel="mask ratio m",
+        ylabel="weight of a masked token's cross entropy",
+        xlim=(0, 1),
+        ylim=(0, 4),
+    )
     axis.grid(alpha=0.3)
     axis.legend()
     plots.save(figure, path)
@@ -65,9 +79,20 @@ def masking(options, path):
     figure, axes = plots.pyplot().subplots(2, 1, figsize=(9.5, 4.2), layout="constrained")
     times = torch.linspace(0, 1, 6, dtype=torch.float64)
     for axis, name in zip(axes, ("linear", "cos")):
-        for line, (t, m) in enumerate(zip(times.tolist(), diffusion.mask_ratio(name, times).tolist())):
-            text = " ".join("▢" * len(word) if masked else word for word, masked in zip(words, (u < m).tolist()))
-            axis.text(0, -line, f"t = {t:.1f}  m = {m:.2f}   {text}", family="DejaVu Sans Mono", fontsize=8, va="center")
+        for line, (t, m) in enumerate(
+            zip(times.tolist(), diffusion.mask_ratio(name, times).tolist())
+        ):
+            text = " ".join(
+                "▢" * len(word) if masked else word for word, masked in zip(words, (u < m).tolist())
+            )
+            axis.text(
+                0,
+                -line,
+                f"t = {t:.1f}  m = {m:.2f}   {text}",
+                family="DejaVu Sans Mono",
+                fontsize=8,
+                va="center",
+            )
         axis.set(xlim=(0, 1), ylim=(-len(times) + 0.5, 0.8))
         axis.set_title(f"schedule {name}", loc="left", fontsize=10)
         axis.axis("off")
@@ -80,15 +105,27 @@ def replacing(options, path):
     anything = sorted(set(" ".join(tales.generate("picture", 200)).split()))
     words = tales.generate("picture", 1)[0].split()[:14]
     generator = runtime.generator("picture")
-    u, other = torch.rand(len(words), generator=generator), torch.randint(len(anything), (len(words),), generator=generator)
+    u, other = (
+        torch.rand(len(words), generator=generator),
+        torch.randint(len(anything), (len(words),), generator=generator),
+    )
     figure, axis = plots.pyplot().subplots(figsize=(8, 2), layout="constrained")
     for line, m in enumerate((0.0, 0.2, 0.4, 0.6, 0.8, 1.0)):
         row = [(f"m = {m:.1f}  ", "black")] + [
             (anything[number], plots.OKABE_ITO[4]) if masked else (word, "black")
-            for word, number, masked in zip(words, other.tolist(), (u < m).tolist())]
+            for word, number, masked in zip(words, other.tolist(), (u < m).tolist())
+        ]
         for place, (word, colour) in enumerate(row):
             column = sum(len(before) + 1 for before, _ in row[:place])
-            axis.text(column, -line, word, family="DejaVu Sans Mono", fontsize=8, va="center", color=colour)
+            axis.text(
+                column,
+                -line,
+                word,
+                family="DejaVu Sans Mono",
+                fontsize=8,
+                va="center",
+                color=colour,
+            )
     axis.set(xlim=(0, 8 * 72 / (8 * 0.602)), ylim=(-5.5, 0.5))  # a column is as wide as a letter
     axis.axis("off")
     plots.save(figure, path)
@@ -99,9 +136,12 @@ def attention(options, path):
     size, cpu = 8, torch.device("cpu")
     everyone = torch.ones(size, size, dtype=torch.bool)
     own = blocks.block_ids(size, 4, 0, cpu)
-    panels = (("masked, uniform\nall see all", everyone), ("autoregressive\nwhat is to the left", everyone.tril()),
-              ("blocks of 4, writing\nits block and those before", own[None] <= own[:, None]),
-              ("blocks of 4, training\n[corrupted | clean] twice", blocks.doubled_mask(size, 4, 0, cpu)))
+    panels = (
+        ("masked, uniform\nall see all", everyone),
+        ("autoregressive\nwhat is to the left", everyone.tril()),
+        ("blocks of 4, writing\nits block and those before", own[None] <= own[:, None]),
+        ("blocks of 4, training\n[corrupted | clean] twice", blocks.doubled_mask(size, 4, 0, cpu)),
+    )
     figure, axes = plots.pyplot().subplots(1, 4, figsize=(11, 3.2), layout="constrained")
     for axis, (title, mask) in zip(axes, panels):
         edges = [i - 0.5 for i in range(len(mask) + 1)]
@@ -116,7 +156,12 @@ def attention(options, path):
 def time_embedding(options, path):
     """What a time-conditioned network is told: sines and cosines of the noise level."""
     figure, axis = plots.pyplot().subplots(figsize=(8, 3), layout="constrained")
-    shown = axis.imshow(waves(torch.linspace(0, 1, 101), 64).numpy(), aspect="auto", cmap="RdBu", extent=(0, 64, 1, 0))
+    shown = axis.imshow(
+        waves(torch.linspace(0, 1, 101), 64).numpy(),
+        aspect="auto",
+        cmap="RdBu",
+        extent=(0, 64, 1, 0),
+    )
     axis.set(xlabel="channel (32 sines, 32 cosines)", ylabel="noise level m")
     figure.colorbar(shown)
     plots.save(figure, path)
@@ -129,28 +174,51 @@ def samplers_at_work(options, path):
     model, tokenizer, cfg, _ = compare_samplers.masked_model(options.checkpoint, device)
     blank = torch.tensor([canvas.build(tokenizer, [None], cfg.seq_len)], device=device)
     height = -(-len(policies.SAMPLERS) // 4)
-    figure, axes = plots.pyplot().subplots(height, 4, figsize=(12, 2.5 * height), layout="constrained")
-    colours = {"masked": (0.2, 0.25, 0.33), "unmasked": (0.84, 0.9, 0.96), "fresh": (1.0, 0.75, 0.2),
-               "masked again": (0.8, 0.2, 0.2)}
+    figure, axes = plots.pyplot().subplots(
+        height, 4, figsize=(12, 2.5 * height), layout="constrained"
+    )
+    colours = {
+        "masked": (0.2, 0.25, 0.33),
+        "unmasked": (0.84, 0.9, 0.96),
+        "fresh": (1.0, 0.75, 0.2),
+        "masked again": (0.8, 0.2, 0.2),
+    }
     for axis, name in zip(axes.flat, policies.SAMPLERS):
         states = []
         how = SampleConfig(sampler=name, steps=32)
         for step in diffusion.sample(families.family_of(cfg), model, blank, how, seeds=[1]):
             state = torch.tensor(colours["unmasked"]).repeat(cfg.seq_len, 1)
-            for kind, where in (("masked", step.masked), ("fresh", step.fresh), ("masked again", step.remasked)):
+            for kind, where in (
+                ("masked", step.masked),
+                ("fresh", step.fresh),
+                ("masked again", step.remasked),
+            ):
                 state[where[0].cpu()] = torch.tensor(colours[kind])
             states.append(state)
         axis.imshow(torch.stack(states).numpy(), aspect="auto", interpolation="nearest")
         axis.set_title(f"{name}: {int(step.row_nfe[0])} evaluations", fontsize=9)
         axis.set(xticks=[], yticks=[])
     axes[0, 0].set(ylabel="steps, downwards", xlabel="tokens")
-    handles = [plots.pyplot().Rectangle((0, 0), 1, 1, color=colour, label=kind) for kind, colour in colours.items()]
+    handles = [
+        plots.pyplot().Rectangle((0, 0), 1, 1, color=colour, label=kind)
+        for kind, colour in colours.items()
+    ]
     figure.legend(handles=handles, loc="outside lower center", ncols=4)
     plots.save(figure, path)
 
 
-PICTURES = {picture.__name__: picture for picture in (
-    schedules, weights, masking, replacing, attention, time_embedding, samplers_at_work)}
+PICTURES = {
+    picture.__name__: picture
+    for picture in (
+        schedules,
+        weights,
+        masking,
+        replacing,
+        attention,
+        time_embedding,
+        samplers_at_work,
+    )
+}
 
 
 def run(names, overrides):

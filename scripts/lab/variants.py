@@ -1,0 +1,272 @@
+"""What is trained and compared: each comparison is a function from ablate.py's options to a dict of
+variants, name -> differences from the base, in order; a new one is a function and an entry of
+TRAINED.
+"""
+
+import config
+import diffusion
+from config import Config
+from utils import cli, settings
+from utils.families import FAMILIES
+
+SMALL = dict(n_layer=4, n_head=4, n_embd=128, seq_len=64, batch_size=64, lr=0.01)
+
+
+def recipe(options):
+    """The sources' recipe and ours; ours shorter and longer, without each of its parts, and with
+    what it leaves out. What a base has already is left out of its table."""
+    base = cli.merge(Config, base_config(options))
+    loss = "full" if base.tokenizer == "char" else "pooled"  # as in the two micro-dLLMs
+    yardstick = config.MICRO | {
+        "rows": base.rows,
+        "loss_weighting": loss,
+        "dtype": "float32",
+        "compile": "off",
+    }
+    theirs = ("optimizer", "lr", "beta1", "beta2", "weight_decay", "warmup_iters", "lr_decay")
+    variants = (
+        {
+            f"the sources' recipe, {options.yardstick_iters} steps": yardstick
+            | {"max_iters": options.yardstick_iters}
+        }
+        | {
+            f"our recipe, {share:g} of the steps": {
+                "max_iters": max(1, round(share * options.iters))
+            }
+            for share in (0.4, 0.6, 0.8, 1.5, 2, 2.5)
+        }
+        | {"our recipe": {}}
+        | {
+            f"our recipe, half the rows a step, {share:g} of all rows": {
+                "batch_size": max(1, base.batch_size // 2),
+                "max_iters": round(2 * share * options.iters),
+            }
+            for share in (0.6, 0.8, 1)
+        }
+        | {
+            "the sources' optimizer: AdamW 3e-4, constant": {
+                name: config.MICRO[name] for name in theirs
+            },
+            "AdamW for all, 3e-3": {"optimizer": "adamw", "lr": 3e-3},
+            "the bound as loss": {"loss_weighting": "elbo"},
+            "flat loss": {"loss_weighting": "flat"},
+            "beta1 0.9": {"beta1": 0.9},
+            "beta1 0.8": {"beta1": 0.8},
+            "no warm-up": {"warmup_iters": 0},
+            "no decay": {"lr_decay": "constant"},
+            "decay over the whole run": {"decay_share": 1.0},
+            "cosine decay over the whole run": {"decay_share": 1.0, "lr_decay": "cosine"},
+            "projections and head start at zero": {"init": "zero"},
+            "projections and head start as the rest": {"init": "normal"},
+            "rotary base 10,000": {"rope_base": 10_000.0},
+            "rotary base 100": {"rope_base": 100.0},
+            "masks drawn one by one": {"corruption": "bernoulli"},
+            "loss at all positions": {"loss_weighting": "full"},
+            "tied embeddings": {"tie_embeddings": True},
+            "embeddings of their own": {"tie_embeddings": False},
+            "logits capped at 15": {"softcap": 15.0},
+            "gradients not clipped": {"grad_clip": 0.0},
+            "dropout 0.1": {"dropout": 0.1},
+            "weight decay 0.1": {"weight_decay": 0.1},
+            "no short rows": {"short_rows": 0.0},
+        }
+    )
+    return {
+        name: changes
+        for name, changes in variants.items()
+        if not changes or cli.merge(Config, base_config(options), changes) != base
+    }
+
+
+def batch_size(options):
+    """As many rows in more or fewer steps, with the same learning rates and with their square root
+    law."""
+    base, shares = cli.merge(Config, base_config(options)), (0.25, 0.5, 1, 2, 4)
+    plain = {
+        share: {
+            "batch_size": round(base.batch_size * share),
+            "max_iters": max(1, round(options.iters / share)),
+        }
+        for share in shares
+    }
+    return {f"{changes['batch_size']} rows": changes for changes in plain.values()} | {
+        f"{plain[share]['batch_size']} rows, learning rates {share**0.5:.2g} times": plain[share]
+        | {"lr": base.lr * share**0.5, "muon_lr": base.muon_lr * share**0.5}
+        for share in shares
+        if share != 1
+    }
+
+
+def families(options):
+    """Autoregressive, blocks, masked and uniform at equal size, on the same rows. In windows of
+    blocks of 64."""
+    base = cli.merge(Config, base_config(options))
+    bos, tokens = diffusion.bos_tokens(base), base.seq_len * base.batch_size
+    window = max(128, -(-base.seq_len // 64) * 64) + bos
+    common = {"seq_len": window}
+    if not bos:  # as many tokens a step; documents stay as many
+        common["batch_size"] = max(1, tokens // window)
+    uniform = settings.family_defaults("uniform", FAMILIES) | {
+        "objective": "uniform",
+        "time_conditioning": "sinusoidal",
+    }  # adaln is larger
+    return (
+        {"autoregressive": common | {"objective": "ar"}}
+        | {f"blocks of {size}": common | {"block_len": size} for size in (1, 4, 16, 64)}
+        | {"masked": common, "uniform noise": common | uniform}
+    )
+
+
+def ar_vs_diffusion(options):
+    """Many epochs over 200 documents: who overfits when. The loss of all is the bound, so that
+    curves compare."""
+    common = {"max_documents": 200, "loss_weighting": "elbo", "short_rows": 0.0}
+    return {
+        f"{name}{f', dropout {dropout:g}' if dropout else ''}": common
+        | changes
+        | {"dropout": dropout}
+        for name, changes in (("autoregressive", {"objective": "ar"}), ("masked", {}))
+        for dropout in (0.0, 0.1, 0.2)
+    }
+
+
+class CausalMasked(diffusion.Masked):
+    """Masked diffusion whose network sees only what is to the left."""
+
+    def logits(self, model, ids, index=None):
+        return model(
+            ids, (ids == model.vocab_size - 1).float().mean(1), attention="causal", select=index
+        )
+
+
+OWN_FAMILIES = {"masked, causal": CausalMasked}  # of `attention` alone
+
+
+def window(options):
+    """Windows of other lengths, with as many tokens a step; each judged on its own windows of the
+    same text."""
+    base = cli.merge(Config, base_config(options))
+    return {
+        f"{size} tokens": {
+            "seq_len": size,
+            "batch_size": max(1, base.batch_size * base.seq_len // size),
+            "eval_rows": 16_384 // size,
+            "final_rows": 65_536 // size,
+        }
+        for size in (16, 32, 64, 128, 256)
+    }
+
+
+def expected_loss(options):
+    """The beginnings of the guide's and the notes' runs, whose documents say which loss to expect
+    when, at the base's shape, and ours. Their learning rates do not decay yet; their losses are
+    their own. Windows of 128, as theirs."""
+    shape = ("data", "tokenizer", "rows", "n_layer", "n_head", "n_embd", "seq_len")
+    theirs = {
+        f"the recipe of the {name}": {
+            key: value for key, value in config.PRESETS[name].items() if key not in shape
+        }
+        | {"lr_decay": "constant", "max_iters": options.iters}
+        for name in ("guide", "notes")
+    }
+    return {
+        name: changes | {"seq_len": 128, "final_samples": 1}
+        for name, changes in (
+            theirs
+            | {
+                "our recipe": {},
+                "our recipe, a fifth of the steps": {"max_iters": max(1, options.iters // 5)},
+            }
+        ).items()
+    }
+
+
+DISCRETE = dict(corruption="bernoulli")  # what discrete times need
+TRAINED = {
+    "recipe": recipe,
+    "optimizer": lambda options: (
+        {
+            f"Muon {muon:g}, AdamW {lr:g}": {"muon_lr": muon, "lr": lr}
+            for muon in (0.01, 0.02, 0.03, 0.04)
+            for lr in (5e-3, 1e-2, 2e-2)
+        }
+        | {
+            f"AdamW {lr:g}": {"optimizer": "adamw", "lr": lr}
+            for lr in (3e-4, 1e-3, 3e-3, 6e-3, 1e-2)
+        }
+        | {
+            f"AdamW {lr:g}, 50 steps of warm-up": {
+                "optimizer": "adamw",
+                "lr": lr,
+                "warmup_iters": 50,
+            }
+            for lr in (3e-3, 6e-3, 1e-2)
+        }
+    ),
+    "weighting": lambda options: {
+        name: {"loss_weighting": name} for name in ("elbo", "flat", "clip", "pooled", "full")
+    },
+    "schedule": lambda options: (
+        {name: {"schedule": name} for name in diffusion.SCHEDULES}
+        | {
+            f"{name}, the bound as loss": {"schedule": name, "loss_weighting": "elbo"}
+            for name in diffusion.SCHEDULES
+        }
+    ),
+    "time_conditioning": lambda options: {
+        "none": {},
+        "sinusoidal": {"time_conditioning": "sinusoidal"},
+        "adaln": {"time_conditioning": "adaln"},
+        "table of 100": DISCRETE | {"time_conditioning": "table", "diffusion_steps": 100},
+        "none, the same masks as the table": DISCRETE | {"diffusion_steps": 100},
+    },
+    "batch_size": batch_size,
+    "diffusion_steps": lambda options: (
+        {f"T = {T}": DISCRETE | {"diffusion_steps": T} for T in (10, 30, 50, 100, 300, 1000)}
+        | {"continuous": DISCRETE, "continuous, counts": {}}
+    ),
+    "ema": lambda options: (
+        {"none": {}}
+        | {f"{decay:g}": {"ema": decay} for decay in (0.9, 0.95, 0.98, 0.99, 0.995, 0.999)}
+        | {
+            f"{decay:g}, no decay of the learning rate": {"ema": decay, "lr_decay": "constant"}
+            for decay in (0.0, 0.95, 0.98, 0.99, 0.995)
+        }
+    ),
+    "complementary": lambda options: {"independent": {}, "complementary": {"complementary": True}},
+    "time_sampling": lambda options: {
+        f"{name}, {weighting}": {"time_sampling": name, "loss_weighting": weighting}
+        for weighting in ("elbo", "flat")
+        for name in ("uniform", "importance")
+    },
+    "attention": lambda options: {
+        "both sides": {},
+        "from the left": {"objective": "masked, causal"},
+    },
+    "window": window,
+    "expected_loss": expected_loss,
+    "families": families,
+    "ar_vs_diffusion": ar_vs_diffusion,
+}
+
+
+def base_config(options):
+    base = (
+        config.PRESETS["shakespeare"] | SMALL if not options.base else settings.preset(options.base)
+    )
+    data = {"data": options.data, "tokenizer": "bpe"} if options.data else {}
+    return (
+        {"name": "run"}
+        | base
+        | data
+        | {
+            "max_iters": options.iters,
+            "device": options.device,
+            "dtype": options.dtype,
+            "compile": options.compile,
+            "eval_rows": 256,
+            "final_rows": 1024,
+            "final_masks": 2,
+            "final_samples": 0,
+        }
+    )
