@@ -52,8 +52,7 @@ class Config:
     rows: str = field("stream", "stream: windows anywhere in the text; document: one document a "
         "row", choices=("stream", "document"))
     max_documents: int = field(0, "train on the first so many training documents (0: all)", low=0)
-    short_rows: float = field(0.01, "share of rows trained at a random shorter length, for short "
-        "canvases", low=0, high=1)
+    short_rows: float = field(0.01, "share of steps whose rows are cut short, for short canvases", low=0, high=1)
 
     n_layer: int = field(6, "transformer blocks", "model", low=1, high=1000)
     n_head: int = field(6, "attention heads", low=1, high=1000)
@@ -104,15 +103,15 @@ class Config:
         "sampled (0: none)", low=0, below=1)
 
     eval_interval: int = field(250, "steps between held-out bounds and logs", "evaluation", low=1)
-    eval_rows: int = field(256, "held-out rows while training, each with one mask", low=1)
-    final_rows: int = field(256, "held-out rows at the end, each with final_masks masks", low=1)
-    final_masks: int = field(8, "masks a row at the end", low=1, high=10_000)
+    eval_rows: int = field(256, "held-out rows while training, each masked once", low=1)
+    final_rows: int = field(256, "held-out rows at the end, each masked final_masks times", low=1)
+    final_masks: int = field(8, "times that a row is masked anew at the end", low=1, high=10_000)
     final_samples: int = field(64, "that the final metrics judge (0: none)", low=0, high=10**5)
 
     def __post_init__(self):
         check(self)
         plain, bos = self.block_len in (0, self.seq_len), int(self.rows == "document")
-        tokens, heads = self.batch_size * self.seq_len, self.n_embd / self.n_head
+        tokens, head_dim = self.batch_size * self.seq_len, self.n_embd / self.n_head
         importance, pairs = self.time_sampling == "importance", self.complementary
         unweighted = self.loss_weighting in ("pooled", "full")
         for wrong, names, why in (
@@ -124,7 +123,7 @@ class Config:
              f"more than {MOST_TOKENS:,} tokens; make one of them smaller"),
             (self.n_embd < 4 and self.time_conditioning in ("sinusoidal", "adaln"),
              ("n_embd", "time_conditioning"), "two waves need 4 channels"),
-            (heads % 2, ("n_embd", "n_head"), "channels of a head must be an even whole number"),
+            (head_dim % 2, ("n_embd", "n_head"), "channels of a head must be an even whole number"),
             (self.diffusion_steps and self.corruption == "count", ("diffusion_steps", "corruption"),
              "discrete times need corruption=bernoulli"),
             (self.time_conditioning == "table" and not self.diffusion_steps,

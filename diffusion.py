@@ -5,13 +5,14 @@ learns to say what is masked. Sampling begins with a canvas full of MASKs and un
 tokens at a time. This file teaches masked diffusion; utils/families.py has what block diffusion,
 uniform noise and autoregressive models do otherwise.
 
-Everything is a function of the mask ratio m of a row, in [0, 1], or of its number of masks l. Time
-t exists only inside a schedule m(t) and on a sampler's grid.
+Networks and losses know the mask ratio m of a row, in [0, 1], or its number of masks l. Time t only
+is where m comes from: a schedule m(t), the weights that make up for it, and a sampler's grid.
 
   B rows, L positions, V real tokens 0..V-1, MASK = V
   x0 (B, L) clean ids, xt (B, L) corrupted ids
   CE = -log p(x0_i | xt) at a masked position i, in nats
   S = the masked positions of a row, l = |S|
+  K units of n positions in a row: what has a mask ratio of its own, the row or a block of it
 """
 
 import math
@@ -25,7 +26,7 @@ import torch.nn.functional as F
 
 from utils import draws, importance, kv_cache
 from utils.cli import check_needs
-from utils.corruption import Corruption
+from utils.corruption import Corruption, loss_per_pass
 from utils.denoisers import Denoiser, Guided, MaskNoise, Plain
 from utils.draws import at_least_float32
 from utils.policies import SAMPLERS, find_sampler
@@ -101,23 +102,27 @@ def mask_counts(cfg, u, n):
 
 
 def count_masks(cfg, u, n, generator, density=None, free=None):
-    """An exact number of masks in each unit, so no row is without, and there is no 1/t tail: the
-    loss of a batch deviates 8 times less at L = 256. The ELBO weighs 1 / (p(l) l), p(l) being the
-    schedule's law of l. With cfg.complementary each u makes two units, that of its l masks and that
-    of the n - l others (not with `free`)."""
+    """Draw a number l of masks by the schedule's law p(l), then l positions of the unit at random.
+
+    Against bernoulli: no row is without a mask, there is no 1/t tail, and the loss of a batch
+    deviates 8 times less at L = 256. The ELBO weighs a masked token 1 / (p(l) l). With
+    cfg.complementary each u makes two units, that of its l masks and that of the n - l others.
+    """
     numbers, n = draws.numbers(len(u), n, generator, free)
+    counts = mask_counts(cfg, u, n)
     # strata and their order are fixed, and so is the most that each can be
     ends = (draws.stratum_of(len(u)) + 1).double() / len(u)
     most = mask_counts(cfg, importance.inverse_cdf(ends, density), n) if free is None else None
-    counts = mask_counts(cfg, u, n)
     masked = draws.first_of(numbers, counts)
-    if cfg.complementary:  # of n masks and 0, both have n
-        masked = torch.stack((masked, ~draws.first_of(numbers, counts % n)), 1).flatten(0, 1)
+    if cfg.complementary:  # the others of n masks would be none: there both units have all n
+        others = ~draws.first_of(numbers, counts % n)
+        masked = torch.stack((masked, others), 1).flatten(0, 1)
         counts = masked.sum(1)
-        most = torch.where(most == n, n, n / 2).repeat_interleave(2)
-    begin, end = (time_of(cfg.schedule, (counts - less).double() / n) for less in (1, 0))
-    ratio = (end - begin) / (importance.cdf(end, density) - importance.cdf(begin, density))
-    return masked, 1 / ((end - begin) * counts), ratio, most
+        most = torch.where(most == n, n, n / 2).repeat_interleave(2)  # of a pair, half each
+    begin = time_of(cfg.schedule, (counts - 1).double() / n)
+    end = time_of(cfg.schedule, counts.double() / n)
+    drawn = importance.cdf(end, density) - importance.cdf(begin, density)
+    return masked, 1 / ((end - begin) * counts), (end - begin) / drawn, most
 
 
 def bernoulli_masks(cfg, u, n, generator, density=None, free=None):
@@ -127,16 +132,16 @@ def bernoulli_masks(cfg, u, n, generator, density=None, free=None):
     t = (u * T).floor() / T + 1 / T if T else u.clamp(min=1e-9)
     m = mask_ratio(cfg.schedule, t)
     numbers, _ = draws.numbers(len(u), n, generator, free)
-    if T:
-        elbo = T * (m - mask_ratio(cfg.schedule, t - 1 / T)) / m
-    else:
-        elbo = mask_ratio_slope(cfg.schedule, t) / m
-    return numbers < m[:, None], elbo, 1 / importance.density_at(t, density), None
+    slope = (
+        T * (m - mask_ratio(cfg.schedule, t - 1 / T)) if T else mask_ratio_slope(cfg.schedule, t)
+    )
+    return numbers < m[:, None], slope / m, 1 / importance.density_at(t, density), None
 
 
 # (Config, u (units,) uniforms, n positions of a unit, generator, density of times, free (units, n)
 # bool: what may be masked, None: all) -> (masked (units, n) bool, the ELBO's weight of a masked
-# token (units,), that of the density (units,), the most that can be masked (units,) or None)
+# token (units,), the importance weight of the time that was drawn (units,), how many can be masked
+# (units,), or None where that is not known: a compiled network wants batches of one size)
 CORRUPTIONS = {"count": count_masks, "bernoulli": bernoulli_masks}
 
 # (the ELBO's weights (units,), masked (B, L)) -> weight of a masked token in each unit
@@ -144,13 +149,11 @@ WEIGHTINGS = {
     # the negative ELBO in nats per token, whatever the schedule
     "elbo": lambda elbo, masked: elbo,
     # the same minimum, less weight on nearly clean rows
-    "flat": lambda elbo, masked: torch.ones(len(elbo)),
+    "flat": lambda elbo, masked: torch.ones_like(elbo),
     # the ELBO's, but at most 5
     "clip": lambda elbo, masked: elbo.clamp(max=5.0),
     # the sources' mean over all masked tokens of the batch
-    "pooled": lambda elbo, masked: (
-        torch.ones(len(elbo)) * (masked.numel() / max(1, masked.sum().item()))
-    ),
+    "pooled": lambda elbo, masked: torch.ones_like(elbo) * masked.numel() / masked.sum().clamp(1),
 }
 
 
@@ -170,8 +173,9 @@ def masked_loss(logits_of, x0, corruption, token_nll=token_nll, unit=None):
     """
     (B, L), corruption = x0.shape, corruption.to(x0.device)
     weight, index = corruption.weight, corruption.index
-    # what fills the index up belongs to a row B, which is left out
-    row, place, index = torch.where(index < 0, B, index // L), index % L, index.clamp(min=0)
+    # the index is filled up with -1 to a fixed length: that goes to a row B, which is left out
+    row, place = torch.where(index < 0, B, index // L), index % L
+    index = index.clamp(min=0)
     ce = token_nll(logits_of(corruption.masked, index), x0.flatten()[index])
     if unit is None:
         return ce.new_zeros(B + 1).index_add(0, row, ce)[:B] * weight / L
@@ -183,11 +187,14 @@ def bound_masks(R, K, n, passes, free=None):
     """The masks of the bound, for R rows of K units of n positions: yields (masked (R, K n), weight
     (R, K)) for each pass.
 
-    -log p(x0) <= E_l [ (L / l) E_S sum of CE over S ], l uniform on 1..L and S a uniform set of l
-    positions (LLaDA, arXiv:2502.09992, eq. 14), in each unit. The same whatever schedule or loss
-    the network was trained with, and always the same, so that checkpoints and runs compare. Each
-    pass stratifies the counts over all rows, and gives them to the rows in a new random order.
-    free (R K, n) bool: what may be masked, None: all.
+    -log p(x0) <= E_l [ (n / l) E_S sum of CE over S ], l uniform on 1..n and S a uniform set of l
+    positions (LLaDA, arXiv:2502.09992, eq. 14), summed over the units. For a network that unmasks
+    one token at a time in random order, -log p(x0) <= the mean over orders of its summed -log p
+    (Jensen); and the step with l masks left costs, in the mean over orders, 1 / l of their CE.
+
+    The same whatever schedule or loss the network was trained with, and always the same, so that
+    checkpoints and runs compare. Each pass stratifies the counts over all rows, and gives them to
+    the rows in a new random order. free (R K, n) bool: what may be masked, None: all.
     """
     generator = torch.Generator().manual_seed(0)
     for _ in range(passes):
@@ -197,25 +204,12 @@ def bound_masks(R, K, n, passes, free=None):
         yield draws.first_of(numbers, counts).view(R, -1), (sizes / counts).float().view(R, K)
 
 
-@torch.no_grad()
-def mean_over_passes(loss, x0, corruptions, rows_at_once):
-    """loss(x0 (b, L), Corruption) of all rows x0 (R, L) under each of the corruptions: (R, passes)
-    nats per token."""
-    passes = []
-    for whole in corruptions:
-        pieces = whole.split(slice(0, len(x0)), rows_at_once)
-        found = [loss(*batch).float().cpu() for batch in zip(x0.split(rows_at_once), pieces)]
-        passes.append(torch.cat(found))
-    return torch.stack(passes, 1)
-
-
 # --- a family: masked diffusion ------------------------------------------------------------------
 
 
 def bos_tokens(cfg):
-    """How many tokens at the start of every row are never noised: the `<|endoftext|>` that document
-    rows begin with. It carries no information, so the bound is the same; but it is what tells
-    positions apart when all else is masked, since rotary positions are relative."""
+    """Tokens at the start of every row that are never noised: the `<|endoftext|>` of documents. It
+    tells positions apart when all else is masked, since rotary positions are relative."""
     return int(cfg.rows == "document")
 
 
@@ -223,10 +217,14 @@ class Masked:
     """Masked diffusion (MDLM, arXiv:2406.07524; LLaDA, arXiv:2502.09992): every position sees all
     others. A family is an object like this; utils/families.py has the others, and their names.
 
+    corrupt, loss, nelbo, sampler, denoiser, probes, log_p, fit  are what others call,
+    units, unit_of, logits, noised_logits  what another masked family does otherwise.
+
     name       in a sentence
     exact      whether `nelbo` is the likelihood itself
-    block_len  of blocks that it generates from left to right, seeing nothing behind; 0: all at once
-    samplers   what it can be sampled with; `procedure`: its name where there is no choice
+    block_len  of blocks that it generates from left to right, seeing nothing to the right of them;
+               0: it has none
+    samplers   it can be sampled with; `procedure`: what that is called where there is no choice
     needs      {setting of Config or SampleConfig: what it may be, the family's default first};
                `why`: {setting: the reason}
     """
@@ -238,7 +236,7 @@ class Masked:
         self.cfg, self.bos = cfg, bos_tokens(cfg)
 
     def units(self, L):
-        """(what has a mask ratio of its own: how many in a row of L, how many positions of each)"""
+        """(K, n) of a row of L tokens: its units, and the positions of each."""
         return 1, L - self.bos
 
     def unit_of(self, L, device):
@@ -253,27 +251,33 @@ class Masked:
 
         density  (n,) of the times that are drawn (utils/importance.py); rows are reweighted so that
                  the mean of their losses is what it is without
-        given    (B, L) bool, tokens that are never masked, those of prompts say; BOS never is
+        given    (B, L) bool, tokens that are never masked, those of prompts say; BOS never is.
+                 (Rows of pairs will have some; no corpus has them yet.)
         """
         cfg, (B, L) = self.cfg, shape
         K, n = self.units(L)
         u = draws.stratified(B * K // 2 if cfg.complementary else B * K, generator)
         u = importance.inverse_cdf(u, density)
-        if self.block_len:  # strata are fixed to rows, and so must not be to places in a row
+        if (
+            self.block_len
+        ):  # each row has K strata of its own: which of its blocks has which is random
             u = u.view(B, K)
             u = u.gather(1, torch.rand(u.shape, generator=generator).argsort(1)).flatten()
-        draw, free = CORRUPTIONS[cfg.corruption], self.free(given, n)
-        masked, elbo, ratio, most = draw(cfg, u, n, generator, density, free)
+        draw, free = CORRUPTIONS[cfg.corruption], self.maskable(given, n)
+        masked, elbo, weight, most = draw(cfg, u, n, generator, density, free)
         masked = F.pad(masked.view(B, -1), (self.bos, 0))
-        weighting = WEIGHTINGS.get(cfg.loss_weighting, WEIGHTINGS["flat"])
-        weight = (ratio * weighting(elbo, masked)).float().view(B, K)
-        return self.corruption(masked, weight, most if most is None else most.view(B, K).sum(1))
+        if cfg.loss_weighting != "full":  # which is a loss of its own, without weights
+            weight = weight * WEIGHTINGS[cfg.loss_weighting](elbo, masked)
+        most = None if most is None else most.view(B, K).sum(1)
+        return self.pack(masked, weight.float().view(B, K), most)
 
-    def free(self, given, n):
+    def maskable(self, given, n):
         """What may be masked in each unit of n positions, (units, n) bool; None: all."""
+        if given is not None and self.cfg.complementary:
+            raise ValueError("complementary rows mask everything once, given tokens too")
         return None if given is None else ~given[:, self.bos :].reshape(-1, n)
 
-    def corruption(self, masked, weight, most=None):
+    def pack(self, masked, weight, most=None):
         """A Corruption with the weights (B, K) of a row's units."""
         return Corruption(masked, weight if self.block_len else weight[:, 0], most)
 
@@ -293,20 +297,21 @@ class Masked:
     def weighted_ce(self, model, x0, corruption, token_nll=token_nll):
         """`masked_loss` of x0 (B, L)."""
         unit = self.unit_of(x0.size(1), x0.device)
-        return masked_loss(partial(self.denoise, model, x0), x0, corruption, token_nll, unit)
+        noised_logits = partial(self.noised_logits, model, x0)
+        return masked_loss(noised_logits, x0, corruption, token_nll, unit)
 
     def nelbo(self, model, x0, passes=1, rows_at_once=64, given=None):
         """Upper bound on -log p(x0), (R, passes) nats per token, for x0 (R, L) long; its mean over
         passes is unbiased. given (R, L) bool: tokens that are certain, never masked and without
-        cost; BOS always is."""
+        cost, BOS always; the mean per token is over all L."""
         R, (K, n) = len(x0), self.units(x0.size(1))
-        masks, pad = bound_masks(R, K, n, passes, self.free(given, n)), (self.bos, 0)
-        fixed = (self.corruption(F.pad(masked, pad), weight) for masked, weight in masks)
-        return mean_over_passes(partial(self.weighted_ce, model), x0, fixed, rows_at_once)
+        masks, pad = bound_masks(R, K, n, passes, self.maskable(given, n)), (self.bos, 0)
+        fixed = (self.pack(F.pad(masked, pad), weight) for masked, weight in masks)
+        return loss_per_pass(partial(self.weighted_ce, model), x0, fixed, rows_at_once)
 
-    def denoise(self, model, x0, masked, index):
-        """Logits (N, V) at the flat positions index (N,) of x0 (B, L), of which masked (B, L)
-        are."""
+    def noised_logits(self, model, x0, masked, index):
+        """Mask x0 (B, L) where masked (B, L) says, and return the logits (N, V) at the flat
+        positions index (N,)."""
         return self.logits(model, q_sample(x0, masked, model.vocab_size - 1), index)
 
     def logits(self, model, ids, index=None):
@@ -323,20 +328,19 @@ class Masked:
         first MASK; window: most positions that the network takes."""
         (B, L), mask, device = canvas.shape, model.vocab_size - 1, canvas.device
         wanted = how.decode_block or (max(1, window // 4) if window and window < L else L)
-        block_len, origin = min(wanted, L), (canvas == mask).int().argmax(1, keepdim=True)
-        logits = lambda x, index, window: self.logits(model, x, index)
-        prompt = (canvas != mask) & (torch.arange(L, device=device) >= self.bos)
+        decode_block, origin = min(wanted, L), (canvas == mask).int().argmax(1, keepdim=True)
+        logits = lambda x, index, seen: self.logits(model, x, index)
+        given = (canvas != mask) & (torch.arange(L, device=device) >= self.bos)
         if how.cache in ("prefix", "dual"):
-            network = kv_cache.Approximate(model, B, block_len, how)
-        elif how.guidance and prompt.any():
-            network = Guided(logits, how.guidance, prompt, mask)
+            network = kv_cache.Approximate(model, B, decode_block, how)
+        elif how.guidance and given.any():
+            network = Guided(logits, how.guidance, given, mask)
         else:
             network = Plain(logits)
-        return Denoiser(network, MaskNoise(mask), canvas, block_len, origin, window, self.bos)
+        return Denoiser(network, MaskNoise(mask), canvas, decode_block, origin, window, self.bos)
 
     def probes(self, model, shape, number, generator):
-        """Yields (mask ratio, Corruption of (B, L) rows) for about `number` ratios, in order: at
-        what metrics look."""
+        """For metrics: (mask ratio, Corruption of (B, L) rows) at some `number` of even ratios."""
         B, (K, n) = shape[0], self.units(shape[1])
         for level in [1.0] if n == 1 else [(i + 0.5) / number for i in range(number)]:
             counts = torch.full((B * K,), max(1, round(level * n)))
@@ -344,8 +348,8 @@ class Masked:
             yield counts[0].item() / n, Corruption(F.pad(masked, (self.bos, 0)), torch.ones(B))
 
     def log_p(self, model, x0, corruption, index):
-        """log p (N, V) of what is corrupted, at its flat positions index (N,)."""
-        logits = self.denoise(model, x0, corruption.masked, index)
+        """log p(x0_i | xt), (N, V), at the flat positions index (N,) of what is corrupted."""
+        logits = self.noised_logits(model, x0, corruption.masked, index)
         return at_least_float32(logits).log_softmax(-1)
 
 
@@ -358,13 +362,14 @@ def sample(family, model, canvas, how, *, window=None, stop=None, seeds=None, to
 
     how     SampleConfig: sampler, steps, schedule, temperature, top_k, top_p, and the rest
     window  most positions that the network takes; a longer canvas is denoised block by block
-    stop    token id: a row whose finished blocks hold it, behind all that is given, is filled up
+    stop    token id: a row that has it in a finished block, after all given tokens, ends: the rest
+            of it becomes that token
     seeds   one integer a row (default 0, 1, ...): a row gets the same text whatever its batch
     top     how many of the likeliest tokens to keep for viewers, in Step.top
 
     Given tokens never change, no MASK is left, and MASK is never drawn: the network has no logit
-    for it. Rows that are finished, or that unmask nothing in a step, cost nothing.
-    model needs `vocab_size` and `model(ids, mask ratio, select=...)`, and what its family asks for.
+    for it. Of a row that is finished nothing is open, so nothing is asked, and the denoiser leaves
+    it out of its call. (asked, unmask, remask are (B, L) bool; N positions are asked in all.)
     """
     check_needs(family, how)
     sampler, denoiser = family.sampler(how), family.denoiser(model, canvas, how, window)
@@ -378,13 +383,14 @@ def sample(family, model, canvas, how, *, window=None, stop=None, seeds=None, to
         if turn is None:
             return
         u_position, u_token = uniforms(tick)
-        view = state.view(turn, u_position, sampler, how.min_tokens)
+        view = state.view(turn, u_position, sampler, how.min_tokens)  # what the policy sees
+        # all that is open; or, of a policy that does not look at p, just what it will unmask
         asked = view.open if sampler.key else sampler.policy(view)[0]
         logits = denoiser(state.ids, asked, turn)  # (N, V)
         p = noise.belief(logits, state.ids, asked, turn)  # p(x0_i | xt), (N, V)
         unmask, remask = sampler.policy(view.scored(asked, p, sampler.key))
-        chosen = unmask[asked]
-        q = draws.truncate(logits[chosen], how.temperature, how.top_k, how.top_p)
+        chosen = unmask[asked]  # (N,) bool
+        q = draws.truncate(logits[chosen], how.temperature, how.top_k, how.top_p)  # (n, V)
         tokens = draws.draw(noise.reverse(q, state.ids, unmask, turn), u_token[unmask])
         state.observe(asked, p)
         state.unmask(unmask, tokens, p[chosen])

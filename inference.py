@@ -111,10 +111,11 @@ def generate(loaded, how):
         if first and how.live:
             given = (blank[0] != tokenizer.mask).tolist()
             steps = terminal.live(steps, tokenizer, given, how.frame_ms)
-        last, settled = follow(steps, blank == tokenizer.mask, loaded.hardware, first and how.live)
+        with loaded.hardware.autocast():
+            last, settled = follow(steps, blank == tokenizer.mask, quiet=first and how.live)
         nfe, seconds, ids = nfe + last.nfe, seconds + watch.seconds, last.ids.tolist()
-        end = lambda r, i: None if how.no_stop else canvas.end(tokenizer, ids[r], rows[i][0])
-        texts = (rows[i][0][: end(r, i)] for r, i in enumerate(members))
+        end_of = lambda r, i: None if how.no_stop else canvas.end(tokenizer, ids[r], rows[i][0])
+        texts = (rows[i][0][: end_of(r, i)] for r, i in enumerate(members))
         generated = sum(text.count(tokenizer.mask) for text in texts)
         for r, i in enumerate(members):
             results[i] = {
@@ -131,13 +132,13 @@ def generate(loaded, how):
     return [results[i] for i in range(len(rows))], frames, nfe, seconds
 
 
-def follow(steps, masked, hardware, quiet):
+def follow(steps, masked, quiet):
     """(the last of the steps, in which of them each token settled (B, L)), beside a progress bar.
     Of each row, steps in which something happened count; masked (B, L) bool is what is
     generated."""
     settled, number, count = torch.zeros_like(masked, dtype=torch.long), 0, int(masked.sum())
     bar = tqdm(total=count, unit="token", leave=False, disable=True if quiet else None)
-    with contextlib.closing(steps), hardware.autocast(), bar:
+    with contextlib.closing(steps), bar:
         for step in steps:
             number = number + (step.fresh | step.remasked).any(1, keepdim=True).long()
             settled = torch.where(step.fresh, number, settled)
@@ -147,27 +148,24 @@ def follow(steps, masked, hardware, quiet):
 
 def write_traces(loaded, how, frames, procedure):
     """The files of --viz-video, --viz-gif and --viz-html."""
-    title = f"{loaded.name} · {procedure} · temperature {how.temperature:g}"
-    title += f" · {frames[-1].nfe} evaluations"
+    how_it_was = f"{procedure} · temperature {how.temperature:g} · {frames[-1].nfe} evaluations"
+    title = f"{loaded.name} · {how_it_was}"
     for target, write in ((how.viz_video, video.write_mp4), (how.viz_gif, video.write_gif)):
         if target:
             write(target, video.pictures(frames, loaded.tokenizer, title), how.gif_frame_ms)
-            print(f"wrote {target}", file=sys.stderr)
     if how.viz_html:
         page.write_html(how.viz_html, frames, loaded.tokenizer, title)
-        print(f"wrote {how.viz_html}", file=sys.stderr)
+    for target in filter(None, (how.viz_video, how.viz_gif, how.viz_html)):
+        print(f"wrote {target}", file=sys.stderr)
 
 
 def run(positional, overrides):
     how, loaded = load(overrides)
     results, frames, nfe, seconds = generate(loaded, how)
     for result in results:
-        if how.json:
-            print(json.dumps(result, ensure_ascii=False))
-            continue
-        if len(results) > 1:
-            print(f"--- seed {result['seed']}")
-        print(result["text"])
+        head = f"--- seed {result['seed']}\n" if len(results) > 1 else ""
+        line = json.dumps(result, ensure_ascii=False) if how.json else head + result["text"]
+        print(line)
     procedure = loaded.family.procedure or how.sampler
     print(
         f"{loaded.name} on {loaded.hardware.device.type} | {procedure}, "

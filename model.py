@@ -1,4 +1,4 @@
-"""The network: one bidirectional transformer, and nothing about diffusion.
+"""The network: one bidirectional transformer, without a word about losses or sampling.
 
 It maps token ids to logits over the real tokens. Who may look at whom is an argument, not a
 subclass. What it shares with GPT: pre-norm blocks, attention, MLP. What differs: no causal mask by
@@ -91,12 +91,12 @@ class Attention(nn.Module):
         mask = attention if torch.is_tensor(attention) else None  # True = may look
         # No dropout of attention weights: it rules out the fused kernels and made a training step
         # twice as slow.
-        causal = isinstance(attention, str)
+        causal = isinstance(attention, str)  # or else all see all, or as the mask says
         attend = partial(F.scaled_dot_product_attention, attn_mask=mask, is_causal=causal)
         if x.device.type != "cpu" or not torch.is_grad_enabled():
             y = attend(q, k, v)
         elif v.dtype == torch.bfloat16 and L <= 512:
-            mask = torch.ones(L, L, dtype=torch.bool).tril() if isinstance(attention, str) else mask
+            mask = torch.ones(L, L, dtype=torch.bool).tril() if causal else mask
             y = ShortAttention.apply(q.to(v.dtype), k.to(v.dtype), v, mask)
         else:
             with torch.autocast("cpu", enabled=False):

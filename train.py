@@ -54,7 +54,7 @@ def draw_batch(family, data, step, hardware, density=None):
 
     Everything random is a function of (seed, step), drawn for the whole batch and cut by row: so
     the number of processes and of micro-batches changes nothing (but what dropout drops), and a
-    resumed run needs no generator's state.
+    resumed run needs no generator's state. (With max_minutes the learning rate follows the clock.)
     """
     cfg = family.cfg
     generator, L = runtime.generator(cfg.seed, "masks", step), cfg.seq_len
@@ -63,9 +63,9 @@ def draw_batch(family, data, step, hardware, density=None):
         L = family.fit(2 + int(torch.randint(cfg.seq_len - 1, (), generator=generator)))
     whole = family.corrupt((cfg.batch_size, L), generator, density)
     seed = int(torch.randint(2**31, (), generator=generator)) + hardware.rank
-    share = cfg.batch_size // hardware.world
-    rows = slice(hardware.rank * share, (hardware.rank + 1) * share)
-    size = cfg.micro_batch or share
+    local = cfg.batch_size // hardware.world
+    rows = slice(hardware.rank * local, (hardware.rank + 1) * local)
+    size = cfg.micro_batch or local
     x0 = data.batch(step, rows)[:, :L]
     if cfg.complementary:
         x0 = x0[::2].repeat_interleave(2, 0)
@@ -79,7 +79,7 @@ def draw_batch(family, data, step, hardware, density=None):
 def gradients(
     network, family, batch, hardware, token_nll=diffusion.token_nll, scale=lambda loss: loss
 ):
-    """Add the gradients of the batch's mean loss to the parameters; returns this process's share of
+    """Add the gradients of the batch's mean loss to the parameters; returns this process's part of
     that loss."""
     (pieces, seed), cfg = batch, family.cfg
     torch.manual_seed(seed)
@@ -104,7 +104,7 @@ def train_step(run, progress, batch, share):
         scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), cfg.grad_clip or math.inf)
     if scaler.is_enabled() and not norm.isfinite():
-        run.model.zero_grad()  # float16 overflowed somewhere: no optimizer steps
+        run.model.zero_grad()  # float16 overflowed somewhere, so that none of the optimizers steps
     scale = optim.lr_scale(cfg, progress.step, share)
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
@@ -118,7 +118,7 @@ def train_step(run, progress, batch, share):
     progress.step, progress.counted = progress.step + 1, progress.counted + 1
 
 
-# --- once in a while: nothing here changes the run ----------------------------------------------
+# --- once in a while: what is trained stays as it is ---------------------------------------------
 
 
 def evaluate(run, progress, so_far, best):
@@ -172,7 +172,8 @@ def check_finite(loss, run, step):
 
 
 def save(run, progress, so_far):
-    """The last checkpoint."""
+    """The last checkpoint: what inference needs, and for a resumed run `Progress` as it stands (its
+    running loss summed over all processes), averaged weights, optimizers and scaler."""
     if run.hardware.rank:
         return
     state = checkpoint.snapshot(run.cfg, run.data, run.model, **vars(progress))
@@ -203,7 +204,7 @@ def loop(run, progress, batches, minutes, stop, bar):
     mean seconds of a step, without evaluations)."""
     cfg, path = run.cfg, run.path["best"]
     best = checkpoint.read(path)["nll"] if os.path.exists(path) else math.inf
-    saved = begun = progress.step  # the step whose state is on disk, and where this session began
+    saved = begun = progress.step  # the last step that was saved, and where this session began
     busy, clock = 0.0, time.perf_counter()
     due = lambda interval: progress.step % interval == 0
     while True:
@@ -211,7 +212,7 @@ def loop(run, progress, batches, minutes, stop, bar):
         share = progress.share(cfg)
         finished = share >= 1 and progress.step > 0  # at least one step, however short the time
         done = finished or stopped
-        # a run that was stopped between evaluations has steps to evaluate that are on disk
+        # counted: steps since the last evaluation, those before a resumed run was stopped too
         evaluates = progress.counted and (due(cfg.eval_interval) or finished)
         saves = (due(cfg.save_interval or cfg.eval_interval) or done) and (
             progress.counted or progress.step != saved

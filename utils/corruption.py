@@ -46,3 +46,15 @@ class Corruption(NamedTuple):
         """On the device, with its index."""
         own = self if self.index is not None or self.noise is not None else self.indexed()
         return own.each(lambda part: runtime.move(part, device))
+
+
+@torch.no_grad()
+def loss_per_pass(loss, x0, corruptions, rows_at_once):
+    """loss(x0 (b, L), Corruption) of all rows x0 (R, L) under each of the corruptions: (R, passes)
+    nats per token."""
+    passes = []
+    for whole in corruptions:
+        pieces = whole.split(slice(0, len(x0)), rows_at_once)
+        found = [loss(*batch).float().cpu() for batch in zip(x0.split(rows_at_once), pieces)]
+        passes.append(torch.cat(found))
+    return torch.stack(passes, 1)

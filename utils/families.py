@@ -17,9 +17,9 @@ from diffusion import (
     Masked,
     bos_tokens,
     find_sampler,
+    loss_per_pass,
     mask_ratio,
     mask_ratio_slope,
-    mean_over_passes,
     q_sample,
 )
 from utils import blocks, draws, importance, kv_cache, uniform
@@ -63,7 +63,7 @@ class Blocks(Masked):
     def fit(self, L):
         return self.bos + max(1, self.units(L)[0]) * self.block_len
 
-    def denoise(self, model, x0, masked, index):
+    def noised_logits(self, model, x0, masked, index):
         L, xt = x0.size(1), q_sample(x0, masked, model.vocab_size - 1)
         ratio = blocks.mask_ratios(masked, self.block_len, self.bos)
         return model(
@@ -85,7 +85,7 @@ class Blocks(Masked):
         if how.cache == "auto":
             network = kv_cache.Exact(model, B, self.block_len, self.bos, self.exact, device)
         else:
-            network = Plain(lambda x, index, window: self.logits(model, x, index))
+            network = Plain(lambda x, index, seen: self.logits(model, x, index))
         origin = torch.full((B, 1), self.bos, device=device)
         return Denoiser(
             network,
@@ -137,9 +137,9 @@ class Autoregressive(Blocks):
     def nelbo(self, model, x0, passes=1, rows_at_once=64, given=None):
         """-log p(x0) itself, (R, 1) nats per token."""
         whole = self.corrupt(x0.shape, given=given)
-        return mean_over_passes(partial(self.weighted_ce, model), x0, [whole], rows_at_once)
+        return loss_per_pass(partial(self.weighted_ce, model), x0, [whole], rows_at_once)
 
-    def denoise(self, model, x0, masked, index):
+    def noised_logits(self, model, x0, masked, index):
         return self.logits(model, x0, index)
 
     def logits(self, model, ids, index=None):
@@ -195,9 +195,9 @@ class Uniform:
         masked = torch.rand(B, L - self.bos, generator=generator) < m[:, None]
         masked = F.pad(masked, (self.bos, 0))
         weight = mask_ratio_slope(self.cfg.schedule, t) / importance.density_at(t, density)
-        return self.corruption(masked, weight, m, generator, given)
+        return self.pack(masked, weight, m, generator, given)
 
-    def corruption(self, masked, weight, m, generator, given=None):
+    def pack(self, masked, weight, m, generator, given=None):
         """A Corruption at the noise levels m (B,); `given` (B, L) bool is not corrupted."""
         noise = torch.randint(2**62, masked.shape, generator=generator)
         if given is not None:
@@ -224,7 +224,7 @@ class Uniform:
         """Upper bound on -log p(x0), (R, passes) nats per token. Times are stratified over all
         rows, and m = t^2, since the integrand grows like log(1 / m): nothing is cut off below."""
         fixed = self.bound_corruptions(x0.shape, passes, given)
-        return mean_over_passes(partial(self.loss, model), x0, fixed, rows_at_once)
+        return loss_per_pass(partial(self.loss, model), x0, fixed, rows_at_once)
 
     def bound_corruptions(self, shape, passes, given=None):
         R, generator = shape[0], torch.Generator().manual_seed(0)
@@ -233,7 +233,7 @@ class Uniform:
             m = (t**2).clamp(max=uniform.MOST)
             masked = torch.rand(shape, generator=generator) < m[:, None]
             masked[:, : self.bos] = False
-            yield self.corruption(masked, 2 * t, m, generator, given)
+            yield self.pack(masked, 2 * t, m, generator, given)
 
     def sampler(self, how):
         """The reverse process, unless how names another that it has."""
@@ -248,7 +248,7 @@ class Uniform:
                 "a model of uniform noise writes no more than its window; make --gen-len smaller"
             )
         network = Plain(
-            lambda x, index, window: model(x, window.turn.m_t[window.rows, 0].float(), select=index)
+            lambda x, index, seen: model(x, seen.turn.m_t[seen.rows, 0].float(), select=index)
         )
         origin = torch.zeros(B, 1, dtype=torch.long, device=canvas.device)
         return Denoiser(network, uniform.UniformNoise(model.vocab_size - 1), canvas, L, origin)
