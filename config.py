@@ -52,7 +52,7 @@ class Config:
     rows: str = field("stream", "stream: windows anywhere in the text; document: one document a "
         "row", choices=("stream", "document"))
     max_documents: int = field(0, "train on the first so many training documents (0: all)", low=0)
-    short_rows: float = field(0.01, "share of steps whose rows are cut short, for short canvases", low=0, high=1)
+    short_rows: float = field(0.01, "share of steps on short rows", low=0, high=1)
 
     n_layer: int = field(6, "transformer blocks", "model", low=1, high=1000)
     n_head: int = field(6, "attention heads", low=1, high=1000)
@@ -89,13 +89,13 @@ class Config:
         "less memory, slower")
     optimizer: str = field("muon", "muon: Muon for block matrices, AdamW for the rest; adamw: "
         "AdamW for all", choices=("muon", "adamw"))
-    lr: float = field(0.005, "of AdamW; narrower networks bear more: 0.01 at 128 channels", low=0)
+    lr: float = field(0.005, "learning rate of AdamW; narrower networks bear more", low=0)
     muon_lr: float = field(0.03, "learning rate of Muon", low=0)
     beta1: float = field(0.8, "AdamW", low=0, below=1)
     beta2: float = field(0.95, "AdamW", low=0, below=1)
     weight_decay: float = field(0.0, "decoupled, on matrices", low=0)
     warmup_iters: int = field(5, "steps of linear warm-up", low=0)
-    lr_decay: str = field("linear", "its shape", choices=("linear", "cosine", "constant"))
+    lr_decay: str = field("linear", "how it falls to 0", choices=("linear", "cosine", "constant"))
     decay_share: float = field(0.5, "share of the run, at its end, over which the learning rate "
         "decays", low=0, high=1)
     grad_clip: float = field(1.0, "largest norm of the gradient (0: off)", low=0)
@@ -106,7 +106,7 @@ class Config:
     eval_rows: int = field(256, "held-out rows while training, each masked once", low=1)
     final_rows: int = field(256, "held-out rows at the end, each masked final_masks times", low=1)
     final_masks: int = field(8, "times that a row is masked anew at the end", low=1, high=10_000)
-    final_samples: int = field(64, "that the final metrics judge (0: none)", low=0, high=10**5)
+    final_samples: int = field(64, "texts that the final metrics judge", low=0, high=10**5)
 
     def __post_init__(self):
         check(self)
@@ -172,7 +172,7 @@ class SampleConfig:
         "tokens to generate, or, under uniform noise, in the text)", low=1, high=LONGEST)
     schedule: str = field("linear", "mask ratio over the steps")
     min_tokens: int = field(1, "least number of tokens a step, for policies with a count", low=1)
-    temperature: float = field(1.0, "of the tokens; 0: always the likeliest", low=0)
+    temperature: float = field(1.0, "of what is drawn from; 0: always the likeliest token", low=0)
     top_k: int = field(0, "draw from the k likeliest tokens (0: all)", low=0)
     # 0.98 leaves the text as varied, and cuts off the many tokens that a small network gives a
     # little too much

@@ -33,7 +33,6 @@ from utils import (
     trace,
     video,
 )
-from utils.cli import UserError
 from utils.tokenizer import Tokenizer
 
 ALTERNATIVES = 5  # likeliest tokens that the page of --viz-html shows
@@ -62,9 +61,8 @@ def load(overrides):
     device = runtime.choose_device(how.device)
     model, tokenizer, cfg = checkpoint.restore(state, device, path)
     family = families.family_of(cfg)
-    if "sampler" in overrides and how.sampler.partition(":")[0] not in family.samplers:
-        own = "which has one of its own: --steps says how long it works"
-        raise UserError(f"sampler={how.sampler} with {family.name}, {own}")
+    if "sampler" in overrides:
+        families.check_sampler(family, how)
     dtype = runtime.dtype_of_run(how.dtype, cfg.dtype, device, path)
     name = os.path.basename(path).removesuffix(".pt")
     return how, Loaded(name, model, family, tokenizer, ranks.Hardware(device, dtype))

@@ -245,7 +245,7 @@ class Transformer(nn.Module):
                      row may look at column
         positions    (L,) or (B, L) long for the rotary embedding; 0..L-1 by default
         cache        function (layer, k, v) -> (k, v), each (B, l, H, D): stores what is new,
-                     returns what to look at (utils/blocks.py)
+                     returns what to look at (utils/kv_cache.py)
         select       flat indices (N,) into the B * L positions
         returns      (B, L, V), or (N, V) with `select`; MASK has no column, so it can never be
                      predicted

@@ -17,7 +17,6 @@ artifacts/logs/NAME.json and a plot of the loss curves.
 import contextlib
 import dataclasses
 import math
-import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -76,6 +75,13 @@ def draw_batch(family, data, step, hardware, density=None):
     return pieces, seed
 
 
+def mean_loss(network, family, piece, hardware, token_nll):
+    """The piece's part of the mean loss of a batch."""
+    with hardware.autocast():
+        x0, corruption = hardware.move(piece[0]), piece[1].to(hardware.device)
+        return family.loss(network, x0, corruption, token_nll).sum() / family.cfg.batch_size
+
+
 def gradients(
     network, family, batch, hardware, token_nll=diffusion.token_nll, scale=lambda loss: loss
 ):
@@ -86,11 +92,9 @@ def gradients(
     total = torch.zeros((), device=hardware.device)
     whole = pieces[0][0].size(1) == cfg.seq_len  # a shorter row is no reason to compile anew
     with contextlib.nullcontext() if whole else torch.compiler.set_stance("force_eager"):
-        for number, (x0, corruption) in enumerate(pieces, 1):
+        for number, piece in enumerate(pieces, 1):
             with ranks.gradient_sync(network, number == len(pieces)):
-                with hardware.autocast():
-                    x0, corruption = hardware.move(x0), corruption.to(hardware.device)
-                    loss = family.loss(network, x0, corruption, token_nll).sum() / cfg.batch_size
+                loss = mean_loss(network, family, piece, hardware, token_nll)
                 scale(loss * hardware.world).backward()  # processes' gradients are averaged
             total += loss.detach()
     return total
@@ -121,20 +125,18 @@ def train_step(run, progress, batch, share):
 # --- once in a while: what is trained stays as it is ---------------------------------------------
 
 
-def evaluate(run, progress, so_far, best):
-    """Held-out bound, a line of the log, a text, the best checkpoint; returns the best bound.
-    so_far: the training loss that all processes have summed up since the last time."""
+def evaluate(run, progress, so_far):
+    """Held-out bound, a line of the log, a text, the best checkpoint. so_far: the training loss
+    that all processes have summed up since the last time."""
     cfg, hardware, judged = run.cfg, run.hardware, run.ema or run.model
     loss = so_far.item() / progress.counted
     run.model.eval()
     with hardware.autocast():
         rows = run.data.held_out[: cfg.eval_rows].to(hardware.device)
         nll = run.family.nelbo(judged, rows, 1, cfg.micro_batch or 64)
-        text = (
-            ""
-            if run.quiet
-            else show_sample(run.family, judged, run.data.tokenizer, hardware.device)
-        )
+        text = ""
+        if not run.quiet:
+            text = show_sample(run.family, judged, run.data.tokenizer, hardware.device)
     run.model.train()
     progress.nll, error, _ = metrics.mean_and_errors(nll)
     progress.running, progress.counted = torch.zeros_like(progress.running), 0
@@ -145,10 +147,10 @@ def evaluate(run, progress, so_far, best):
         f"step {progress.step:,} | training loss {loss:.4f} | held-out bound {progress.nll:.4f} "
         f"± {error:.4f} nats per token | {cli.duration(60 * progress.minutes)}\n    {text[:300]!r}"
     )
-    if progress.nll < best and not hardware.rank:
+    if progress.nll < run.best and not hardware.rank:
         state = checkpoint.snapshot(cfg, run.data, judged, progress.step, progress.nll)
         checkpoint.save(run.path["best"], state)
-    return min(best, progress.nll)
+    run.best = min(run.best, progress.nll)
 
 
 def show_sample(family, model, tokenizer, device):
@@ -202,8 +204,7 @@ def show_speed(run, progress, bar):
 def loop(run, progress, batches, minutes, stop, bar):
     """Train until all steps or minutes are done, or `stop` is filled; returns (whether they are,
     mean seconds of a step, without evaluations)."""
-    cfg, path = run.cfg, run.path["best"]
-    best = checkpoint.read(path)["nll"] if os.path.exists(path) else math.inf
+    cfg = run.cfg
     saved = begun = progress.step  # the last step that was saved, and where this session began
     busy, clock = 0.0, time.perf_counter()
     due = lambda interval: progress.step % interval == 0
@@ -222,7 +223,8 @@ def loop(run, progress, batches, minutes, stop, bar):
             check_finite(so_far, run, progress.step)  # waits for the GPU, so the clock counts it
             busy += time.perf_counter() - clock
         if evaluates:
-            best, so_far = evaluate(run, progress, so_far, best), torch.zeros_like(so_far)
+            evaluate(run, progress, so_far)
+            so_far = torch.zeros_like(so_far)
         if saves:
             save(run, progress, so_far)
             saved = progress.step

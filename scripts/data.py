@@ -1,18 +1,16 @@
 """Prepare a corpus: a text file with a line `<|endoftext|>` between documents.
 
-    python3 scripts/data.py --dataset roneneldan/TinyStories --split train --num-stories 10000
-    --seed 1337 \\
-        --output data/stories.txt                                        any Hugging Face dataset,
-                                                                         streamed
-    python3 scripts/data.py --dataset shakespeare                        Tiny Shakespeare, to
-                                                                         data/shakespeare.txt
-    python3 scripts/data.py --dataset my.jsonl --output data/mine.txt    a local .txt, .jsonl or
-                                                                         .parquet file
-    python3 scripts/data.py --dataset tales --output data/tales.txt      the built-in grammar
-    python3 scripts/data.py --dataset fineweb-edu --tokens 10B --tokenizer T.json --output
-    data/fineweb_edu.bin
-                                                       token shards for corpora larger than memory;
-                                                       the same again goes on
+    # any Hugging Face dataset, streamed
+    python3 scripts/data.py --dataset roneneldan/TinyStories --split train \\
+        --num-stories 10000 --seed 1337 --output data/stories.txt
+    # Tiny Shakespeare, to data/shakespeare.txt
+    python3 scripts/data.py --dataset shakespeare
+    # a local .txt, .jsonl or .parquet file; the built-in grammar
+    python3 scripts/data.py --dataset my.jsonl --output data/mine.txt
+    python3 scripts/data.py --dataset tales --output data/tales.txt
+    # token shards for corpora larger than memory; the same again goes on
+    python3 scripts/data.py --dataset fineweb-edu --tokens 10B --tokenizer T.json \\
+        --output data/fineweb_edu.bin
 """
 
 import hashlib

@@ -1,15 +1,15 @@
 """Judge a checkpoint: the final metrics block of its training run, or that of another text, each
 number with its unit.
 
-    python scripts/evaluate.py                                      the newest run's best checkpoint
-    python scripts/evaluate.py --checkpoint artifacts/models/tales.best.pt --num_samples 200 --json
-    report.json
-    python scripts/evaluate.py --data my.txt                        a text of your own, all of it
-                                                                    held out
-    python scripts/evaluate.py --judge artifacts/models/ar.best.pt  its samples, scored by an
-                                                                    autoregressive model
-    python scripts/evaluate.py --against artifacts/models/ar.best.pt   two models on the same rows,
-                                                                       where they compare
+    # the newest run's best checkpoint; another, whose report is a file too
+    python scripts/evaluate.py
+    python scripts/evaluate.py --checkpoint artifacts/models/tales.best.pt --json report.json
+    # a text of your own, all of it held out
+    python scripts/evaluate.py --data my.txt
+    # its samples, scored by an autoregressive model
+    python scripts/evaluate.py --judge artifacts/models/ar.best.pt
+    # two models on the same rows, where they compare
+    python scripts/evaluate.py --against artifacts/models/ar.best.pt
 """
 
 import contextlib
@@ -235,6 +235,8 @@ def run(positional, overrides):
     how = cli.merge(
         SampleConfig, sampling, {name: value for name, value in asked.items() if value is not None}
     )
+    if options.sampler is not None:
+        families.check_sampler(family, how)
     named = {name: getattr(how, name) for name in asked} | {
         "sampler": family.procedure or how.sampler
     }

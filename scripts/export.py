@@ -1,9 +1,10 @@
 """Checkpoints as files that other programs read, and back: model.safetensors, config.json and
 tokenizer.json in a folder.
 
-    python scripts/export.py                                              the newest run's best, to
-                                                                          artifacts/export/NAME
+    # the newest run's best, to artifacts/export/NAME; another
+    python scripts/export.py
     python scripts/export.py --checkpoint artifacts/models/tales.best.pt --output my_folder
+    # and back
     python scripts/export.py --back my_folder --output artifacts/models/mine.best.pt
 """
 

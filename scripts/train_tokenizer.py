@@ -1,8 +1,8 @@
 """Train a byte-level BPE on the training part of a prepared corpus; held-out documents are never
 read.
 
-    python3 scripts/train_tokenizer.py --input data/stories.txt --output
-    artifacts/tokenizer/tokenizer.json
+    python3 scripts/train_tokenizer.py --input data/stories.txt \\
+        --output artifacts/tokenizer/tokenizer.json
 """
 
 import os

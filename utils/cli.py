@@ -184,6 +184,10 @@ def parse(argv, kind):
         key = older.get(key, key)
         positive = fields.get(key.removeprefix("no_"))
         if key not in fields and positive and positive.type is bool:  # --no-clean-mojibake
+            if equals:
+                raise UserError(
+                    f"--{word[2:]}: give --{positive.name}={value} or --no-{positive.name}"
+                )
             overrides[positive.name] = False
             continue
         if key not in fields:

@@ -39,7 +39,8 @@ class Corruption(NamedTuple):
         parts = [] if self.most is None else self.most.split(size)
         length = math.ceil(max((part.sum().item() for part in parts), default=0))
         starts = range(rows.start, rows.stop, size)
-        pieces = [self.each(lambda part, i=i: part[i : i + size]) for i in starts]
+        whole = self._replace(most=None)
+        pieces = [whole.each(lambda part, i=i: part[i : i + size]) for i in starts]
         return pieces if self.noise is not None else [piece.indexed(length) for piece in pieces]
 
     def to(self, device):

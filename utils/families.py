@@ -6,6 +6,7 @@ write its class and an entry in FAMILIES.
 """
 
 from functools import partial
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,7 @@ from utils.policies import SAMPLERS, UNIFORM_SAMPLERS
 LEFT_TO_RIGHT = {"guidance": (0,), "correctors": (0,), "cache": ("auto", "none")}
 NOT_ALL_AT_ONCE = {
     "guidance": "only a masked model of the whole window has it",
-    "cache": "it keeps keys and values by itself (cache=auto), or none",
+    "cache": "it keeps keys and values by itself, exact ones",
 }
 
 
@@ -113,10 +114,9 @@ class Autoregressive(Blocks):
         "complementary": (False,),
         "time_conditioning": ("none",),
         "time_sampling": ("uniform",),
-        "diffusion_steps": (0,),
     }
     why = Blocks.why | dict.fromkeys(
-        ("loss_weighting", "time_conditioning", "diffusion_steps"),
+        ("loss_weighting", "time_conditioning"),
         "it has no masks and no noise level",
     )
 
@@ -173,12 +173,12 @@ class Uniform:
         "loss_weighting": ("elbo",),
         "complementary": (False,),
         "time_conditioning": ("adaln", "sinusoidal"),
-        "schedule": ("poly2", *SCHEDULES),
+        "schedule": tuple(dict.fromkeys(("poly2", *SCHEDULES))),
         "init": ("normal", "zero"),
     }
     why = NOT_ALL_AT_ONCE | {
         "time_conditioning": "random tokens do not show the noise level, which it must be told",
-        "left_to_right": "such a model does not write from left to right",
+        "left_to_right": "such a model has no order from left to right",
     }
 
     def __init__(self, cfg):
@@ -245,7 +245,7 @@ class Uniform:
         B, L = canvas.shape
         if window and L > window:
             raise UserError(
-                "a model of uniform noise writes no more than its window; make --gen-len smaller"
+                "a model of uniform noise generates no more than its window; make --gen-len smaller"
             )
         network = Plain(
             lambda x, index, seen: model(x, seen.turn.m_t[seen.rows, 0].float(), select=index)
@@ -292,8 +292,21 @@ def checked(cfg):
     """`family_of` a Config, after complaining of what it cannot have."""
     check_name("schedule", cfg.schedule, SCHEDULES)
     family = family_of(cfg)
-    check_needs(family, cfg)
+    # a block as long as the window is none
+    check_needs(family, SimpleNamespace(**vars(cfg) | {"block_len": block_len(cfg)}))
     return family
+
+
+def check_sampler(family, how):
+    """Complain of a sampler that the family does not have."""
+    name = how.sampler.partition(":")[0]
+    if name not in family.samplers:
+        known = ", ".join(family.samplers)
+        own = "which has one of its own (--steps and --correctors say how long it works)"
+        raise UserError(
+            f"sampler={how.sampler} with {family.name}"
+            + (f", {own}" if len(family.samplers) == 1 else f"; known: {known}")
+        )
 
 
 def check_sampling(how):
@@ -312,5 +325,6 @@ def show_list():
         key = sampler.key.__doc__ if sampler.key else ""
         key = f" Key: {key[0].lower()}{key[1:]}" if key else ""
         print(f"sampler {name}{number}: {' '.join(sampler.policy.__doc__.split())}{key}")
+    print(f"samplers under uniform noise: {', '.join(UNIFORM_SAMPLERS)}")
     print(f"schedules: {', '.join(SCHEDULES)}")
     print(f"objectives: {', '.join(FAMILIES)}")

@@ -78,6 +78,7 @@ class Run:
     scaler: torch.amp.GradScaler
     path: dict  # kind of file -> path
     quiet: bool
+    best: float = math.inf  # held-out bound of the best checkpoint so far
     network: Callable = None  # the model, compiled and distributed where that pays
     token_nll: Callable = diffusion.token_nll
     seconds: float = 0.0  # of a pass forward and backward
@@ -130,6 +131,8 @@ def set_up(cfg, state=None, quiet=False):
     progress = Progress(running=torch.zeros((), device=hardware.device))
     if state:
         resume(run, progress, state)
+        if os.path.exists(run.path["best"]):
+            run.best = checkpoint.read(run.path["best"])["nll"]
     if given:
         given.clear()  # frees as much memory as weights and optimizers take
     model.train()
@@ -203,7 +206,7 @@ def resume(run, progress, state):
     corpus.check_same(run.data, state.get("corpus"), run.cfg)
     with checkpoint.fitting(f"the checkpoint of {run.cfg.name}"):
         for name in vars(progress):
-            setattr(progress, name, state.get(name))
+            setattr(progress, name, state.get(name, getattr(progress, name)))
         progress.running = progress.running.reshape(()).to(run.hardware.device) / run.hardware.world
         if progress.density is not None:
             progress.density = progress.density.reshape(importance.BINS)

@@ -25,7 +25,7 @@ def most_states(row, how, family, mask):
     masks, sampler = row.count(mask), family.sampler(how)
     if sampler.policy is policies.reverse:
         return (how.steps or len(row)) * (1 + how.correctors)
-    if not how.steps or family.block_len == 1 or sampler.policy is policies.first_hitting:
+    if not how.steps or family.exact or sampler.policy is policies.first_hitting:
         return masks  # one token a step
     # steps are rounded up in each block
     length = family.block_len or how.decode_block or max(1, family.cfg.seq_len // 4)

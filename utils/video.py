@@ -252,7 +252,7 @@ def pictures(frames, tokenizer, title):
     """Yield (PIL.Image, seconds or None) for recorded `frames`: None is the normal time, the last
     picture is held.
 
-    text is the tokenizer (utils.tokenizers.Tokenizer). A text of several pages is shown on the page
+    text is the tokenizer (utils.tokenizer.Tokenizer). A text of several pages is shown on the page
     where it is being written, and page by page at the end.
     """
     mask = tokenizer.mask

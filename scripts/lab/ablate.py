@@ -1,14 +1,13 @@
 """Comparisons: one table of differences, one figure, one command each. What is done already is not
 done again.
 
-    python scripts/lab/ablate.py optimizer                                 trains each variant;
-                                                                           likewise weighting, ...
-    python scripts/lab/ablate.py optimizer --base shakespeare --iters 300  the same at a preset's
-                                                                           own size
-    python scripts/lab/ablate.py optimizer --data data/stories.txt         the same on another text
-    python scripts/lab/ablate.py samplers                                  the newest tales run
-    python scripts/lab/ablate.py samplers --checkpoint artifacts/models/tales.best.pt --num_samples
-    200
+    # trains each variant; likewise weighting, ...; at a preset's own size; on another text
+    python scripts/lab/ablate.py optimizer
+    python scripts/lab/ablate.py optimizer --base shakespeare --iters 300
+    python scripts/lab/ablate.py optimizer --data data/stories.txt
+    # with the newest tales run; with another
+    python scripts/lab/ablate.py samplers
+    python scripts/lab/ablate.py samplers --checkpoint artifacts/models/tales.best.pt
 
 Writes artifacts/ablations/NAME.csv, .md and .png (NAME_BASE_on_DATA with those). To add a
 comparison, add a function and an entry to COMPARISONS; a comparison of training runs is an entry of

@@ -1,15 +1,14 @@
 """Time what users wait for. Machines are noisy: everything is timed in turn in one run and given as
 medians.
 
-    python scripts/lab/bench.py train shakespeare               tokens/s of a preset, beside the
-                                                                sources' recipe
+    # tokens/s of a preset, beside the sources' recipe
+    python scripts/lab/bench.py train shakespeare
     python scripts/lab/bench.py train tales --rounds 9 --json train.json
-    python scripts/lab/bench.py sample stories --batches 1,16   tokens/s of every sampler, beside
-                                                                the sources' procedure
-    python scripts/lab/bench.py sample artifacts/models/tales.best.pt --samplers
-    confidence,entropy_bounded:0.03
-    python scripts/lab/bench.py video                           seconds to encode 256 tokens x 100
-                                                                steps as MP4
+    # tokens/s of every sampler, beside the sources' procedure; of some, with a checkpoint
+    python scripts/lab/bench.py sample stories --batches 1,16
+    python scripts/lab/bench.py sample artifacts/models/tales.best.pt --samplers confidence,factor
+    # seconds to encode 256 tokens x 100 steps as MP4
+    python scripts/lab/bench.py video
 """
 
 import dataclasses

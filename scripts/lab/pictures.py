@@ -1,7 +1,8 @@
 """The pictures of learning.md, into artifacts/plots: each a function and an entry of PICTURES.
 
-python scripts/lab/pictures.py                                             all
-python scripts/lab/pictures.py schedules weights                           some
+# all; some; with a checkpoint
+python scripts/lab/pictures.py
+python scripts/lab/pictures.py schedules weights
 python scripts/lab/pictures.py samplers_at_work --checkpoint artifacts/models/tales.best.pt
 """
 
