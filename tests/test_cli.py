@@ -33,6 +33,7 @@ from utils import (
     checkpoint,
     cli,
     corpus,
+    families,
     metrics,
     optim,
     plots,
@@ -917,6 +918,37 @@ def test_settings_that_a_family_cannot_have(words, message, monkeypatch, capsys)
         capsys,
     )
     assert code == 2 and message in err and err.count("\n") == 1, err
+
+
+def test_needs_of_the_families_are_settings():
+    """A name that is no setting would be a rule that nothing ever breaks."""
+    known = {
+        f.name
+        for kind in (Config, SampleConfig, evaluate.EvaluateConfig)
+        for f in dataclasses.fields(kind)
+    }
+    for family in FAMILIES.values():
+        assert set(family.needs) <= known and set(family.why) <= known | {"left_to_right"}
+
+
+@pytest.mark.parametrize("objective", ("ar", "uniform", "masked"))
+def test_a_block_as_long_as_the_window_is_none(objective):
+    words = [*"--data tales --seq_len 32 --rows stream --block_len 32".split(), *TINY]
+    cfg, _ = load([*words, "--objective", objective])
+    assert families.checked(cfg).block_len in (0, 1) and cfg.block_len == 32
+
+
+def test_a_sampler_of_another_family(tales_run, monkeypatch, capsys):
+    model = ["--checkpoint", str(tales_run / "models" / "tales.best.pt"), "--sampler", "reverse"]
+    for main, more in ((inference.main, []), (evaluate.main, ["--num_samples", "1"])):
+        code, _, err = run(main, [*model, *more], monkeypatch, capsys)
+        assert code == 2 and "sampler=reverse with a masked model" in err, err
+
+
+def test_a_negated_flag_takes_no_value():
+    assert cli.parse(["--no-complementary"], Config)[1] == {"complementary": False}
+    with pytest.raises(UserError, match="--complementary=true or --no-complementary"):
+        cli.parse(["--no-complementary=true"], Config)
 
 
 def test_what_a_family_cannot_write(monkeypatch, capsys):
