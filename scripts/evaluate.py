@@ -30,6 +30,7 @@ from utils import (
     checkpoint,
     cli,
     corpus,
+    encoding,
     families,
     metrics,
     plots,
@@ -92,7 +93,7 @@ class Loaded(NamedTuple):
     path: str
     model: Transformer
     cfg: Config
-    data: corpus.Corpus
+    data: encoding.Corpus
     step: int
     dtype: torch.dtype  # in which it is judged
     sampling: dict  # how its author wanted it sampled, SampleConfig's group "how"
@@ -122,8 +123,10 @@ def load(path, options, device):
             with contextlib.suppress(UserError):
                 training = corpus.load(cfg, tokenizer).training
         cfg = dataclasses.replace(cfg, data=options.data)
-        rows = corpus.held_out_rows(texts.read_documents(options.data), tokenizer, cfg)
-        return loaded._replace(cfg=cfg, data=corpus.Corpus(None, rows, tokenizer, 0, "", training))
+        rows = encoding.held_out_rows(texts.read_documents(options.data), tokenizer, cfg)
+        return loaded._replace(
+            cfg=cfg, data=encoding.Corpus(None, rows, tokenizer, 0, "", training)
+        )
     data = corpus.load(cfg, tokenizer)
     if state.get("corpus") not in (None, data.fingerprint):
         print(

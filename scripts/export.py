@@ -70,8 +70,7 @@ def read(folder):
         with open(os.path.join(folder, "tokenizer.json"), encoding="utf-8") as file:
             state["tokenizer"] = file.read()
         state["model"] = load_file(os.path.join(folder, "model.safetensors"))
-    # noqa: BLE001 - any folder may be given, and safetensors has exceptions of its own
-    except Exception as error:
+    except Exception as error:  # any folder may be given, and safetensors has exceptions of its own
         raise UserError(
             f"{folder} is no exported checkpoint, or a damaged one: {reason(error)}"
         ) from None

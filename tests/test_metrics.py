@@ -15,7 +15,7 @@ from toy import settings
 from config import Config, SampleConfig
 from model import Transformer
 from utils import (
-    corpus,
+    encoding,
     metrics,
     plots,
     runtime,
@@ -73,7 +73,7 @@ def test_bits_of_a_network_that_knows_nothing():
         seq_len=16,
     )
     rows = torch.randint(8, (6, 16))
-    data = corpus.Corpus(None, rows, text, 0, "", None)
+    data = encoding.Corpus(None, rows, text, 0, "", None)
     report = metrics.held_out(
         Transformer(cfg, text.vocab_size), family_of(cfg), data, torch.device("cpu")
     )
@@ -89,7 +89,7 @@ def test_bits_of_a_network_that_knows_nothing():
 def test_bytes_and_characters_differ():
     text = train_char(["é漢a"], documents=False)
     rows = torch.tensor(text.encode(["é漢a"]))
-    assert corpus.row_lengths(rows, text).tolist() == [[3, 6]]
+    assert encoding.row_lengths(rows, text).tolist() == [[3, 6]]
 
 
 def test_loss_curves(tmp_path):
@@ -481,7 +481,7 @@ def test_a_network_that_knows_nothing_by_level(objective, changes):
     torch.nn.init.zeros_(model.head.weight)
     rows = torch.randint(8, (64, 16), generator=runtime.generator(1))
     cfg = dataclasses.replace(cfg, final_rows=64)
-    data = corpus.Corpus(None, rows, text, 0, "", None)
+    data = encoding.Corpus(None, rows, text, 0, "", None)
     report = metrics.levels_of(model, family_of(cfg), data, torch.device("cpu")) | metrics.held_out(
         model, family_of(cfg), data, torch.device("cpu")
     )
@@ -518,7 +518,10 @@ def test_pooled_cross_entropy_is_the_training_loss():
             p.data.mul_(20)
         cfg = dataclasses.replace(cfg, final_rows=256)
         found[schedule] = metrics.levels_of(
-            model, family_of(cfg), corpus.Corpus(None, rows, text, 0, "", None), torch.device("cpu")
+            model,
+            family_of(cfg),
+            encoding.Corpus(None, rows, text, 0, "", None),
+            torch.device("cpu"),
         )
     levels = found["linear"]["levels"]
     by_hand = sum(e["level"] * e["loss"] for e in levels) / sum(e["level"] for e in levels)

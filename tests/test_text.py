@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from config import Config
-from utils import canvas, corpus, tales, texts, tokenizer
+from utils import canvas, corpus, encoding, tales, texts, tokenizer
 from utils.cli import UserError
 
 STRINGS = [
@@ -188,7 +188,7 @@ def test_stream_batches_are_windows_of_the_text(tmp_path):
         assert data.tokenizer.decode(row) in path.read_text()[:1800]
     assert data.held_out.shape == (200 // 16, 16) and data.tokens == 1800
     assert (
-        corpus.row_lengths(data.held_out, data.tokenizer).tolist() == [[16, 16]] * 12
+        encoding.row_lengths(data.held_out, data.tokenizer).tolist() == [[16, 16]] * 12
         and data.tokenizer.end is None
     )
 

@@ -148,8 +148,8 @@ def read(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError as error:
         raise UserError(f"{path} cannot be read: {reason(error)}") from None
-    # noqa: BLE001 - any file may be given, and the unpickler fails in many ways, at length
     except Exception as error:
+        # any file may be given, and the unpickler fails in many ways, at length
         raise UserError(
             f"{path} is no checkpoint, or a damaged one ({type(error).__name__}); take another, or "
             "train anew"

@@ -306,7 +306,7 @@ def run(main):
         print(
             "error: too little memory for this; ask for less at once. In training: a smaller "
             "--micro_batch, --batch_size or "
-            "network, or --activation_checkpointing true; in writing: fewer or shorter texts "
+            "network, or --activation_checkpointing true; in generation: fewer or shorter texts "
             f"({reason(error)})",
             file=sys.stderr,
         )

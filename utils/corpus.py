@@ -9,13 +9,7 @@ import torch
 from utils import tales, texts
 from utils import tokenizer as tokenizers
 from utils.cli import UserError
-from utils.encoding import (  # noqa: F401
-    Corpus,
-    document_rows,
-    held_out_rows,
-    row_lengths,
-    token_stream,
-)
+from utils.encoding import Corpus, document_rows, held_out_rows, token_stream
 from utils.runtime import generator, is_first
 from utils.shards import load_shards
 

@@ -8,7 +8,7 @@ import statistics
 import torch
 
 import diffusion
-from utils import corpus, families, samples, tales
+from utils import corpus, encoding, families, samples, tales
 
 SEARCHED = 5_000_000  # training tokens that copies are looked for in
 
@@ -57,7 +57,7 @@ def held_out(model, family, data, device):
     """
     cfg = family.cfg
     rows = data.held_out[: cfg.final_rows].to(device)
-    lengths = corpus.row_lengths(rows, data.tokenizer)
+    lengths = encoding.row_lengths(rows, data.tokenizer)
     mean, se_rows, se_masks = mean_and_errors(
         family.nelbo(model, rows, cfg.final_masks, cfg.micro_batch or 64)
     )

@@ -17,6 +17,7 @@ from utils import (
     checkpoint,
     cli,
     corpus,
+    encoding,
     families,
     importance,
     metrics,
@@ -70,7 +71,7 @@ class Run:
 
     cfg: Config
     family: object  # diffusion.Masked, or one of utils/families.py
-    data: corpus.Corpus
+    data: encoding.Corpus
     hardware: ranks.Hardware
     model: Transformer
     ema: Transformer  # of averaged weights; None without

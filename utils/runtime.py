@@ -215,8 +215,7 @@ def compile_network(model, token_nll, device, try_out):
         result = try_out(compiled, compiled_nll)
     except torch.OutOfMemoryError:
         raise
-    # noqa: BLE001 - whatever the compiler lacks (Triton, g++, headers), eager works
-    except Exception as error:
+    except Exception as error:  # whatever the compiler lacks (Triton, g++, headers), eager works
         model.zero_grad()  # of the pass that failed
         if is_first():
             print(f"torch.compile does not work here ({reason(error)}); going on without it")

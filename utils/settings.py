@@ -28,7 +28,7 @@ def preset(name, families=()):
             raise UserError(f"there is no file {name}")
         try:
             settings = runpy.run_path(name).get("config")
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever the user's file does
+        except (Exception, SystemExit) as error:  # whatever the user's file does
             raise UserError(f"{name} does not run: {reason(error)}") from None
         if not isinstance(settings, dict):
             raise UserError(f"{name} does not define config = {{...}}")

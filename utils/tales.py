@@ -69,11 +69,10 @@ OPENING = [
     "{Place}, long ago, there lived a {trait} {kind} named {name}.",
 ]
 
-# The first sentences of all plots are equally long in words and punctuation marks, and so are the
-# second, and so on: a network that sees a few words then knows which sentence they belong to, and
-# minutes of training are enough. Stories end in two ways, for the same reason. Name, pronoun,
-# helper and feeling recur in nearly every story, object and place in many, the rest never: a word
-# that is seldom repeated is the last that a network learns to repeat.
+# The n-th sentences of all plots are equally long in words and punctuation marks: a network that
+# sees a few words then knows which sentence they belong to, and minutes of training are enough.
+# Stories end in two ways, for the same reason. Name, pronoun, helper and feeling recur in nearly
+# every story, the rest seldom: what is seldom repeated is the last that a network learns to repeat.
 PLOTS = {
     "lost": [
         OPENING,
@@ -186,7 +185,7 @@ class Grammar(NamedTuple):
 
 TALES = Grammar(VARIABLES, FORMS, PLOTS)
 
-# --- writing stories ------------------------------------------------------------------------------
+# --- generating stories ---------------------------------------------------------------------------
 
 
 def stream(seed, grammar=TALES):
@@ -219,9 +218,8 @@ class _Rendered(dict):
 
 
 # --- judging stories ------------------------------------------------------------------------------
-# A piece of text at a placeholder leaves a set of choices possible for its variable ("she" leaves
-# the girls). A derivation is consistent when the sets of all placeholders of a variable have a
-# choice in common.
+# Text at a placeholder leaves a set of choices possible for its variable ("she" leaves the girls).
+# A derivation is consistent when the sets of all placeholders of a variable share a choice.
 
 
 class _Compiled(NamedTuple):

@@ -67,7 +67,7 @@ def reading(name):
         yield
     except UserError:
         raise
-    except Exception as error:  # noqa: BLE001 - see above
+    except Exception as error:  # see above
         if name.endswith(LOCAL):
             raise UserError(f"{name} cannot be read: {reason(error)}") from None
         raise UserError(

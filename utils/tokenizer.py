@@ -68,8 +68,8 @@ class Tokenizer:
             ]
         except (TypeError, UnicodeEncodeError):
             raise UserError(f"{what} is not valid Unicode text") from None
-        # noqa: BLE001 - `tokenizers` raises plain Exception; the file may be a stranger's
         except Exception as error:
+            # `tokenizers` raises plain Exception; the file may be a stranger's
             raise UserError(f"the tokenizer cannot encode {what}: {cli.reason(error)}") from None
 
     def decode(self, ids):
@@ -174,7 +174,7 @@ def from_json(text):
     """Tokenizer of what `Tokenizer.to_json` gave; anything else is a UserError."""
     try:
         return Tokenizer(Backend.from_str(text))
-    except Exception as error:  # noqa: BLE001 - `tokenizers` raises plain Exception
+    except Exception as error:  # `tokenizers` raises plain Exception
         raise UserError(f"no tokenizer that this program can use: {cli.reason(error)}") from None
 
 

@@ -16,7 +16,7 @@ import diffusion
 import train
 from config import Config
 from model import Transformer
-from utils import cli, corpus, families, optim, ranks, runtime, settings
+from utils import cli, encoding, families, optim, ranks, runtime, settings
 from utils.cli import UserError
 
 SOURCE = "the sources' recipe, float32 eager"
@@ -36,7 +36,7 @@ def training_step(cfg, vocab_size, device, dtype=torch.float32, compiled=False, 
     if torchs_muon:
         optimizers[1] = torch.optim.Muon(optimizers[1].param_groups[0]["params"], cfg.muon_lr)
     x0 = torch.randint(vocab_size - 1, (cfg.batch_size, cfg.seq_len))
-    data = corpus.Corpus(
+    data = encoding.Corpus(
         batch=lambda step, rows: x0[rows],
         held_out=None,
         tokenizer=None,

@@ -1,4 +1,4 @@
-"""Ways of writing with one trained network, compared: the sampler comparisons of
+"""Samplers of one trained network, compared: the sampler comparisons of
 scripts/lab/ablate.py, which runs them.
 
 Each is a function from ablate.py's options to the settings, and one from them to (the function that
@@ -194,7 +194,7 @@ def measure_order(options):
     """(function from a sampler to when each kind of character is written; what it depends on
     besides).
 
-    place         mean place in the order of writing, from 0 (first) to 1, of the tokens that stand
+    place         mean place in the order of unmasking, 0 (first) to 1, of the tokens that stand
                   for the most frequent quarter of the training text (frequent) and the least
                   frequent quarter (rare)
     early, all    share of frequent ones among the first tenth that is written, and among all

@@ -140,7 +140,7 @@ def attention(options, path):
     panels = (
         ("masked, uniform\nall see all", everyone),
         ("autoregressive\nwhat is to the left", everyone.tril()),
-        ("blocks of 4, writing\nits block and those before", own[None] <= own[:, None]),
+        ("blocks of 4, generating\nits block and those before", own[None] <= own[:, None]),
         ("blocks of 4, training\n[corrupted | clean] twice", blocks.doubled_mask(size, 4, 0, cpu)),
     )
     figure, axes = plots.pyplot().subplots(1, 4, figsize=(11, 3.2), layout="constrained")
