@@ -90,9 +90,9 @@ def build(tokenizer, parts, window):
 
 
 def end(tokenizer, ids, blank=None):
-    """Where the text of a sampled row (list of ids) ends: at the first `<|endoftext|>` that the
-    model wrote after all given text. blank is the canvas (list of ids) that the row began as; None
-    is an unconditional one."""
+    """Where the text of a sampled row (list of ids) ends: at the first `<|endoftext|>` that was
+    generated after all given text. blank is the canvas (list of ids) that the row began as; None is
+    an unconditional one."""
     given = [i for i, token in enumerate(blank or ()) if token != tokenizer.mask]
     after = given[-1] + 1 if given else 1
     return ids.index(tokenizer.end, after) if tokenizer.end in ids[after:] else len(ids)
@@ -140,7 +140,7 @@ def rows_of(how, family, tokenizer):
     rows = [build(tokenizer, template, family.cfg.seq_len) for template in templates]
     if family.block_len and any(given_after_a_hole(row, tokenizer.mask) for row in rows):
         raise UserError(
-            "this model writes from left to right and sees nothing of what comes after; give a "
+            "this model generates from left to right and sees nothing of what comes after; give a "
             "--prompt, without "
             "--suffix and --infill, or train a masked model (--objective masked, without "
             "--block_len)"

@@ -107,7 +107,12 @@ def row_uniforms(seeds, k, L, dtype=torch.float64):
     return ((bits >> (64 - digits)) & (2**digits - 1)).to(dtype) * 2.0**-digits
 
 
+def precision_of(device):
+    """The dtype in which to draw and to reckon times: MPS has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def uniforms_of(seeds, L, device):
     """`row_uniforms` as a function of the step, for rows with these integer seeds."""
-    precision = torch.float32 if device.type == "mps" else torch.float64
-    return partial(row_uniforms, torch.tensor(list(seeds), device=device), L=L, dtype=precision)
+    seeds = torch.tensor(list(seeds), device=device)
+    return partial(row_uniforms, seeds, L=L, dtype=precision_of(device))

@@ -91,9 +91,9 @@ AT_ONCE = {"cpu": 2**26, "cuda": 2**27, "mps": 2**26}
 
 
 def rows_at_once(family, vocabulary, length, device):
-    """How many rows of `length` tokens may be written together, so that memory does not grow with
-    their number: by their logits, which a model that writes left to right has in its block alone,
-    and by what a pass keeps of each layer."""
+    """How many rows of `length` tokens may be generated together, so that memory does not grow with
+    their number: by their logits, which a model of blocks or from left to right has of its block
+    alone, and by what a pass keeps of each layer."""
     cfg, seen = family.cfg, min(length, family.cfg.seq_len)
     asked = min(seen, family.block_len or seen)
     return max(

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from utils.draws import precision_of
 from utils.policies import View, max_probability
 
 
@@ -146,7 +147,7 @@ class Clock:
         (B, L), device = state.ids.shape, state.ids.device
         self.denoiser, self.grid, self.steps = denoiser, grid, how.steps
         self.may_remask, self.correctors, self.stop = sampler.may_remask, how.correctors, stop
-        self.precision = torch.float32 if device.type == "mps" else torch.float64
+        self.precision = precision_of(device)
         self.place = torch.arange(L, device=device)
         self.number = (self.place - denoiser.origin).clamp(min=0) // denoiser.block_len  # (B, L)
         self.block = torch.full((B,), -1, device=device)

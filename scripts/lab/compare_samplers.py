@@ -86,9 +86,8 @@ def masked_model(path, device):
     family = families.family_of(cfg)
     if family.block_len or family.procedure:
         raise UserError(
-            f"{path} writes {family.procedure or 'block by block'}; samplers are compared with a "
-            "masked model of the "
-            "whole window"
+            f"{path} generates {family.procedure or 'block by block'}; samplers are compared "
+            "with a masked model of the whole window"
         )
     return model, tokenizer, cfg, state
 
