@@ -207,42 +207,37 @@ def parse(argv, kind):
 
 def merge(kind, *layers):
     """A `kind` from dicts, later ones first in rank; a name that it does not have is an error."""
-    values, types, older = {}, {f.name: f.type for f in dataclasses.fields(kind)}, aliases(kind)
-    defaults = {f.name: f.default for f in dataclasses.fields(kind)}
-    for layer in layers:
-        for key, value in layer.items():
-            key = older.get(key, key)
-            if key not in types:
-                raise UserError(f"there is no setting {key}{nearest(key, types)}")
-            wanted = (int, float) if types[key] is float else types[key]
-            if value is None and defaults[key] is None:
-                values[key] = None
-                continue
-            if not isinstance(value, wanted) or isinstance(value, bool) != (types[key] is bool):
-                raise UserError(
-                    f"{key}={' '.join(repr(value).split())[:60]} must be of type "
-                    f"{types[key].__name__}"
-                )
-            if types[key] is str and (
-                "\0" in value or value.encode(errors="replace").decode() != value
-            ):
-                raise UserError(
-                    f"{key}={value!r} is no text: it has a NUL character, or bytes that are not "
-                    "UTF-8"
-                )
-            if types[key] is int and value.bit_length() > 1000:  # Python does not even print it
-                raise UserError(
-                    f"{key} is a number of {value.bit_length()} bits, which is too large"
-                )
-            if types[key] is float:
-                try:
-                    value = float(value)
-                except OverflowError:
-                    value = math.inf
-                if not math.isfinite(value):
-                    raise UserError(f"{key}={value} must be a finite number")
-            values[key] = value
+    fields, older, values = {f.name: f for f in dataclasses.fields(kind)}, aliases(kind), {}
+    for key, value in (item for layer in layers for item in layer.items()):
+        key = older.get(key, key)
+        if key not in fields:
+            raise UserError(f"there is no setting {key}{nearest(key, fields)}")
+        optional = value is None and fields[key].default is None
+        values[key] = None if optional else typed(fields[key], value)
     return kind(**values)
+
+
+def typed(f, value):
+    """A value of any origin as one of dataclass field `f`, of whose type it must be."""
+    wanted = (int, float) if f.type is float else f.type
+    if not isinstance(value, wanted) or isinstance(value, bool) != (f.type is bool):
+        shown = " ".join(repr(value).split())[:60]
+        raise UserError(f"{f.name}={shown} must be of type {f.type.__name__}")
+    if f.type is str and ("\0" in value or value.encode(errors="replace").decode() != value):
+        raise UserError(
+            f"{f.name}={value!r} is no text: it has a NUL character, or bytes that are not UTF-8"
+        )
+    if f.type is int and value.bit_length() > 1000:  # Python does not even print it
+        raise UserError(f"{f.name} is a number of {value.bit_length()} bits, which is too large")
+    if f.type is not float:
+        return value
+    try:
+        value = float(value)
+    except OverflowError:
+        value = math.inf
+    if not math.isfinite(value):
+        raise UserError(f"{f.name}={value} must be a finite number")
+    return value
 
 
 def show_help(kind, usage):

@@ -258,13 +258,8 @@ def begin_log(path, step):
         if not step:
             os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
             return open(path, "x").close()
-        kept = []
-        for line in open(path, encoding="utf-8") if os.path.exists(path) else ():
-            with contextlib.suppress(
-                ValueError, KeyError, TypeError
-            ):  # a line that a crash cut off, or of somebody else
-                if json.loads(line)["step"] <= step:
-                    kept.append(line.rstrip("\n") + "\n")
+        lines = open(path, encoding="utf-8") if os.path.exists(path) else ()
+        kept = [line.rstrip("\n") + "\n" for line in lines if _step_of(line) <= step]
         with cli.replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
             file.writelines(kept)
     except FileExistsError:
@@ -273,6 +268,13 @@ def begin_log(path, step):
         ) from None
     except OSError as error:
         raise UserError(f"cannot write {path}: {error}") from None
+
+
+def _step_of(line):
+    """The step of a line of the log; inf of one that a crash cut off, or of somebody else."""
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        return 0 + json.loads(line)["step"]  # a number, or a TypeError
+    return math.inf
 
 
 def write_line(path, entry):
