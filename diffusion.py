@@ -258,9 +258,7 @@ class Masked:
         K, n = self.units(L)
         u = draws.stratified(B * K // 2 if cfg.complementary else B * K, generator)
         u = importance.inverse_cdf(u, density)
-        if (
-            self.block_len
-        ):  # each row has K strata of its own: which of its blocks has which is random
+        if self.block_len:  # each row has K strata of its own, in its blocks in random order
             u = u.view(B, K)
             u = u.gather(1, torch.rand(u.shape, generator=generator).argsort(1)).flatten()
         draw, free = CORRUPTIONS[cfg.corruption], self.maskable(given, n)

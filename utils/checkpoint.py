@@ -253,9 +253,8 @@ def restore(state, device, path="the checkpoint"):
             for name, w in weights.items()
             if not (cfg.tie_embeddings and name == "head.weight")
         )
-        if held != (
-            count := count_parameters(cfg, tokenizer.vocab_size)
-        ):  # before as much memory is taken
+        count = count_parameters(cfg, tokenizer.vocab_size)
+        if held != count:  # before as much memory is taken
             raise UserError(
                 f"it holds {held:,} weights, and the network of its config has {count:,}"
             )

@@ -55,9 +55,8 @@ def replacing(path, *also):
         raise UserError(
             f"cannot write {path}: {reason(error)}; what was there before is untouched"
         ) from None
-    with contextlib.suppress(
-        OSError, AttributeError
-    ):  # the new name on the disk too, where the system can
+    # the new name on the disk too, where the system can
+    with contextlib.suppress(OSError, AttributeError):
         folder = os.open(os.path.dirname(target), os.O_DIRECTORY)
         try:
             os.fsync(folder)
@@ -70,9 +69,8 @@ def nearest(word, words, prefix=""):
     return f"; did you mean {prefix}{match[0]}?" if match else ""
 
 
-MOST = (
-    10**12
-)  # of a whole number whose field names no other: beyond, C integers overflow and memory is gone
+# of a whole number whose field names no other: beyond, C integers overflow and memory is gone
+MOST = 10**12
 
 
 def field(

@@ -14,9 +14,8 @@ from utils.runtime import generator, is_first
 from utils.shards import load_shards
 
 TALES_HELD_OUT = 2048  # stories
-SHORTEST_TALE = (
-    60  # tokens; a tale has 65 words and punctuation marks, which no tokenizer trained here joins
-)
+# tokens; a tale has 65 words and punctuation marks, which no tokenizer trained here joins
+SHORTEST_TALE = 60
 
 
 # --- corpora --------------------------------------------------------------------------------------
@@ -73,7 +72,7 @@ def latest(batch, cfg, steps, limit):
 
 
 def load(cfg, tokenizer=None):
-    """Corpus of cfg.data. `text` is the tokenizer of a checkpoint to go on with; else cfg.tokenizer
+    """Corpus of cfg.data. tokenizer: that of a checkpoint to go on with; None: cfg.tokenizer
     decides."""
     if cfg.max_documents and (cfg.data == "tales" or os.path.isdir(cfg.data)):
         raise UserError(
