@@ -166,8 +166,8 @@ def run(positional, overrides):
         print(line)
     procedure = loaded.family.procedure or how.sampler
     print(
-        f"{loaded.name} on {loaded.hardware.device.type} | {procedure}, "
-        f"temperature {how.temperature:g} | {nfe} network evaluations, {seconds:.1f} s",
+        f"{loaded.name} on {loaded.hardware.device.type} | {procedure}, temperature "
+        f"{how.temperature:g} | {nfe} network evaluations, {seconds:.1f} s",
         file=sys.stderr,
     )
     if frames:

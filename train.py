@@ -167,9 +167,9 @@ def check_finite(loss, run, step):
     """Stop before a broken state is saved."""
     if not (loss.isfinite() and all(p.isfinite().all() for p in run.model.parameters())):
         raise UserError(
-            f"the loss or a weight is not finite at step {step}; nothing was saved since the "
-            f"last checkpoint. Try a lower --lr ({run.cfg.lr:g}) and --muon_lr "
-            f"({run.cfg.muon_lr:g}), or --dtype float32"
+            f"the loss or a weight is not finite at step {step}; nothing was saved since the last "
+            f"checkpoint. Try a lower --lr ({run.cfg.lr:g}) and --muon_lr ({run.cfg.muon_lr:g}), "
+            "or --dtype float32"
         )
 
 

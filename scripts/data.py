@@ -33,8 +33,8 @@ from utils.cli import UserError, field
 class DataConfig:
     dataset: str = field(
         texts.STORIES,
-        "name on the Hugging Face hub, a local file, fineweb-edu, synth, shakespeare, "
-        "text8, enwik8 or tales",
+        "name on the Hugging Face hub, a local file, fineweb-edu, synth, shakespeare, text8, "
+        "enwik8 or tales",
         "from",
     )
     split: str = field("train", "of a hub dataset")
@@ -102,8 +102,7 @@ def write_shards(cfg, output, given):
     if cfg.dataset in (*texts.DOWNLOADS, "tales") or cfg.dataset.endswith(".txt"):
         raise UserError(
             f"dataset={cfg.dataset} with tokens={cfg.tokens}: shards are made from .jsonl, "
-            ".parquet and hub "
-            "datasets; others fit into memory"
+            ".parquet and hub datasets; others fit into memory"
         )
     wanted, tokenizer = number(cfg.tokens), tokenizers.load(cfg.tokenizer)
     clean = texts.repair_mojibake if cfg.clean_mojibake else lambda document: document

@@ -155,10 +155,9 @@ def compare(first, second, device):
         text = data.tokenizer.decode(rows.flatten().tolist())
         lines.append(
             f"{path}: {'exactly' if family.exact else 'at most'} {nll.mean().item():.4f} nats per "
-            "token, "
-            f"{nll.sum().item() * cfg.seq_len / math.log(2) / len(text):.4f} bits per character "
-            f"({len(nll)} rows of "
-            f"{cfg.seq_len} tokens, {len(text):,} characters, of {cfg.data})"
+            f"token, {nll.sum().item() * cfg.seq_len / math.log(2) / len(text):.4f} bits per "
+            f"character ({len(nll)} rows of {cfg.seq_len} tokens, {len(text):,} characters, of "
+            f"{cfg.data})"
         )
         bounds.append(nll)
         texts_of.append(text)
@@ -171,14 +170,12 @@ def compare(first, second, device):
         error = difference.std().item() / math.sqrt(n) if n > 1 else math.nan
         lines.append(
             f"on the {n} rows that both have: the first has {difference.mean().item():+.4f} ± "
-            f"{error:.4f} nats per token "
-            "(s.e. over rows, in pairs)"
+            f"{error:.4f} nats per token (s.e. over rows, in pairs)"
         )
     elif texts_of[0].startswith(texts_of[1][:1000]) or texts_of[1].startswith(texts_of[0][:1000]):
         lines.append(
             "the same text in other tokens or windows: nats per token do not compare; bits per "
-            "character do as far as "
-            "the same part is scored and the windows give as much context"
+            "character do as far as the same part is scored and the windows give as much context"
         )
     else:
         lines.append(

@@ -36,8 +36,8 @@ def run(positional, overrides):
     tokenizers.save(tokenizer, cfg.output)
     ids = sum(map(len, tokenizer.encode(train)))
     print(
-        f"wrote {cfg.output}: {tokenizer.mask:,} tokens and MASK, "
-        f"{sum(map(len, train)) / ids:.2f} characters a token on {len(train):,} training documents"
+        f"wrote {cfg.output}: {tokenizer.mask:,} tokens and MASK, {sum(map(len, train)) / ids:.2f} "
+        f"characters a token on {len(train):,} training documents"
     )
 
 

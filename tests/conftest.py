@@ -88,8 +88,7 @@ def interrupt(monkeypatch, step, number):
 
 TINY = (
     "--n_layer 1 --n_head 2 --n_embd 16 --batch_size 4 --max_iters 6 --eval_interval 3 --eval_rows "
-    "4 "
-    "--final_rows 4 --final_masks 2 --final_samples 0 --compile off --device cpu"
+    "4 --final_rows 4 --final_masks 2 --final_samples 0 --compile off --device cpu"
 ).split()
 
 

@@ -1095,8 +1095,8 @@ def test_the_source_documents_commands(monkeypatch, capsys):
     open("local.jsonl", "w").write("\n".join(map(json.dumps, rows)))
     code, out, err = run(
         data_script.main,
-        "--dataset local.jsonl --split train --num-stories 250 --seed 1337 "
-        "--output data/stories.txt",
+        "--dataset local.jsonl --split train --num-stories 250 --seed 1337 --output "
+        "data/stories.txt",
         monkeypatch,
         capsys,
     )
@@ -1104,8 +1104,8 @@ def test_the_source_documents_commands(monkeypatch, capsys):
     assert set(texts.read_documents("data/stories.txt")) <= {row["text"] for row in rows}
     code, out, err = run(
         train_tokenizer.main,
-        "--input data/stories.txt --output artifacts/tokenizer/tokenizer.json "
-        "--vocab-size 600 --min-frequency 2",
+        "--input data/stories.txt --output artifacts/tokenizer/tokenizer.json --vocab-size 600 "
+        "--min-frequency 2",
         monkeypatch,
         capsys,
     )
@@ -1373,8 +1373,8 @@ def test_compiled_code_is_kept_by_the_kind_of_cpu(monkeypatch):
     (
         MemoryError("x"),
         RuntimeError(
-            "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't "
-            "allocate memory: you tried to allocate 4 bytes"
+            "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you "
+            "tried to allocate 4 bytes"
         ),
         torch.OutOfMemoryError("x"),
     ),

@@ -92,10 +92,8 @@ def test_what_is_no_story_has_probability_zero():
 def test_broken_agreement_is_found():
     good = (
         "Once upon a time, a shy bear named Mia lived by the sea. She had a red kite and took it "
-        "everywhere. "
-        "One windy day the kite was gone, and Mia felt sad. A wise owl came by and asked why she "
-        "was sad. "
-        "The owl found it under a bush, and they played by the sea."
+        "everywhere. One windy day the kite was gone, and Mia felt sad. A wise owl came by and "
+        "asked why she was sad. The owl found it under a bush, and they played by the sea."
     )
     assert log_prob(good) > -math.inf and judge(good) == ["ok"] * 5
     for old, new, where in (

@@ -77,8 +77,8 @@ def build(tokenizer, parts, window):
     if None in pieces and room < 1:
         raise UserError(
             f"the prompt takes {window - room} of the window's {window} tokens, which leaves no "
-            "room to "
-            "write: shorten it, or say with --gen-len how many tokens to generate beyond the window"
+            "room to write: shorten it, or say with --gen-len how many tokens to generate beyond "
+            "the window"
         )
     for piece in pieces:
         row += (
@@ -141,15 +141,13 @@ def rows_of(how, family, tokenizer):
     if family.block_len and any(given_after_a_hole(row, tokenizer.mask) for row in rows):
         raise UserError(
             "this model generates from left to right and sees nothing of what comes after; give a "
-            "--prompt, without "
-            "--suffix and --infill, or train a masked model (--objective masked, without "
-            "--block_len)"
+            "--prompt, without --suffix and --infill, or train a masked model (--objective masked, "
+            "without --block_len)"
         )
     if sum(map(len, rows)) * how.num_samples > MOST_TOKENS:
         raise UserError(
             f"{len(rows) * how.num_samples:,} texts of up to {max(map(len, rows)):,} tokens are "
-            "more than "
-            f"{MOST_TOKENS:,} tokens together; ask for fewer at a time"
+            f"more than {MOST_TOKENS:,} tokens together; ask for fewer at a time"
         )
     return [(row, how.seed + i) for row in rows for i in range(how.num_samples)]
 

@@ -285,8 +285,7 @@ def resumed_config(positional, overrides):
         if key not in MAY_CHANGE and value != before[key]:
             raise UserError(
                 f"--{key} {value} differs from the run's {before[key]}, and a resumed run cannot "
-                "change it; "
-                f"--init_from {path} starts a new run"
+                f"change it; --init_from {path} starts a new run"
             )
     folder, file = os.path.split(os.path.abspath(path))
     if os.path.basename(folder) != "models":
@@ -311,8 +310,8 @@ def resumed_config(positional, overrides):
         and reported_steps(os.path.join(cfg.out_dir, "logs", f"{cfg.name}.json")) == state["step"]
     ):
         raise UserError(
-            f"{path} is finished ({state['step']:,} steps, {state['minutes']:.1f} minutes); "
-            "give a larger --max_iters or --max_minutes to go on"
+            f"{path} is finished ({state['step']:,} steps, {state['minutes']:.1f} minutes); give a "
+            "larger --max_iters or --max_minutes to go on"
         )
     if runtime.is_first():
         print(

@@ -298,9 +298,8 @@ def run(main):
             raise
         print(
             "error: too little memory for this; ask for less at once. In training: a smaller "
-            "--micro_batch, --batch_size or "
-            "network, or --activation_checkpointing true; in generation: fewer or shorter texts "
-            f"({reason(error)})",
+            "--micro_batch, --batch_size or network, or --activation_checkpointing true; in "
+            f"generation: fewer or shorter texts ({reason(error)})",
             file=sys.stderr,
         )
         sys.exit(2)

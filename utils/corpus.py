@@ -57,8 +57,7 @@ def tales_batch(tokenizer, cfg, held_out, step, rows=slice(None)):
     if len(ids) < size:
         raise UserError(
             f"tokenizer={cfg.tokenizer} joins words; rows=stream of the tales needs one that does "
-            "not: bpe "
-            "or char"
+            "not: bpe or char"
         )
     start = torch.randint(len(ids) - size + 1, (), generator=generator(cfg.seed, "rows", step))
     return ids[start : start + size].view(cfg.batch_size, cfg.seq_len)[rows].long()
@@ -89,8 +88,8 @@ def load(cfg, tokenizer=None):
         rows = held_out_rows(held_out, tokenizer, cfg)
         if cfg.rows == "document" and len(rows) != len(held_out):
             raise UserError(
-                f"seq_len={cfg.seq_len} is shorter than a tale with tokenizer={cfg.tokenizer}; "
-                "use at least 67 with bpe, 320 with char"
+                f"seq_len={cfg.seq_len} is shorter than a tale with tokenizer={cfg.tokenizer}; use "
+                "at least 67 with bpe, 320 with char"
             )
         batch = partial(tales_batch, tokenizer, cfg, seen)
         return Corpus(batch, rows, tokenizer, 0, fingerprint(rows), partial(latest, batch, cfg))
@@ -102,8 +101,7 @@ def load(cfg, tokenizer=None):
     if cfg.max_documents and len(documents) == 1:
         raise UserError(
             f"max_documents={cfg.max_documents} with {cfg.data}: it is one document; separate "
-            "documents by a line "
-            f"{tokenizers.END}"
+            f"documents by a line {tokenizers.END}"
         )
     train, held_out = texts.split(documents)
     if tokenizer is None:
@@ -148,10 +146,8 @@ def check_same(data, recorded, cfg):
     if recorded and data.fingerprint != recorded:
         raise UserError(
             f"{cfg.data} is not the text that {cfg.name} was trained on (fingerprint {recorded}, "
-            "now "
-            f"{data.fingerprint}; {data.tokens:,} training tokens); restore it, or start a new run "
-            "with "
-            "--init_from"
+            f"now {data.fingerprint}; {data.tokens:,} training tokens); restore it, or start a new "
+            "run with --init_from"
         )
 
 

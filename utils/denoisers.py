@@ -65,8 +65,8 @@ class Denoiser:
         self.bos, self.sees_right, self.width = bos, sees_right, min(L, window or L)
         if self.width < L and block_len >= self.width:
             raise UserError(
-                f"a text of {L} tokens is longer than the window of {self.width}: decode_block="
-                f"{block_len} must be less than {self.width}, {self.width // 4} say"
+                f"a text of {L} tokens is longer than the window of {self.width}: "
+                f"decode_block={block_len} must be less than {self.width}, {self.width // 4} say"
             )
         place = torch.arange(L, device=canvas.device)
         # all that is given ends before it, (B, 1)

@@ -87,8 +87,7 @@ def document_rows(documents, tokenizer, seq_len):
     if tokenizer.end is None:
         raise UserError(
             "rows=document needs a tokenizer with <|endoftext|>, and so a corpus of several "
-            "documents "
-            "(a line <|endoftext|> between them); or use --rows stream"
+            "documents (a line <|endoftext|> between them); or use --rows stream"
         )
     rows = []
     for ids in tokenizer.encode(documents, "the corpus"):

@@ -303,8 +303,8 @@ def find_sampler(name, samplers=SAMPLERS):
         value = math.nan
     if not 0 <= value < math.inf:
         raise UserError(
-            f"sampler {name}:{number}: expected a number of at least 0 after the colon, "
-            f"as in {name}:{sampler.value:g}"
+            f"sampler {name}:{number}: expected a number of at least 0 after the colon, as in "
+            f"{name}:{sampler.value:g}"
         )
     if sampler.may_remask and value > 1:
         raise UserError(f"sampler {name}:{number}: its number is a probability, at most 1")

@@ -60,8 +60,7 @@ def start(device, dtype):
         if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
             raise UserError(
                 f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']} with "
-                f"{torch.cuda.device_count()} GPUs: "
-                "start one process for each"
+                f"{torch.cuda.device_count()} GPUs: start one process for each"
             )
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)

@@ -266,8 +266,7 @@ def introduce(run, progress, minutes):
     tokens = f"{data.tokens:,} training tokens" if data.tokens else "fresh stories every step"
     run.say(
         f"{cfg.name}: {parameters:,} parameters, vocabulary {data.tokenizer.vocab_size:,} | "
-        f"{tokens}, "
-        f"{len(data.held_out):,} held-out rows of {cfg.seq_len}"
+        f"{tokens}, {len(data.held_out):,} held-out rows of {cfg.seq_len}"
     )
     run.say(
         f"{cfg.device} {cfg.dtype}{', compiled' if cfg.compile == 'on' else ''}"

@@ -79,8 +79,7 @@ def dtype_of_run(name, trained, device, path):
         whose = f", in which {path} was trained" if name == trained else ""
         print(
             f"the {device.type} of this machine emulates {name}{whose}, which is slow; with "
-            "--dtype float32 it is faster, and "
-            "its figures differ slightly",
+            "--dtype float32 it is faster, and its figures differ slightly",
             file=sys.stderr,
         )
     return dtype

@@ -53,8 +53,7 @@ def write_shards(folder, source, tokenizer, wanted, settings, progress=lambda to
                 if index["settings"].get(name) != value:
                     raise UserError(
                         f"{folder} was made with {name}={index['settings'].get(name)}, not "
-                        f"{value}; give "
-                        "another --output"
+                        f"{value}; give another --output"
                     )
             if index["state"]:
                 dataset.load_state_dict(index["state"])
@@ -112,8 +111,7 @@ def read_index(folder):
     except (OSError, ValueError, TypeError):
         raise UserError(
             f"{folder} is a folder, not a text file, and holds no shards (index.json); "
-            "scripts/data.py "
-            "--tokens makes some"
+            "scripts/data.py --tokens makes some"
         ) from None
 
 

@@ -29,8 +29,8 @@ VARIABLES = {
     "hero": [(name, kind) for name in GIRLS + BOYS for kind in KINDS],
     "trait": "little brave kind shy merry clever gentle curious".split(),
     "place": (
-        "by the river, on the hill, in the forest, near the lake, in the garden, "
-        "by the sea, in the valley, on the farm"
+        "by the river, on the hill, in the forest, near the lake, in the garden, by the sea, in "
+        "the valley, on the farm"
     ).split(", "),
     "colour": "red blue green yellow white golden purple silver".split(),
     "object": "kite ball drum boat hat bell lamp scarf".split(),

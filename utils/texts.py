@@ -39,8 +39,7 @@ def read_documents(path, column="text"):
     if not os.path.exists(path):
         raise UserError(
             f"there is no file {path}; scripts/data.py makes corpora, --data takes any .txt, "
-            ".jsonl "
-            "or .parquet file"
+            ".jsonl or .parquet file"
         )
     if os.path.isdir(path):
         raise UserError(f"{path} is a folder, not a text file")
@@ -72,8 +71,7 @@ def reading(name):
             raise UserError(f"{name} cannot be read: {reason(error)}") from None
         raise UserError(
             f"cannot stream {name} from the Hugging Face hub ({reason(error)}); without a network "
-            "give a local "
-            "file: --dataset FILE.txt, .jsonl or .parquet, or --dataset tales"
+            "give a local file: --dataset FILE.txt, .jsonl or .parquet, or --dataset tales"
         ) from None
 
 
@@ -99,8 +97,8 @@ def documents_of(dataset, name, column="text"):
         for row in dataset:
             if column not in row:
                 raise UserError(
-                    f"{name} has no column {column}, but {', '.join(row)}; "
-                    "scripts/data.py chooses one with --text-column"
+                    f"{name} has no column {column}, but {', '.join(row)}; scripts/data.py chooses "
+                    "one with --text-column"
                 )
             if row[column] is None:
                 continue
@@ -143,8 +141,7 @@ def download(name):
     ) as error:
         raise UserError(
             f"cannot fetch {name} ({error}); without a network put a copy at data/{name}.txt, or "
-            "train on the "
-            "built-in tales: python train.py tales"
+            "train on the built-in tales: python train.py tales"
         ) from None
 
 
@@ -198,8 +195,8 @@ def prepare(path):
     elif path.endswith(".bin"):
         raise UserError(
             f"there is no {path}; make it with: python scripts/data.py --dataset fineweb-edu "
-            "--tokens 10B "
-            f"--tokenizer artifacts/tokenizer/fineweb.json --output {path} (README, Large corpora)"
+            f"--tokens 10B --tokenizer artifacts/tokenizer/fineweb.json --output {path} (README, "
+            "Large corpora)"
         )
     elif path == "data/stories.txt":
         print(f"streaming 10,000 stories of {STORIES} from the Hugging Face hub to {path}")

@@ -176,8 +176,7 @@ def show_sample(report):
         print(
             f"  batch {row['batch']:<3} {row['sampler']:<42} {row['evaluations']:4} evaluations "
             f"{row['median_seconds']:8.2f} s {row['tokens_per_second']:10,.0f} tokens/s  "
-            f"x{row['speed_up']:.2f}  "
-            f"{row['peak_memory_gb']:.2f} GB"
+            f"x{row['speed_up']:.2f}  {row['peak_memory_gb']:.2f} GB"
         )
 
 

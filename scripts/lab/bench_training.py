@@ -280,16 +280,13 @@ def show_train(report):
     size = report["matrix_product_size"]
     print(
         f"{report['preset']} on {report['device']}, {report['threads']} threads; shares are of the "
-        "rate of "
-        f"{report['matrix_product_dtype']} matrix products, {size} x {size} x {size}"
+        f"rate of {report['matrix_product_dtype']} matrix products, {size} x {size} x {size}"
     )
     for label, f in report["variants"].items():
         print(
             f"  {label:<38} {f['rows_a_step']:4} rows {f['median_step_seconds'] * 1000:8.0f} ms a "
-            "step "
-            f"{f['tokens_per_second']:10,.0f} tokens/s  x{f['speed_up'] or math.nan:.2f} "
-            f"{f['model_flops_per_second'] / 1e9:10,.0f} "
-            f"of {f['matrix_product_flops_per_second'] / 1e9:,.0f} GFLOP/s "
-            f"{f['share_of_matrix_rate']:6.1%} "
-            f"{f['peak_memory_gb']:6.1f} GB"
+            f"step {f['tokens_per_second']:10,.0f} tokens/s  x{f['speed_up'] or math.nan:.2f} "
+            f"{f['model_flops_per_second'] / 1e9:10,.0f} of "
+            f"{f['matrix_product_flops_per_second'] / 1e9:,.0f} GFLOP/s "
+            f"{f['share_of_matrix_rate']:6.1%} {f['peak_memory_gb']:6.1f} GB"
         )

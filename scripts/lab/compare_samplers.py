@@ -86,8 +86,8 @@ def masked_model(path, device):
     family = families.family_of(cfg)
     if family.block_len or family.procedure:
         raise UserError(
-            f"{path} generates {family.procedure or 'block by block'}; samplers are compared "
-            "with a masked model of the whole window"
+            f"{path} generates {family.procedure or 'block by block'}; samplers are compared with "
+            "a masked model of the whole window"
         )
     return model, tokenizer, cfg, state
 
@@ -306,8 +306,7 @@ def measure_spelling(options):
     if cfg.time_conditioning == "none":
         raise UserError(
             f"{cfg.name} is not told the time, so that a wrong clock would do nothing; train one "
-            "that is: "
-            "--time_conditioning sinusoidal"
+            "that is: --time_conditioning sinusoidal"
         )
     data = corpus.load(cfg, tokenizer)
     words_of = lambda string: re.findall(r"[^\W\d_]+(?:'[^\W\d_]+)*", string)
