@@ -210,9 +210,8 @@ class Transformer(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
                 if getattr(module, "bias", None) is not None:
                     nn.init.zeros_(module.bias)
-        if (
-            self.cfg.init == "zero"
-        ):  # every block starts as the identity, and every token as equally likely
+        # every block starts as the identity, and every token as equally likely
+        if self.cfg.init == "zero":
             for block in self.blocks:
                 # uniform of the variance that keeps activations at size 1 (C channels in), as in
                 # modded-nanogpt

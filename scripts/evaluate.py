@@ -117,9 +117,8 @@ def load(path, options, device):
         if not os.path.isfile(options.data):
             raise UserError(f"there is no file {options.data}")
         training = None
-        if cfg.data == "tales" or os.path.exists(
-            cfg.data
-        ):  # what the run was trained on need not be at hand, nor be whole
+        # what the run was trained on need not be at hand, nor be whole
+        if cfg.data == "tales" or os.path.exists(cfg.data):
             with contextlib.suppress(UserError):
                 training = corpus.load(cfg, tokenizer).training
         cfg = dataclasses.replace(cfg, data=options.data)

@@ -21,13 +21,8 @@ from config import Config
 from utils import checkpoint, cli, runtime
 from utils.cli import UserError, field, reason
 
-PLAIN = (
-    "version",
-    "config",
-    "sample",
-    "step",
-    "nll",
-)  # of a checkpoint; the rest is weights and tokenizer
+# of a checkpoint; the rest is weights and tokenizer
+PLAIN = ("version", "config", "sample", "step", "nll")
 
 
 @dataclass(frozen=True)
@@ -91,9 +86,8 @@ def run(positional, overrides):
         if os.path.exists(options.output):
             raise UserError(f"{options.output} exists; give another --output")
         state = read(options.back)
-        checkpoint.restore(
-            state, torch.device("cpu"), options.back
-        )  # complains of what does not fit
+        # complains of what does not fit
+        checkpoint.restore(state, torch.device("cpu"), options.back)
         checkpoint.save(options.output, state)
         return print(f"wrote {options.output}")
     path = options.checkpoint or checkpoint.newest()

@@ -4,9 +4,8 @@ import sys
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
 
-if (
-    "PYTEST_XDIST_WORKER" in os.environ
-):  # a process for each core, and so one thread for each, and what it starts
+# a process for each core, and so one thread for each, and what it starts
+if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 
 import functools  # noqa: E402

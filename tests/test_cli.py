@@ -403,9 +403,8 @@ def test_resume_by_command_line(monkeypatch, capsys):
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(monkeypatch, capsys):
-    before = signal.getsignal(
-        signal.SIGINT
-    )  # ignored where a shell runs the tests in the background
+    # ignored where a shell runs the tests in the background
+    before = signal.getsignal(signal.SIGINT)
     interrupt(monkeypatch, 2, signal.SIGINT)
     code, out, _ = run(train.main, ["tales", *TINY], monkeypatch, capsys)
     assert (

@@ -178,9 +178,8 @@ def run_short(script, words, monkeypatch, capsys):
     short = SHORT[script] + (["--max_iters", "8"] if "--resume" in words else [])
     if script == "scripts/evaluate.py" and "--against" not in words:
         short = [*short, "--num_samples", "2"]
-    if script == "scripts/lab/bench.py" and not any(
-        ".pt" in word for word in words
-    ):  # they have tests of their own, and take long
+    # they have tests of their own, and take long
+    if script == "scripts/lab/bench.py" and not any(".pt" in word for word in words):
         assert words[0] in bench.BENCHES
         monkeypatch.setitem(
             bench.BENCHES, words[0], (lambda name, options: settings.preset(name), print, "tales")
@@ -242,9 +241,8 @@ def test_comparisons_that_are_there_train_nothing(tmp_path, monkeypatch, capsys)
     }
     before = tables()
     monkeypatch.setattr(train, "train", lambda cfg, quiet: pytest.fail(f"trains {cfg}"))
-    monkeypatch.setattr(
-        runtime, "choose_device", lambda name: torch.device("cpu")
-    )  # as those runs had
+    # as those runs had
+    monkeypatch.setattr(runtime, "choose_device", lambda name: torch.device("cpu"))
     monkeypatch.setattr(
         runtime,
         "choose_dtype",
@@ -287,20 +285,17 @@ def test_the_course_runs_as_it_stands(monkeypatch):
         course = doctest.DocTestParser().get_doctest(
             TEXT["learning.md"], {"__name__": "__main__"}, "learning.md", "learning.md", 0
         )
-        found = doctest.DocTestRunner().run(
-            course, clear_globs=False
-        )  # the functions of its examples are called below
+        # the functions of its examples are called below
+        found = doctest.DocTestRunner().run(course, clear_globs=False)
         assert found.attempted > 40 and not found.failed
         assert {"poly3", "leftmost", "squared"} <= {name for table, _ in before for name in table}
-        test_maths.test_the_bound_does_not_depend_on_the_schedule(
-            "poly3"
-        )  # what the loops over the dictionaries would run
+        # what the loops over the dictionaries would run
+        test_maths.test_the_bound_does_not_depend_on_the_schedule("poly3")
         test_maths.test_training_loss_is_an_unbiased_bound("poly3", "bernoulli", False)
         for steps in (1, 2, 3, 4, 9):
             test_maths.test_sampler_invariants("leftmost", steps)
-        one = diffusion.Corruption(
-            torch.eye(4, dtype=torch.bool), torch.ones(4)
-        )  # with one mask there is nothing to add up
+        # with one mask there is nothing to add up
+        one = diffusion.Corruption(torch.eye(4, dtype=torch.bool), torch.ones(4))
         plain, squared = (
             toy.family(objective=name).loss(toy.Lookup(), toy.SEQUENCES[:4], one)
             for name in ("masked", "squared")
@@ -365,9 +360,8 @@ def stands(number, unit, values):
         float(number.replace(",", "")),
         0.5001 * 10.0 ** -len((number.split(".") + [""])[1]),
     )
-    scales = {"%": (1, 100), " TFLOP/s": (1e-12,)}.get(
-        unit, (1,) if "." in number else (1, 1000)
-    )  # ms of seconds
+    # ms of seconds
+    scales = {"%": (1, 100), " TFLOP/s": (1e-12,)}.get(unit, (1,) if "." in number else (1, 1000))
     return any(abs(x * scale - value) <= error for x in values for scale in scales)
 
 
@@ -397,6 +391,7 @@ def test_parameter_counts(row):
     """The table of presets, with the vocabularies of its corpora."""
     for name, count in zip(re.findall(r"`(\w+)`", row[0]), row[1].split("; ")):
         cfg = config.Config(**config.PRESETS[name])
+        # of the grammar, of the 65 and 27 characters, of BPE
         vocab_size = (
             corpus.load(cfg).tokenizer.vocab_size
             if name == "tales"
@@ -405,7 +400,7 @@ def test_parameter_counts(row):
             else 28
             if (name == "text8")
             else cfg.vocab_size
-        )  # of the grammar, of the 65 and 27 characters, of BPE
+        )
         with torch.device("meta"):
             assert Transformer(cfg, vocab_size).num_parameters() == int(count.replace(",", ""))
 

@@ -245,11 +245,8 @@ def test_who_sees_whom_in_block_training(bos):
 def test_sampling_of_blocks_gives_the_logits_of_training(bos, cache, time_conditioning):
     """Whatever was written, cached sampling saw the distribution that training has for [corrupted ;
     clean]."""
-    model, n, size = (
-        network(time_conditioning=time_conditioning).float(),
-        4,
-        12 + bos,
-    )  # noise levels are float32
+    # noise levels are float32
+    model, n, size = (network(time_conditioning=time_conditioning).float(), 4, 12 + bos)
     canvas = torch.full((3, size), 5)
     canvas[:, :bos] = 1
     canvas[1, bos : bos + 6] = torch.tensor([0, 1, 2, 3, 4, 0])  # a prompt that ends within a block
@@ -379,12 +376,10 @@ class LeaveOneOut:
 
     def posterior(self, level):
         """(81, 4, 3) for every xt at one noise level (float)."""
-        keep = (1 - level) * torch.eye(
-            V, dtype=torch.float64
-        ) + level / V  # (x0, xt) chance of a token
-        each = torch.stack(
-            [keep[SEQUENCES[:, i]][:, SEQUENCES[:, i]] for i in range(L)]
-        )  # (4, 81 x0, 81 xt)
+        # (x0, xt) chance of a token
+        keep = (1 - level) * torch.eye(V, dtype=torch.float64) + level / V
+        # (4, 81 x0, 81 xt)
+        each = torch.stack([keep[SEQUENCES[:, i]][:, SEQUENCES[:, i]] for i in range(L)])
         one_hot = torch.nn.functional.one_hot(SEQUENCES, V).double()
         out = []
         for i in range(L):
@@ -410,9 +405,8 @@ def exact_uniform_nelbo(model, nodes=32, rows=range(81)):
     for s, w in zip(torch.tensor(s / 2 + 0.5), torch.tensor(weights / 2)):
         m = s**3
         keep = (1 - m) * torch.eye(V, dtype=torch.float64) + m / V
-        chance = torch.stack([keep[SEQUENCES[:, i]][:, SEQUENCES[:, i]] for i in range(L)]).prod(
-            0
-        )  # (81 x0, 81 xt)
+        # (81 x0, 81 xt)
+        chance = torch.stack([keep[SEQUENCES[:, i]][:, SEQUENCES[:, i]] for i in range(L)]).prod(0)
         logits = model(SEQUENCES, m.expand(81))
         for number, x in enumerate(rows):
             x0 = SEQUENCES[x].expand(81, L)
@@ -653,9 +647,8 @@ def test_gradients_of_the_training_loss_are_those_of_the_exact_bound(n):
     )
     drawn = family_of(cfg).corrupt((R, L), generator(6))
     drawn = drawn._replace(weight=drawn.weight.double())
-    rows = x0.repeat(R // 4, 1)[
-        torch.randperm(R, generator=generator(7))
-    ]  # strata are fixed to rows
+    # strata are fixed to rows
+    rows = x0.repeat(R // 4, 1)[torch.randperm(R, generator=generator(7))]
     many = gradient(model, family_of(cfg).loss(model, rows, drawn).mean())
     assert (many - exact).norm() < 0.06 * exact.norm()
     flat = gradient(

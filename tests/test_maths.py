@@ -37,9 +37,8 @@ from utils.policies import SAMPLERS
 from utils.runtime import generator
 
 ENTROPY = 3.6957438948
-SUBSETS = torch.tensor(
-    [s for s in itertools.product((False, True), repeat=L) if any(s)]
-)  # the 15 non-empty ones
+# the 15 non-empty ones
+SUBSETS = torch.tensor([s for s in itertools.product((False, True), repeat=L) if any(s)])
 
 
 def exact_nelbo(model, x0):
@@ -186,13 +185,14 @@ def test_posterior_of_masking_is_bayes():
     """q(x_s = x0 | x_t = MASK, x0) = (m_t - m_s) / m_t is the chance that `ancestral` reveals with,
     from Bayes."""
     for m_s, m_t in ((0.0, 0.4), (0.2, 0.7), (0.5, 1.0)):
+        # x_s in (x0, MASK) by x_t in (x0, MASK)
         joint = torch.tensor(
             [
                 [(1 - m_s) * (1 - (m_t - m_s) / (1 - m_s)), (1 - m_s) * (m_t - m_s) / (1 - m_s)],
                 [0.0, m_s],
             ],
             dtype=torch.float64,
-        )  # x_s in (x0, MASK) by x_t in (x0, MASK)
+        )
         assert joint.sum().item() == pytest.approx(1, abs=1e-12)
         assert joint[:, 1].sum().item() == pytest.approx(m_t, abs=1e-12)
         u = (torch.arange(100_000, dtype=torch.float64) + 0.5)[None] / 100_000
@@ -301,6 +301,7 @@ def test_discrete_time_loss_has_the_documented_gap(T):
     drawn = family_of(cfg).corrupt((T, L), generator(8))  # stratified: each time once
     times = ((draws.stratified(T, generator(8)) * T).floor() + 1) / T
     model, total = Lookup(), 0.0
+    # (15, 81)
     ce = torch.stack(
         [
             MASKED.weighted_ce(
@@ -309,7 +310,7 @@ def test_discrete_time_loss_has_the_documented_gap(T):
             * L
             for s in SUBSETS
         ]
-    )  # (15, 81)
+    )
     for m, weight in zip(times.tolist(), drawn.weight.tolist()):
         chance = torch.tensor(
             [m**k * (1 - m) ** (L - k) for k in SUBSETS.sum(1).tolist()], dtype=torch.float64
@@ -448,9 +449,8 @@ def test_ancestral_sampler_follows_its_law(T, schedule):
     law = ancestral_law(
         Lookup(), mask_ratio(schedule, torch.linspace(1, 0, T + 1, dtype=torch.float64)).tolist()
     )
-    assert (
-        total_variation(empirical(rows), law) < 0.0255
-    )  # 1.7 times the expected noise of 40,000 draws
+    # 1.7 times the expected noise of 40,000 draws
+    assert total_variation(empirical(rows), law) < 0.0255
 
 
 def test_a_step_that_writes_nothing_costs_nothing():
@@ -623,9 +623,8 @@ def exact_law(sampler, steps):
                         canvas[i], confidence[i], chosen[i] = token, max(p[i]), p[i][token]
                     for i in mask:
                         canvas[i] = MASK
-                    if not name.endswith(
-                        "conf"
-                    ):  # states that differ in what the rule does not look at are one
+                    # states that differ in what the rule does not look at are one
+                    if not name.endswith("conf"):
                         chosen = [0.0] * L
                     if name != "remask":
                         confidence = [0.0] * L
@@ -686,9 +685,8 @@ def test_samplers_follow_their_laws(sampler, steps):
     rows, _ = many(sampler, 40_000, steps=steps)
     law = exact_law(sampler, steps)
     assert law.sum().item() == pytest.approx(1, abs=1e-9)
-    assert (
-        total_variation(empirical(rows), law) < 0.0225
-    )  # expected noise .015 for the data's entropy
+    # expected noise .015 for the data's entropy
+    assert total_variation(empirical(rows), law) < 0.0225
 
 
 def test_confidence_of_the_drawn_token_is_wrong():

@@ -486,9 +486,8 @@ def test_a_network_that_knows_nothing_by_level(objective, changes):
         model, family_of(cfg), data, torch.device("cpu")
     )
     for entry in report["levels"]:
-        if (
-            objective == "uniform"
-        ):  # what stands there says that it was not changed, at little noise
+        # what stands there says that it was not changed, at little noise
+        if objective == "uniform":
             assert entry["loss"] > math.log(8) - 1e-4 and entry["entropy"] < math.log(8) + 1e-4
         else:
             assert entry["loss"] == pytest.approx(math.log(8), abs=1e-5) == entry["entropy"]

@@ -20,9 +20,8 @@ def shape(**changes):
 def build(vocab_size=12, **changes):
     torch.manual_seed(0)
     model = Transformer(shape(**changes), vocab_size).eval()
-    for block in (
-        model.blocks
-    ):  # as if trained: zero-initialised projections would hide what a test looks for
+    # as if trained: zero-initialised projections would hide what a test looks for
+    for block in model.blocks:
         torch.nn.init.normal_(block.attn.proj.weight, std=0.2)
         torch.nn.init.normal_(block.mlp.proj.weight, std=0.2)
         if block.modulation is not None:

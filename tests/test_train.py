@@ -548,9 +548,8 @@ def test_a_crash_in_the_final_metrics_loses_nothing(monkeypatch):
     assert_close(before, weights("tiny"), 0)
     with pytest.raises(UserError, match="is finished"):
         resumed(["--resume", "auto"])
-    with (
-        monkeypatch.context() as patch
-    ):  # and again at the end of a longer run, whose last metrics are of the shorter
+    # and again at the end of a longer run, whose last metrics are of the shorter
+    with monkeypatch.context() as patch:
         patch.setattr(metrics, "held_out", crash)
         with pytest.raises(RuntimeError, match="crash"):
             train.train(*resumed(["--resume", "auto", "--max_iters", "8"]), quiet=True)
@@ -717,9 +716,8 @@ def test_a_restart_finds_its_own_run(monkeypatch):
     assert checkpoint.interrupted("artifacts", "tiny") == os.path.join(
         "artifacts", "models", "tiny.pt"
     )
-    monkeypatch.setattr(
-        os, "getppid", lambda: 1
-    )  # torchrun itself was started again, with the same --rdzv_id
+    # torchrun itself was started again, with the same --rdzv_id
+    monkeypatch.setattr(os, "getppid", lambda: 1)
     assert checkpoint.interrupted("artifacts", "tiny") == ""
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="start them all again, with --resume auto"):

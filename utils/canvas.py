@@ -10,9 +10,8 @@ from utils.cli import UserError, reason
 
 MOST_TOKENS = 2**24  # of all texts together: what is kept of each token is some 100 bytes
 
-HOLE = re.compile(
-    r"\\([\[\]\\])|\[(?:(\d+)|_+)\]|(\[[^\]]*\]?)"
-)  # an escape, a hole, or a bracket that is neither
+# an escape, a hole, or a bracket that is neither
+HOLE = re.compile(r"\\([\[\]\\])|\[(?:(\d+)|_+)\]|(\[[^\]]*\]?)")
 GUIDE_HOLE = 5  # tokens of [___], the hole of the "Let's build a diffusion LM" guide
 
 

@@ -22,6 +22,7 @@ from utils import tokenizer as tokenizers
 from utils.cli import UserError, reason
 
 # what a resumed run may change; everything else would make it another run
+# out_dir: for "auto"
 MAY_CHANGE = {
     "max_iters",
     "max_minutes",
@@ -41,7 +42,7 @@ MAY_CHANGE = {
     "micro_batch",
     "activation_checkpointing",
     "out_dir",
-}  # out_dir: for "auto"
+}
 
 
 def save(path, state):

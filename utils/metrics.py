@@ -28,9 +28,8 @@ def final(model, family, data, hardware, steps, count, how, judge=None):
         rows, figures = samples.generate_rows(
             model, family, data.tokenizer, count, hardware.device, how
         )
-    searched = (
-        data.training(steps, SEARCHED) if data.training else None
-    )  # what it was trained on need not be at hand
+    # what it was trained on need not be at hand
+    searched = data.training(steps, SEARCHED) if data.training else None
     rest = dict(
         tokenizer=data.tokenizer,
         cfg=family.cfg,

@@ -94,10 +94,8 @@ def make_optimizers(model, cfg, dtype=torch.float32):
     return optimizers
 
 
-STATE = {
-    "AdamW": {"step", "exp_avg", "exp_avg_sq"},
-    "Muon": {"momentum_buffer"},
-}  # of each parameter
+# of each parameter
+STATE = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "Muon": {"momentum_buffer"}}
 
 
 def load(optimizer, saved, begun):

@@ -6,15 +6,8 @@ import os
 
 from utils import cli
 
-OKABE_ITO = (
-    "#0072b2",
-    "#e69f00",
-    "#009e73",
-    "#cc79a7",
-    "#d55e00",
-    "#56b4e9",
-    "#1d1d1f",
-)  # told apart by all eyes
+# told apart by all eyes
+OKABE_ITO = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#1d1d1f")
 
 
 def pyplot():

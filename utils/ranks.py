@@ -125,9 +125,8 @@ def first_rank_first(hardware):
     failed = None
     try:
         yield
-    except (
-        UserError
-    ) as error:  # a corpus is missing, say, which the others will find out themselves
+    # a corpus is missing, say, which the others will find out themselves
+    except UserError as error:
         failed = error
     for _ in range(2 - turn if hardware.world > 1 else 0):
         dist.barrier()

@@ -68,9 +68,8 @@ def dtype_of_run(name, trained, device, path):
     for "auto" that of its training, `trained`, so that its figures and texts can be had again on
     any machine. A line on stderr says where the device emulates it."""
     name = trained if name == "auto" else name
-    dtype = (
-        torch.float32 if name == "auto" else getattr(torch, name)
-    )  # a run that did not say is judged as any machine can
+    # a run that did not say is judged as any machine can
+    dtype = torch.float32 if name == "auto" else getattr(torch, name)
     if (
         not has_bfloat16(device)
         if dtype == torch.bfloat16
@@ -185,9 +184,8 @@ def keep_compiled_apart():
         from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
         name, usual = "TORCHINDUCTOR_CACHE_DIR", default_cache_dir()
-        if (
-            os.environ.get(name, usual) == usual
-        ):  # where it is not set, torch does so itself when it is imported
+        # where it is not set, torch does so itself when it is imported
+        if os.environ.get(name, usual) == usual:
             os.environ[name] = f"{usual}_{torch.backends.cpu.get_cpu_capability()}"
 
 

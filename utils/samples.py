@@ -56,20 +56,16 @@ def reference_rows(held_out, tokenizer, count):
     """Up to `count` held-out windows (R, L) that begin as samples do: where there is an
     `<|endoftext|>`, with one."""
     L, flat = held_out.size(1), held_out.flatten()
-    starts, free = (
-        [],
-        0,
-    )  # that do not overlap: text that stands in two windows would be less varied
+    # that do not overlap: text that stands in two windows would be less varied
+    starts, free = ([], 0)
     if tokenizer.end is not None:
-        begins = (flat[:-1] == tokenizer.end) & (
-            flat[1:] != tokenizer.end
-        )  # and not what fills up a row
+        # and not what fills up a row
+        begins = (flat[:-1] == tokenizer.end) & (flat[1:] != tokenizer.end)
         for start in begins[: len(flat) - L + 1].nonzero()[:, 0].tolist():
             if start >= free:
                 starts, free = [*starts, start], start + L
-    if len(starts) < min(
-        count, len(held_out) // 2
-    ):  # few documents: how much text there is matters more
+    # few documents: how much text there is matters more
+    if len(starts) < min(count, len(held_out) // 2):
         return held_out[:count]
     return (
         torch.stack([flat[start : start + L] for start in starts[:count]])
@@ -223,9 +219,8 @@ def _is_shared(hashes, training, n):
     shape."""
     wanted = hashes.flatten().unique()
     shared = torch.zeros(len(wanted), dtype=torch.bool)
-    for part in training.split(
-        8192
-    ):  # few rows are looked for and many looked through, so the few are sorted
+    # few rows are looked for and many looked through, so the few are sorted
+    for part in training.split(8192):
         if part.size(1) < n:
             continue
         known = _run_hashes(part, n).flatten()
@@ -240,13 +235,8 @@ def _run_hashes(rows, n):
 
     A run of a + b tokens has the hash hash_a * M^b + hash_b, so log2(n) steps are enough.
     """
-    size, power, block, total, length = (
-        1,
-        6364136223846793005,
-        rows.long() + 1,
-        None,
-        0,
-    )  # power is M^size
+    # power is M^size
+    size, power, block, total, length = (1, 6364136223846793005, rows.long() + 1, None, 0)
     while True:
         if n & size:
             total = (

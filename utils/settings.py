@@ -77,7 +77,6 @@ def load(positional, overrides, families):
         overrides,
     ]
     if overrides.get("max_minutes") and "max_iters" not in overrides:
-        layers.append(
-            {"max_iters": 0}
-        )  # a time that the user names replaces the preset's number of steps
+        # a time that the user names replaces the preset's number of steps
+        layers.append({"max_iters": 0})
     return merge(Config, *layers), f"preset {chosen}: {why}" if chosen else why

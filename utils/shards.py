@@ -147,9 +147,8 @@ def load_shards(cfg, tokenizer=None):
     held_out = np.concatenate([part[: rows * cfg.seq_len] for part in held_out] or [[]])[
         : rows * cfg.seq_len
     ]
-    starts = np.cumsum(
-        [0] + [len(shard) - cfg.seq_len + 1 for shard in shards]
-    )  # windows before each shard
+    # windows before each shard
+    starts = np.cumsum([0] + [len(shard) - cfg.seq_len + 1 for shard in shards])
     return Corpus(
         partial(shard_batch, shards, starts, cfg),
         windows(torch.from_numpy(held_out.astype(np.int64)), cfg),

@@ -6,12 +6,8 @@ import sys
 import time
 import unicodedata
 
-STYLES = {
-    "fresh": "1;30;43",
-    "unsure": "36",
-    "masked again": "35",
-    "given": "4;34",
-}  # state -> ANSI code
+# state -> ANSI code
+STYLES = {"fresh": "1;30;43", "unsure": "36", "masked again": "35", "given": "4;34"}
 STYLES_WITHOUT_COLOUR = {"fresh": "1", "unsure": "2", "masked again": "7", "given": "4"}
 UNSURE_BELOW = 0.5  # confidence
 

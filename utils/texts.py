@@ -85,9 +85,8 @@ def open_dataset(name, split="train", config=None):
             kind = "parquet" if name.endswith(".parquet") else "json"
             return datasets.load_dataset(kind, data_files=name, split="train", streaming=True)
         print(f"looking for {name} on the Hugging Face hub")
-        logging.getLogger("huggingface_hub").setLevel(
-            logging.ERROR
-        )  # each of its retries is a warning of two lines
+        # each of its retries is a warning of two lines
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
         return datasets.load_dataset(name, config, split=split, streaming=True)
 
 
@@ -167,9 +166,8 @@ def repair_mojibake(text):
                 ).decode() + found[end:]
             except UnicodeDecodeError:
                 continue
-        return (
-            "\u201d" + found[2:] if found[:2] == "\u00e2\u20ac" else found
-        )  # its last byte has no cp1252 letter
+        # its last byte has no cp1252 letter
+        return "\u201d" + found[2:] if found[:2] == "\u00e2\u20ac" else found
 
     return _MOJIBAKE.sub(repair, text)
 

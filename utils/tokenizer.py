@@ -38,9 +38,10 @@ class Tokenizer:
         vocab = tokenizer.get_vocab()
         if sorted(vocab.values()) != list(range(self.mask)):
             raise UserError(f"its ids are not 0 to {self.mask - 1}, each once")
+        # as they are written
         self._added = {
             i: token.content for i, token in tokenizer.get_added_tokens_decoder().items()
-        }  # as they are written
+        }
         if not self.is_char and not all(
             i in self._added or _BYTE.keys() >= set(t) for t, i in vocab.items()
         ):

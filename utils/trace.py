@@ -78,9 +78,8 @@ def _frame(number, step, fresh, remasked):
     top = None
     if step.top is not None:
         tokens, p = (part[0].tolist() for part in step.top)
-        top = [
-            list(zip(*pair)) if pair[1][0] > 0 else [] for pair in zip(tokens, p)
-        ]  # [] was never computed
+        # [] was never computed
+        top = [list(zip(*pair)) if pair[1][0] > 0 else [] for pair in zip(tokens, p)]
     return Frame(
         number,
         step.ids[0].tolist(),

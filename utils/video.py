@@ -128,9 +128,8 @@ def draw(film, frame, pieces, number, page):
     cell, line_height = font(plan.size).getlength("m"), 1.5 * plan.size
     for i, (piece, (first, column)) in enumerate(zip(pieces, plan.places)):
         text = None if piece is None else printable(piece).ljust(plan.cells[i])
-        for part in range(
-            0, plan.cells[i], plan.columns
-        ):  # one, unless the token is longer than a line
+        # one, unless the token is longer than a line
+        for part in range(0, plan.cells[i], plan.columns):
             line = first + part // plan.columns
             if line // plan.lines == page:
                 x, y = MARGIN + column * cell, TEXT_TOP + line % plan.lines * line_height

@@ -143,6 +143,7 @@ def bench_sample(name, options):
                 peak[label] = runtime.peak_memory(device)
         base = times["source procedure, float32"]
         rows += [
+            # on a CPU: of the process so far
             {
                 "batch": batch,
                 "sampler": label,
@@ -151,7 +152,7 @@ def bench_sample(name, options):
                 "tokens_per_second": batch * (cfg.seq_len - 1) / statistics.median(seconds),
                 "speed_up": statistics.median(b / s for b, s in zip(base, seconds)),
                 "peak_memory_gb": peak[label] / 2**30,
-            }  # on a CPU: of the process so far
+            }
             for label, seconds in times.items()
         ]
     return {

@@ -157,9 +157,8 @@ def training_variants(cfg, dtype):
         name: getattr(cfg, name)
         for name in ("n_layer", "n_head", "n_embd", "seq_len", "micro_batch")
     }
-    recipe = cli.merge(
-        Config, config.MICRO, shape, {"loss_weighting": "full"}
-    )  # head and loss at all positions
+    # head and loss at all positions
+    recipe = cli.merge(Config, config.MICRO, shape, {"loss_weighting": "full"})
     label, full = runtime.dtype_name(dtype), torch.float32
     variants = {
         SOURCE: (False, recipe, full, False, False),
@@ -210,9 +209,8 @@ def bench_train(name, options):
     cfg = dataclasses.replace(cli.merge(Config, settings.preset(name)), short_rows=0.0)
     device = runtime.choose_device(options.device)
     dtype = runtime.choose_dtype("auto", device)
-    vocab_size = (
-        66 if cfg.tokenizer == "char" else cfg.vocab_size
-    )  # of Tiny Shakespeare, or what BPE is trained to
+    # of Tiny Shakespeare, or what BPE is trained to
+    vocab_size = 66 if cfg.tokenizer == "char" else cfg.vocab_size
     variants, figures = training_variants(cfg, dtype), {}
     matrices = dtype, 8192 if device.type == "cuda" else 2048
     labels = [label for label in variants if label != SOURCE and options.variants in label]

@@ -54,9 +54,10 @@ def sampler_settings(options):
         elif name == "first_hitting":
             rows.append({"sampler": name, "steps": "", "decode_block": 0})
         else:
+            # "": one a token
             several = (
                 MORE_STEPS if name == "ancestral" or name.startswith("remdm") else (*STEPS, "")
-            )  # "": one a token
+            )
             rows += [{"sampler": name, "steps": steps, "decode_block": 0} for steps in several]
     rows += [
         {"sampler": "confidence", "steps": steps, "decode_block": 16} for steps in (*STEPS, "")
@@ -332,9 +333,8 @@ def measure_spelling(options):
         texts = [
             canvas.finished(tokenizer, row, stop=cfg.rows == "document") for row in rows.tolist()
         ]
-        words = [
-            word for one in texts for word in words_of(one)[1:-1]
-        ]  # windows cut the first and the last
+        # windows cut the first and the last
+        words = [word for one in texts for word in words_of(one)[1:-1]]
         speakers = [speaker for one in texts for speaker in speakers_of(one)]
         return {
             "evaluations": nfe.float().mean().item(),

@@ -32,19 +32,16 @@ def variant_config(comparison, options, variant, seed):
 
 
 TABLES = {"seq_len": "block_size"}  # as the tables that are there call it
-LATER = {
-    "objective": "masked",
-    "time_sampling": "uniform",
-}  # what all was before these were settings
+# what all was before these were settings
+LATER = {"objective": "masked", "time_sampling": "uniform"}
 
 
 def train_settings(comparison, options):
     """One training run each. "config" tells runs apart that differ in anything but their names and
     seeds."""
 
-    def fingerprint(
-        cfg,
-    ):  # of what is switched on, so that a setting which is added to config.py changes nothing
+    # of what is switched on, so that a setting which is added to config.py changes nothing
+    def fingerprint(cfg):
         on = [
             (TABLES.get(k, k), v)
             for k, v in dataclasses.asdict(cfg).items()

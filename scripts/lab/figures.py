@@ -144,9 +144,8 @@ def quality_against_cost(rows, title, path):
         )
         sure = [row for row in points if quality(row) >= ENOUGH]
         axes[1].plot([cost(row) for row in sure], [surplus(row) for row in sure], **style)
-        for row in (
-            leads[-1:] if len(name) < 25 else ()
-        ):  # longer ones would not fit; the legend has them
+        # longer ones would not fit; the legend has them
+        for row in leads[-1:] if len(name) < 25 else ():
             axes[0].annotate(
                 name,
                 (cost(row), quality(row)),

@@ -51,9 +51,9 @@ def weights(options, path):
     m = torch.linspace(0, 1, 1001, dtype=torch.float64)[1:-1]
     axis.axhline(1, color=plots.OKABE_ITO[-1], lw=2, label="the bound, whatever the schedule")
     for number, name in enumerate(("linear", "cos", "cos2", "cos2_s008")):
-        weight = m / diffusion.mask_ratio_slope(
-            name, diffusion.time_of(name, m)
-        )  # m times the density of shares
+        # m times the density of shares
+        weight = m / diffusion.mask_ratio_slope(name, diffusion.time_of(name, m))
+        # cos2 and cos2_s008 nearly coincide
         axis.plot(
             m,
             weight / (weight.sum() / len(m)),
@@ -61,7 +61,7 @@ def weights(options, path):
             ls=("-", "--", "-", ":")[number],
             lw=4 if name == "cos2" else 1.5,
             label=f"mean over masked tokens, {name}",
-        )  # cos2 and cos2_s008 nearly coincide
+        )
     axis.set(
         xlabel="mask ratio m",
         ylabel="weight of a masked token's cross entropy",

@@ -106,10 +106,11 @@ def families(options):
     common = {"seq_len": window}
     if not bos:  # as many tokens a step; documents stay as many
         common["batch_size"] = max(1, tokens // window)
+    # adaln is larger
     uniform = settings.family_defaults("uniform", FAMILIES) | {
         "objective": "uniform",
         "time_conditioning": "sinusoidal",
-    }  # adaln is larger
+    }
     return (
         {"autoregressive": common | {"objective": "ar"}}
         | {f"blocks of {size}": common | {"block_len": size} for size in (1, 4, 16, 64)}
