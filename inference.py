@@ -21,18 +21,7 @@ from tqdm import tqdm
 
 import diffusion
 from config import SampleConfig
-from utils import (
-    canvas,
-    checkpoint,
-    cli,
-    families,
-    page,
-    ranks,
-    runtime,
-    terminal,
-    trace,
-    video,
-)
+from utils import canvas, checkpoint, cli, families, page, ranks, runtime, terminal, trace, video
 from utils.tokenizer import Tokenizer
 
 ALTERNATIVES = 5  # likeliest tokens that the page of --viz-html shows

@@ -21,14 +21,7 @@ from config import Config, SampleConfig
 from model import Transformer
 from scripts import data as data_script
 from scripts import evaluate, export, train_tokenizer
-from scripts.lab import (
-    ablate,
-    bench,
-    bench_training,
-    compare_samplers,
-    compare_training,
-    variants,
-)
+from scripts.lab import ablate, bench, bench_training, compare_samplers, compare_training, variants
 from utils import (
     checkpoint,
     cli,
@@ -1744,9 +1737,7 @@ def test_ablate_trains_each_variant_once(monkeypatch, capsys):
     )
     base = variants.base_config
     monkeypatch.setattr(
-        variants,
-        "base_config",
-        lambda options: base(options) | {"eval_rows": 4, "final_rows": 8},
+        variants, "base_config", lambda options: base(options) | {"eval_rows": 4, "final_rows": 8}
     )
     words = (
         "weighting --base tiny.py --iters 3 --seeds 2 --out_dir out --device cpu --dtype float32"
@@ -1798,9 +1789,7 @@ def test_ablate_ar_vs_diffusion(monkeypatch, capsys):
     )
     base, seen, load = variants.base_config, [], corpus.load
     monkeypatch.setattr(
-        variants,
-        "base_config",
-        lambda options: base(options) | {"eval_rows": 4, "final_rows": 8},
+        variants, "base_config", lambda options: base(options) | {"eval_rows": 4, "final_rows": 8}
     )
     monkeypatch.setattr(corpus, "load", lambda *args: seen.append(load(*args)) or seen[-1])
     code, out, err = run(

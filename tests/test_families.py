@@ -13,20 +13,7 @@ import pytest
 import torch
 from conftest import load
 from test_maths import ENTROPY, SUBSETS, empirical, total_variation
-from toy import (
-    CANVASES,
-    MASK,
-    MASKED,
-    SEQUENCES,
-    L,
-    Lookup,
-    P,
-    V,
-    code,
-    family,
-    sample,
-    settings,
-)
+from toy import CANVASES, MASK, MASKED, SEQUENCES, L, Lookup, P, V, code, family, sample, settings
 
 import diffusion
 from model import Transformer

@@ -14,17 +14,7 @@ from toy import settings
 
 from config import Config, SampleConfig
 from model import Transformer
-from utils import (
-    encoding,
-    metrics,
-    plots,
-    runtime,
-    samples,
-    tales,
-    terminal,
-    trace,
-    video,
-)
+from utils import encoding, metrics, plots, runtime, samples, tales, terminal, trace, video
 from utils import page as pages
 from utils.families import FAMILIES, family_of
 from utils.settings import family_defaults

@@ -116,8 +116,7 @@ class Autoregressive(Blocks):
         "time_sampling": ("uniform",),
     }
     why = Blocks.why | dict.fromkeys(
-        ("loss_weighting", "time_conditioning"),
-        "it has no masks and no noise level",
+        ("loss_weighting", "time_conditioning"), "it has no masks and no noise level"
     )
 
     def __init__(self, cfg):

@@ -26,9 +26,7 @@ from utils import (
     ranks,
     runtime,
 )
-from utils import (
-    tokenizer as tokenizers,
-)
+from utils import tokenizer as tokenizers
 from utils.cli import UserError
 
 # seconds of eager CPU training: compiling takes up to a minute, a step is then 1.2 (float32) to 2

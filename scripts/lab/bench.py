@@ -27,20 +27,8 @@ import diffusion
 from config import LONGEST, Config, SampleConfig
 from model import Transformer
 from scripts.lab import bench_training, yardstick
-from utils import (
-    checkpoint,
-    cli,
-    families,
-    policies,
-    runtime,
-    settings,
-    tales,
-    trace,
-    video,
-)
-from utils import (
-    tokenizer as tokenizers,
-)
+from utils import checkpoint, cli, families, policies, runtime, settings, tales, trace, video
+from utils import tokenizer as tokenizers
 from utils.cli import UserError, field
 
 
