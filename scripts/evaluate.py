@@ -24,7 +24,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import torch
 
-from config import LONGEST, Config, SampleConfig
+from config import DEVICES, DTYPES, LONGEST, Config, SampleConfig
 from model import Transformer
 from utils import (
     checkpoint,
@@ -41,6 +41,10 @@ from utils import (
     texts,
 )
 from utils.cli import UserError, field
+
+HOW = ("sampler", "steps", "temperature", "top_p")  # options of both EvaluateConfig and SampleConfig
+# options that --against leaves idle
+NOT_AGAINST = ("num_samples", "left_to_right", "judge", "json", "plot", *HOW)
 
 
 @dataclass(frozen=True)
@@ -72,14 +76,8 @@ class EvaluateConfig:
     top_p: float = field(
         None, "draw from the likeliest tokens that sum to this (1: all)", above=0, high=1
     )
-    device: str = field(
-        "auto", "auto: cuda, else mps, else cpu", choices=("auto", "cpu", "cuda", "mps")
-    )
-    dtype: str = field(
-        "auto",
-        "of matrix products; auto: as the model was trained",
-        choices=("auto", "float32", "bfloat16", "float16"),
-    )
+    device: str = field("auto", "auto: cuda, else mps, else cpu", choices=DEVICES)
+    dtype: str = field("auto", "of matrix products; auto: as the model was trained", choices=DTYPES)
 
     def __post_init__(self):
         cli.check(self)
@@ -147,10 +145,8 @@ def compare(first, second, device):
     for path, model, cfg, data, _, dtype, _ in (first, second):
         rows = data.held_out[: cfg.final_rows]
         with runtime.autocast(device, dtype):
-            family = families.family_of(cfg)
-            nll = family.nelbo(model, rows.to(device), cfg.final_masks, cfg.micro_batch or 64).mean(
-                1
-            )
+            family, at_once = families.family_of(cfg), cfg.micro_batch or 64
+            nll = family.nelbo(model, rows.to(device), cfg.final_masks, at_once).mean(1)
         text = data.tokenizer.decode(rows.flatten().tolist())
         lines.append(
             f"{path}: {'exactly' if family.exact else 'at most'} {nll.mean().item():.4f} nats per "
@@ -183,91 +179,88 @@ def compare(first, second, device):
     return lines
 
 
+def load_judge(path, options, device):
+    """`samples.Judge` of the checkpoint at `path`."""
+    model, tokenizer, cfg = checkpoint.restore(checkpoint.read(path), device, path)
+    dtype = runtime.dtype_of_run(options.dtype, cfg.dtype, device, path)
+    judge = samples.Judge(model, families.family_of(cfg), tokenizer, dtype)
+    if not judge.family.exact:
+        raise UserError(
+            f"{path} has objective={cfg.objective}; a judge must give exact likelihoods: ar"
+        )
+    return judge
+
+
+def sampling(loaded, family, options):
+    """How the samples are generated: (SampleConfig, a line that says so)."""
+    asked = {name: getattr(options, name) for name in HOW}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    how = cli.merge(SampleConfig, loaded.sampling, asked)
+    if "sampler" in asked:
+        families.check_sampler(family, how)
+    named = {name: getattr(how, name) for name in HOW}
+    named["sampler"] = family.procedure or how.sampler
+    return how, ", ".join(f"{name} {value}" for name, value in named.items() if value is not None)
+
+
+def left_to_right(loaded, family, count, device):
+    """Figures (dict) of `count` rows that the network generates from left to right, and the bound
+    of the same rows."""
+    rows = loaded.data.held_out[:count].to(device)
+    exact = metrics.left_to_right(loaded.model, family, rows)
+    bound = family.nelbo(loaded.model, rows, 64, loaded.cfg.micro_batch or 64)
+    mean, error, _ = metrics.mean_and_errors(exact[:, None])
+    return {
+        "left_to_right_nats_per_token": mean,
+        "left_to_right_rows": len(rows),
+        "left_to_right_se_rows": error,
+        "bound_of_the_same_rows": bound.mean().item(),
+    }
+
+
+def evaluate(loaded, options, device):
+    """The report (dict) on a checkpoint (`Loaded`)."""
+    family = families.family_of(loaded.cfg)
+    cli.check_needs(family, options)
+    judge = load_judge(options.judge, options, device) if options.judge else None
+    how, in_words = sampling(loaded, family, options)
+    count = loaded.cfg.final_samples if options.num_samples is None else options.num_samples
+    report = {
+        "checkpoint": loaded.path,
+        "step": loaded.step,
+        "dtype": runtime.dtype_name(loaded.dtype),
+        "sampling": in_words,
+    }
+    hardware = ranks.Hardware(device, loaded.dtype)
+    with hardware.autocast():
+        report |= metrics.held_out(loaded.model, family, loaded.data, device)
+    report |= metrics.final(
+        loaded.model, family, loaded.data, hardware, loaded.step, count, how, judge
+    )
+    if options.left_to_right:
+        with hardware.autocast():
+            report |= left_to_right(loaded, family, options.left_to_right, device)
+    return report
+
+
 def run(positional, overrides):
     options = cli.merge(EvaluateConfig, overrides)
-    idle = [
-        name
-        for name in (
-            "num_samples",
-            "left_to_right",
-            "judge",
-            "json",
-            "plot",
-            "sampler",
-            "steps",
-            "temperature",
-            "top_p",
-        )
-        if name in overrides
-    ]
-    if options.against and idle:
+    if options.against and (idle := [name for name in NOT_AGAINST if name in overrides]):
         raise UserError(
             "against compares bounds and prints them, nothing else; leave out "
             f"--{', --'.join(idle)}"
         )
-    path = options.checkpoint or checkpoint.newest()
     device = runtime.choose_device(options.device)
-    loaded = load(path, options, device)
+    loaded = load(options.checkpoint or checkpoint.newest(), options, device)
     if options.against:
         return print("\n".join(compare(loaded, load(options.against, options, device), device)))
-    _, model, cfg, data, step, dtype, sampling = loaded
-    judge = None
-    if options.judge:
-        other, its_text, its_cfg = checkpoint.restore(
-            checkpoint.read(options.judge), device, options.judge
-        )
-        judge = samples.Judge(
-            other,
-            families.family_of(its_cfg),
-            its_text,
-            runtime.dtype_of_run(options.dtype, its_cfg.dtype, device, options.judge),
-        )
-        if not judge.family.exact:
-            raise UserError(
-                f"{options.judge} has objective={its_cfg.objective}; a judge must give exact "
-                "likelihoods: ar"
-            )
-    family = families.family_of(cfg)
-    cli.check_needs(family, options)
-    count = cfg.final_samples if options.num_samples is None else options.num_samples
-    asked = {name: getattr(options, name) for name in ("sampler", "steps", "temperature", "top_p")}
-    how = cli.merge(
-        SampleConfig, sampling, {name: value for name, value in asked.items() if value is not None}
-    )
-    if options.sampler is not None:
-        families.check_sampler(family, how)
-    named = {name: getattr(how, name) for name in asked} | {
-        "sampler": family.procedure or how.sampler
-    }
-    report = {
-        "checkpoint": path,
-        "step": step,
-        "dtype": runtime.dtype_name(dtype),
-        "sampling": ", ".join(f"{k} {v}" for k, v in named.items() if v is not None),
-    }
-    hardware = ranks.Hardware(device, dtype)
-    with hardware.autocast():
-        report |= metrics.held_out(model, family, data, device)
-    report |= metrics.final(model, family, data, hardware, step, count, how, judge)
-    if options.left_to_right:
-        rows = data.held_out[: options.left_to_right].to(device)
-        with hardware.autocast():
-            exact = metrics.left_to_right(model, family, rows)
-            bound = family.nelbo(model, rows, 64, cfg.micro_batch or 64).mean(1)
-        report |= {
-            "left_to_right_nats_per_token": exact.mean().item(),
-            "left_to_right_rows": len(rows),
-            "left_to_right_se_rows": exact.std().item() / math.sqrt(len(rows))
-            if len(rows) > 1
-            else math.nan,
-            "bound_of_the_same_rows": bound.mean().item(),
-        }
+    report = evaluate(loaded, options, device)
     print(metrics.show(report))
     if options.json:
         runtime.write_json(options.json, report)
     if options.plot:
         try:
-            plots.levels(report["levels"], path, options.plot)
+            plots.levels(report["levels"], loaded.path, options.plot)
         except ImportError as error:
             raise UserError(f"no plot: {error}; the rest was written") from None
 

@@ -663,18 +663,7 @@ def test_other_settings_train_and_sample(extra, monkeypatch, capsys):
     texts.write_documents("some.txt", iter(tales.generate(1, 200)))
     code, out, err = run(
         train.main,
-        [
-            "--data",
-            "some.txt",
-            "--name",
-            "x",
-            "--tokenizer",
-            "char",
-            "--seq_len",
-            "32",
-            *TINY,
-            *extra.split(),
-        ],
+        [*"--data some.txt --name x --tokenizer char --seq_len 32".split(), *TINY, *extra.split()],
         monkeypatch,
         capsys,
     )
@@ -769,23 +758,9 @@ def test_every_family_trains_writes_and_is_judged(name, monkeypatch, capsys):
     code, out, err = run(
         train.main,
         [
-            "--data",
-            "some.txt",
-            "--name",
-            "x",
-            "--tokenizer",
-            "char",
-            "--seq_len",
-            "32",
+            *"--data some.txt --name x --tokenizer char --seq_len 32".split(),
             *TINY,
-            "--short_rows",
-            "0.5",
-            "--micro_batch",
-            "2",
-            "--dtype",
-            "bfloat16",
-            "--final_samples",
-            "2",
+            *"--short_rows 0.5 --micro_batch 2 --dtype bfloat16 --final_samples 2".split(),
             *FAMILY[name].split(),
         ],
         monkeypatch,
@@ -795,13 +770,7 @@ def test_every_family_trains_writes_and_is_judged(name, monkeypatch, capsys):
     words = [
         "--prompt",
         "One day",
-        "--num-samples",
-        "2",
-        "--json",
-        "--viz-html",
-        "x.html",
-        "--viz-gif",
-        "x.gif",
+        *"--num-samples 2 --json --viz-html x.html --viz-gif x.gif".split(),
     ]
     longer = [] if name == "uniform" else ["--gen-len", "60"]
     code, out, err = run(inference.main, [*words, *longer], monkeypatch, capsys)
@@ -858,12 +827,7 @@ def test_a_new_objective_is_one_entry(monkeypatch, capsys):
     code, out, err = run(
         train.main,
         [
-            "--data",
-            "some.txt",
-            "--tokenizer",
-            "char",
-            "--seq_len",
-            "32",
+            *"--data some.txt --tokenizer char --seq_len 32".split(),
             *TINY,
             "--objective",
             "focal",
@@ -950,12 +914,7 @@ def test_what_a_family_cannot_write(monkeypatch, capsys):
             dataclasses.replace(
                 load(
                     [
-                        "--data",
-                        "some.txt",
-                        "--tokenizer",
-                        "char",
-                        "--seq_len",
-                        "32",
+                        *"--data some.txt --tokenizer char --seq_len 32".split(),
                         *TINY,
                         "--name",
                         name,
@@ -1005,18 +964,10 @@ def test_prompt_to_text_and_video(tales_run, monkeypatch, capsys):
             str(tales_run / "models" / "tales.best.pt"),
             "--prompt",
             "Once upon a time",
-            "--gen-len",
-            "9",
-            "--temperature",
-            "0.0",
-            "--viz-video",
-            "media/x.mp4",
-            "--viz-gif",
-            "media/x.gif",
-            "--trace-every",
-            "2",
-            "--gif-frame-ms",
-            "100",
+            *(
+                "--gen-len 9 --temperature 0.0 --viz-video media/x.mp4 --viz-gif "
+                "media/x.gif --trace-every 2 --gif-frame-ms 100"
+            ).split(),
         ],
         monkeypatch,
         capsys,
@@ -1116,16 +1067,10 @@ def test_the_source_documents_commands(monkeypatch, capsys):
             "artifacts/models/stories.best.pt",
             "--prompt",
             "Once upon a time",
-            "--gen-len",
-            "256",
-            "--temperature",
-            "0.0",
-            "--viz-video",
-            "artifacts/media/diffusion_trace.mp4",
-            "--trace-every",
-            "1",
-            "--gif-frame-ms",
-            "180",
+            *(
+                "--gen-len 256 --temperature 0.0 --viz-video "
+                "artifacts/media/diffusion_trace.mp4 --trace-every 1 --gif-frame-ms 180"
+            ).split(),
         ],
         monkeypatch,
         capsys,
@@ -1182,14 +1127,7 @@ def test_evaluate(tales_run, monkeypatch, capsys):
         [
             "--checkpoint",
             path,
-            "--json",
-            "report.json",
-            "--plot",
-            "levels.png",
-            "--device",
-            "cpu",
-            "--left_to_right",
-            "2",
+            *"--json report.json --plot levels.png --device cpu --left_to_right 2".split(),
         ],
         monkeypatch,
         capsys,
@@ -1209,35 +1147,18 @@ def test_evaluate(tales_run, monkeypatch, capsys):
             ), key
     different = {key for key, value in final["samples"].items() if report["samples"][key] != value}
     assert different <= {"tokens_per_second"} and set(final) - set(report) == {
-        "name",
-        "parameters",
-        "steps",
-        "best_step",
-        "minutes",
-        "seconds_a_step",
-        "tokens_per_second_of_training",
+        *(
+            "name parameters steps best_step minutes seconds_a_step tokens_per_second_of_training"
+        ).split()
     }
     assert {
-        "accuracy",
-        "entropy",
-        "levels",
-        "exp_of_masked_ce_schedule_dependent",
-        "perplexity_of_bound",
-        "reference",
+        *(
+            "accuracy entropy levels exp_of_masked_ce_schedule_dependent "
+            "perplexity_of_bound reference"
+        ).split()
     } <= set(final)
     assert report["left_to_right_rows"] == 2 and 0 < report["left_to_right_nats_per_token"] < 10
-    words = [
-        "--checkpoint",
-        path,
-        "--num_samples",
-        "3",
-        "--rows",
-        "4",
-        "--json",
-        "report.json",
-        "--steps",
-        "8",
-    ]
+    words = ["--checkpoint", path, *"--num_samples 3 --rows 4 --json report.json --steps 8".split()]
     code, out, err = run(evaluate.main, words, monkeypatch, capsys)
     samples = json.load(open("report.json"))["samples"]
     assert (
@@ -1290,16 +1211,7 @@ def test_judged_and_sampled_as_it_was_trained(monkeypatch, capsys):
             texts_of.setdefault(dtype, set()).add(str(json.loads(out)["confidence"]))
             code, out, err = run(
                 evaluate.main,
-                [
-                    "--checkpoint",
-                    path,
-                    "--json",
-                    "r.json",
-                    "--dtype",
-                    "float32",
-                    "--num_samples",
-                    "0",
-                ],
+                ["--checkpoint", path, *"--json r.json --dtype float32 --num_samples 0".split()],
                 monkeypatch,
                 capsys,
             )
@@ -1384,17 +1296,10 @@ def test_many_samples_are_written_in_batches(tales_run, monkeypatch, capsys):
     words = [
         "--checkpoint",
         str(tales_run / "models" / "tales.best.pt"),
-        "--json",
-        "--gen-len",
-        "8",
-        "--num-samples",
-        "5",
-        "--device",
-        "cpu",
-        "--dtype",
-        "float32",
-        "--sampler",
-        "first_hitting",
+        *(
+            "--json --gen-len 8 --num-samples 5 --device cpu --dtype float32 --sampler "
+            "first_hitting"
+        ).split(),
     ]
     results, sample, sizes = [], diffusion.sample, []
     monkeypatch.setattr(
@@ -1422,18 +1327,7 @@ def test_evaluate_another_text(tales_run, monkeypatch, capsys):
     open("other.txt", "w").write("\n<|endoftext|>\n".join(["The cat sat on a red mat. " * 4] * 20))
     code, out, err = run(
         evaluate.main,
-        [
-            "--checkpoint",
-            path,
-            "--data",
-            "other.txt",
-            "--json",
-            "r.json",
-            "--num_samples",
-            "2",
-            "--rows",
-            "50",
-        ],
+        ["--checkpoint", path, *"--data other.txt --json r.json --num_samples 2 --rows 50".split()],
         monkeypatch,
         capsys,
     )
@@ -1550,13 +1444,7 @@ def test_bench(monkeypatch, capsys):
     code, out, err = run(
         bench.main,
         [
-            "train",
-            "tiny.py",
-            "--rounds",
-            "1",
-            "--device",
-            "cpu",
-            "--variants",
+            *"train tiny.py --rounds 1 --device cpu --variants".split(),
             "float32 eager",
             "--json",
             "b.json",
@@ -1828,12 +1716,7 @@ def test_ablate_samplers(short_run, monkeypatch, capsys):
         "samplers",
         "--checkpoint",
         short_run,
-        "--num_samples",
-        "2",
-        "--out_dir",
-        "x",
-        "--device",
-        "cpu",
+        *"--num_samples 2 --out_dir x --device cpu".split(),
     ]
     code, out, err = run(ablate.main, [*command, "--only", "conf"], monkeypatch, capsys)
     assert code == 0 and out.count(": sampler") == 4, err
@@ -1876,12 +1759,7 @@ def test_ablate_temperature(short_run, monkeypatch, capsys):
         "temperature",
         "--checkpoint",
         short_run,
-        "--num_samples",
-        "2",
-        "--out_dir",
-        "x",
-        "--device",
-        "cpu",
+        *"--num_samples 2 --out_dir x --device cpu".split(),
     ]
     code, out, err = run(ablate.main, command, monkeypatch, capsys)
     assert (
@@ -1940,16 +1818,7 @@ def test_ablate_order(tales_run, monkeypatch, capsys):
 def test_ablate_spelling(tales_run, monkeypatch, capsys):
     """Held-out text is spelled as training text is; a model that is not told the time cannot be
     told a wrong one."""
-    command = [
-        "spelling",
-        "--num_samples",
-        "3",
-        "--out_dir",
-        "x",
-        "--device",
-        "cpu",
-        "--checkpoint",
-    ]
+    command = "spelling --num_samples 3 --out_dir x --device cpu --checkpoint".split()
     code, _, err = run(
         ablate.main, [*command, str(tales_run / "models" / "tales.best.pt")], monkeypatch, capsys
     )
@@ -2077,15 +1946,7 @@ def test_beyond_the_window(write):
     assert len(result["tokens"]) == 150 + 5 and result["text"].startswith("Once upon a time")
     assert max(result["step"]) == 150
     [cached], _ = write(
-        "--gen-len",
-        "40",
-        "--decode-block",
-        "8",
-        "--cache",
-        "dual",
-        "--sampler",
-        "threshold:0.2",
-        "--no-stop",
+        *"--gen-len 40 --decode-block 8 --cache dual --sampler threshold:0.2 --no-stop".split()
     )
     assert len(cached["tokens"]) == 41
     [guided], _ = write("--prompt", "Once upon a time", "--gen-len", "8", "--guidance", "1.5")
@@ -2110,19 +1971,10 @@ def test_all_viewers_of_one_stream(tales_run, monkeypatch, capsys):
         [
             "--checkpoint",
             str(tales_run / "models" / "tales.best.pt"),
-            "--prompt",
-            "Once",
-            "--gen-len",
-            "9",
-            "--live",
-            "--sampler",
-            "remdm_cap:0.3",
-            "--steps",
-            "8",
-            "--viz-html",
-            "m/x.html",
-            "--viz-gif",
-            "m/x.gif",
+            *(
+                "--prompt Once --gen-len 9 --live --sampler remdm_cap:0.3 --steps 8 "
+                "--viz-html m/x.html --viz-gif m/x.gif"
+            ).split(),
         ],
         monkeypatch,
         capsys,

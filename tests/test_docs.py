@@ -65,28 +65,10 @@ def commands():
 SHORT = {  # appended to the words of a command: later flags win
     "train.py": [*TINY, "--short_rows", "0", "--eval_interval", "6"],
     "inference.py": [
-        "--device",
-        "cpu",
-        "--frame-ms",
-        "0",
-        "--trace-every",
-        "40",
-        "--steps",
-        "40",
-        "--sampler",
-        "confidence",
+        *"--device cpu --frame-ms 0 --trace-every 40 --steps 40 --sampler confidence".split()
     ],
     "scripts/lab/ablate.py": [
-        "--iters",
-        "2",
-        "--yardstick_iters",
-        "2",
-        "--num_samples",
-        "2",
-        "--device",
-        "cpu",
-        "--compile",
-        "off",
+        *"--iters 2 --yardstick_iters 2 --num_samples 2 --device cpu --compile off".split()
     ],
     "scripts/lab/bench.py": ["--rounds", "1", "--device", "cpu", "--steps", "2", "--batches", "1"],
     "scripts/evaluate.py": ["--rows", "4", "--device", "cpu"],

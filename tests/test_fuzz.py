@@ -190,15 +190,7 @@ def test_damaged_files(state, monkeypatch, capsys):
 # values of flags: none is large and allowed, so that what is allowed is quick
 VALUES = (
     "",
-    "0",
-    "1",
-    "2",
-    "-1",
-    "0.5",
-    "-0.5",
-    "1e400",
-    "nan",
-    "1_0",
+    *"0 1 2 -1 0.5 -0.5 1e400 nan 1_0".split(),
     "10" * 9,
     "9" * 30,
     "x",
@@ -213,18 +205,7 @@ VALUES = (
     "\0",
     "sub/../x",
     "two\nlines",
-    ".",
-    "x.gif",
-    "x.html",
-    "tales",
-    "char",
-    "bpe",
-    "masked",
-    "linear",
-    "float32",
-    "é🙂",
-    "--",
-    "-",
+    *". x.gif x.html tales char bpe masked linear float32 é🙂 -- -".split(),
 )
 
 

@@ -127,13 +127,10 @@ def sampling_cases():
     suffix = test_maths.REAL.clone()
     suffix[2, 0] = 7
     for name in (
-        "confidence",
-        "threshold:0.5",
-        "ancestral",
-        "remdm_cap:0.2",
-        "remask",
-        "entropy_bounded:0.5",
-        "first_hitting",
+        *(
+            "confidence threshold:0.5 ancestral remdm_cap:0.2 remask entropy_bounded:0.5 "
+            "first_hitting"
+        ).split(),
     ):
         for options in (
             {},
@@ -308,20 +305,9 @@ def training(name, folder):
     words = [
         *RUNS[name].split(),
         *conftest.TINY,
-        "--max_iters",
-        "20",
-        "--eval_interval",
-        "5",
-        "--dtype",
-        "float32",
-        "--out_dir",
+        *"--max_iters 20 --eval_interval 5 --dtype float32 --out_dir".split(),
         str(folder),
-        "--short_rows",
-        "0.2",
-        "--batch_size",
-        "8",
-        "--micro_batch",
-        "4",
+        *"--short_rows 0.2 --batch_size 8 --micro_batch 4".split(),
     ]
     report = train.train(
         conftest.load([*words, "--name", "run", "--final_samples", "2"])[0], quiet=True
@@ -345,15 +331,7 @@ def json_lines(folder):
         os.path.join(folder, "models/run.best.pt"),
         "--prompt",
         "Once upon a time",
-        "--gen-len",
-        "12",
-        "--json",
-        "--num-samples",
-        "2",
-        "--device",
-        "cpu",
-        "--temperature",
-        "0.5",
+        *"--gen-len 12 --json --num-samples 2 --device cpu --temperature 0.5".split(),
     ]
     out = io.StringIO()
     with contextlib.redirect_stdout(out):

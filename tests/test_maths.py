@@ -479,15 +479,10 @@ def test_positions_are_chosen_before_the_distribution_is_truncated():
 @pytest.mark.parametrize(
     "sampler",
     (
-        "first_hitting",
-        "random",
-        "confidence",
-        "entropy",
-        "margin",
-        "threshold:1.1",
-        "entropy_bounded:0",
-        "factor:0",
-        "notes",
+        *(
+            "first_hitting random confidence entropy margin threshold:1.1 "
+            "entropy_bounded:0 factor:0 notes"
+        ).split(),
     ),
 )
 def test_one_token_at_a_time_is_exact(sampler):

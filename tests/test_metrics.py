@@ -385,11 +385,7 @@ def test_the_page_in_a_browser(bpe, tmp_path):
     done = subprocess.run(
         [
             browser,
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--virtual-time-budget=8000",
-            "--dump-dom",
+            *"--headless --no-sandbox --disable-gpu --dump-dom --virtual-time-budget=8000".split(),
             page.as_uri(),
         ],
         capture_output=True,

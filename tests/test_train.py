@@ -658,13 +658,10 @@ def test_two_processes_are_one_and_survive_a_crash(tmp_path):
     done = subprocess.run(
         [
             sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node=2",
-            "--max-restarts=1",
-            "crash.py",
-            "tiny.py",
+            *(
+                "-m torch.distributed.run --standalone --nproc_per_node=2 "
+                "--max-restarts=1 crash.py tiny.py"
+            ).split(),
         ],
         capture_output=True,
         text=True,

@@ -53,12 +53,8 @@ class AblateConfig:
     )
     only: str = field("", "only settings whose name begins so")
     out_dir: str = field("artifacts/ablations", "where to write")
-    device: str = field(
-        "auto", "auto: cuda, else mps, else cpu", choices=("auto", "cpu", "cuda", "mps")
-    )
-    dtype: str = field(
-        "auto", "of matrix products", choices=("auto", "float32", "bfloat16", "float16")
-    )
+    device: str = field("auto", "auto: cuda, else mps, else cpu", choices=DEVICES)
+    dtype: str = field("auto", "of matrix products", choices=DTYPES)
     compile: str = field("auto", "torch.compile, of training runs", choices=("auto", "on", "off"))
 
     def __post_init__(self):

@@ -24,7 +24,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspa
 import torch
 
 import diffusion
-from config import LONGEST, Config, SampleConfig
+from config import DEVICES, LONGEST, Config, SampleConfig
 from model import Transformer
 from scripts.lab import bench_training, yardstick
 from utils import checkpoint, cli, families, policies, runtime, settings, tales, trace, video
@@ -45,9 +45,7 @@ class BenchConfig:
         64, "steps of the samplers that take as many as they are told (sample)", low=1, high=LONGEST
     )
     json: str = field("", "write the figures to this file too")
-    device: str = field(
-        "auto", "auto: cuda, else mps, else cpu", choices=("auto", "cpu", "cuda", "mps")
-    )
+    device: str = field("auto", "auto: cuda, else mps, else cpu", choices=DEVICES)
 
     def __post_init__(self):
         cli.check(self)

@@ -26,7 +26,7 @@ from utils.cli import field
 class PictureConfig:
     checkpoint: str = field("", "of samplers_at_work (default: the newest run's best)", "what")
     out_dir: str = field("artifacts/plots", "where to write")
-    device: str = field("cpu", "of samplers_at_work", choices=("auto", "cpu", "cuda", "mps"))
+    device: str = field("cpu", "of samplers_at_work", choices=DEVICES)
 
     def __post_init__(self):
         cli.check(self)
