@@ -148,6 +148,11 @@ class Config:
             if wrong:
                 refuse(self, names, why)
 
+    @property
+    def rows_at_once(self):
+        """Rows of a pass without gradients."""
+        return self.micro_batch or 64
+
 
 @dataclass(frozen=True)
 class SampleConfig:

@@ -298,14 +298,14 @@ class Masked:
         noised_logits = partial(self.noised_logits, model, x0)
         return masked_loss(noised_logits, x0, corruption, token_nll, unit)
 
-    def nelbo(self, model, x0, passes=1, rows_at_once=64, given=None):
+    def nelbo(self, model, x0, passes=1, given=None):
         """Upper bound on -log p(x0), (R, passes) nats per token, for x0 (R, L) long; its mean over
         passes is unbiased. given (R, L) bool: tokens that are certain, never masked and without
         cost, BOS always; the mean per token is over all L."""
         R, (K, n) = len(x0), self.units(x0.size(1))
         masks, pad = bound_masks(R, K, n, passes, self.maskable(given, n)), (self.bos, 0)
         fixed = (self.pack(F.pad(masked, pad), weight) for masked, weight in masks)
-        return loss_per_pass(partial(self.weighted_ce, model), x0, fixed, rows_at_once)
+        return loss_per_pass(partial(self.weighted_ce, model), x0, fixed, self.cfg.rows_at_once)
 
     def noised_logits(self, model, x0, masked, index):
         """Mask x0 (B, L) where masked (B, L) says, and return the logits (N, V) at the flat

@@ -133,7 +133,7 @@ def evaluate(run, progress, so_far):
     run.model.eval()
     with hardware.autocast():
         rows = run.data.held_out[: cfg.eval_rows].to(hardware.device)
-        nll = run.family.nelbo(judged, rows, 1, cfg.micro_batch or 64)
+        nll = run.family.nelbo(judged, rows)
         text = ""
         if not run.quiet:
             text = show_sample(run.family, judged, run.data.tokenizer, hardware.device)

@@ -42,7 +42,12 @@ from utils import (
 )
 from utils.cli import UserError, field
 
-HOW = ("sampler", "steps", "temperature", "top_p")  # options of both EvaluateConfig and SampleConfig
+HOW = (
+    "sampler",
+    "steps",
+    "temperature",
+    "top_p",
+)  # options of both EvaluateConfig and SampleConfig
 # options that --against leaves idle
 NOT_AGAINST = ("num_samples", "left_to_right", "judge", "json", "plot", *HOW)
 
@@ -145,8 +150,8 @@ def compare(first, second, device):
     for path, model, cfg, data, _, dtype, _ in (first, second):
         rows = data.held_out[: cfg.final_rows]
         with runtime.autocast(device, dtype):
-            family, at_once = families.family_of(cfg), cfg.micro_batch or 64
-            nll = family.nelbo(model, rows.to(device), cfg.final_masks, at_once).mean(1)
+            family = families.family_of(cfg)
+            nll = family.nelbo(model, rows.to(device), cfg.final_masks).mean(1)
         text = data.tokenizer.decode(rows.flatten().tolist())
         lines.append(
             f"{path}: {'exactly' if family.exact else 'at most'} {nll.mean().item():.4f} nats per "
@@ -208,7 +213,7 @@ def left_to_right(loaded, family, count, device):
     of the same rows."""
     rows = loaded.data.held_out[:count].to(device)
     exact = metrics.left_to_right(loaded.model, family, rows)
-    bound = family.nelbo(loaded.model, rows, 64, loaded.cfg.micro_batch or 64)
+    bound = family.nelbo(loaded.model, rows, 64)
     mean, error, _ = metrics.mean_and_errors(exact[:, None])
     return {
         "left_to_right_nats_per_token": mean,

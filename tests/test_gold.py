@@ -70,7 +70,7 @@ def loss_of(cfg, model, x0, corruption):
 
 
 def bound_of(cfg, model, x0, passes):
-    return family_of(cfg).nelbo(model, x0, passes, 5)
+    return family_of(cfg).nelbo(model, x0, passes)
 
 
 def density_of(cfg, model, x0):

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import pytest
@@ -188,11 +189,11 @@ def test_learning_rate():
     cfg = settings(warmup_iters=10, lr_decay="linear", decay_share=0.5)
     assert lr_scale(cfg, 0, 0) == pytest.approx(0.1) and lr_scale(cfg, 9, 0.01) == 1
     assert [lr_scale(cfg, 99, p) for p in (0.5, 0.75, 1.0, 1.2)] == [1, 0.5, 0, 0]
-    cfg.lr_decay = "cosine"
+    cfg = dataclasses.replace(cfg, lr_decay="cosine")
     assert [round(lr_scale(cfg, 99, p), 6) for p in (0.5, 0.75, 1.0)] == [1, 0.5, 0]
-    cfg.lr_decay = "constant"
+    cfg = dataclasses.replace(cfg, lr_decay="constant")
     assert lr_scale(cfg, 99, 1.0) == 1
-    cfg.warmup_iters = 0
+    cfg = dataclasses.replace(cfg, warmup_iters=0)
     assert lr_scale(cfg, 0, 0) == 1
 
 

@@ -8,7 +8,6 @@ distribution.
 
 import dataclasses
 import itertools
-from types import SimpleNamespace
 
 import torch
 
@@ -69,7 +68,9 @@ def settings(**changes):
     """A Config with changes, unchecked (also of pairs that no run may have), whose loss is the
     bound."""
     assert changes.keys() <= {f.name for f in dataclasses.fields(Config)}
-    return SimpleNamespace(**dataclasses.asdict(Config()) | {"loss_weighting": "elbo"} | changes)
+    cfg = object.__new__(Config)
+    cfg.__dict__.update(dataclasses.asdict(Config()) | {"loss_weighting": "elbo"} | changes)
+    return cfg
 
 
 def family(**changes):

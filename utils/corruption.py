@@ -56,6 +56,6 @@ def loss_per_pass(loss, x0, corruptions, rows_at_once):
     passes = []
     for whole in corruptions:
         pieces = whole.split(slice(0, len(x0)), rows_at_once)
-        found = [loss(*batch).float().cpu() for batch in zip(x0.split(rows_at_once), pieces)]
+        found = [loss(*batch).cpu() for batch in zip(x0.split(rows_at_once), pieces)]
         passes.append(torch.cat(found))
     return torch.stack(passes, 1)

@@ -6,7 +6,6 @@ write its class and an entry in FAMILIES.
 """
 
 from functools import partial
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +33,11 @@ NOT_ALL_AT_ONCE = {
     "guidance": "only a masked model of the whole window has it",
     "cache": "it keeps keys and values by itself, exact ones",
 }
+
+
+def whole_window(cfg):
+    """What families without blocks need: a block as long as the window is none."""
+    return {"block_len": (0, cfg.seq_len)}
 
 
 class Blocks(Masked):
@@ -120,7 +124,8 @@ class Autoregressive(Blocks):
     )
 
     def __init__(self, cfg):
-        self.cfg, self.bos = cfg, bos_tokens(cfg)
+        Masked.__init__(self, cfg)
+        self.needs = self.needs | whole_window(cfg)
 
     def fit(self, L):
         return L
@@ -133,10 +138,11 @@ class Autoregressive(Blocks):
         masked = (torch.arange(L) >= self.bos).repeat(B, 1)
         return Corruption(masked if given is None else masked & ~given, torch.ones(B))
 
-    def nelbo(self, model, x0, passes=1, rows_at_once=64, given=None):
+    def nelbo(self, model, x0, passes=1, given=None):
         """-log p(x0) itself, (R, 1) nats per token."""
         whole = self.corrupt(x0.shape, given=given)
-        return loss_per_pass(partial(self.weighted_ce, model), x0, [whole], rows_at_once)
+        loss, rows_at_once = partial(self.weighted_ce, model), self.cfg.rows_at_once
+        return loss_per_pass(loss, x0, [whole], rows_at_once)
 
     def noised_logits(self, model, x0, masked, index):
         return self.logits(model, x0, index)
@@ -182,6 +188,7 @@ class Uniform:
 
     def __init__(self, cfg):
         self.cfg, self.bos = cfg, bos_tokens(cfg)
+        self.needs = self.needs | whole_window(cfg)
 
     def fit(self, L):
         return L
@@ -219,11 +226,11 @@ class Uniform:
             corruption.masked, corruption.noise % (model.vocab_size - 1), x0
         ), corruption
 
-    def nelbo(self, model, x0, passes=1, rows_at_once=64, given=None):
+    def nelbo(self, model, x0, passes=1, given=None):
         """Upper bound on -log p(x0), (R, passes) nats per token. Times are stratified over all
         rows, and m = t^2, since the integrand grows like log(1 / m): nothing is cut off below."""
         fixed = self.bound_corruptions(x0.shape, passes, given)
-        return loss_per_pass(partial(self.loss, model), x0, fixed, rows_at_once)
+        return loss_per_pass(partial(self.loss, model), x0, fixed, self.cfg.rows_at_once)
 
     def bound_corruptions(self, shape, passes, given=None):
         R, generator = shape[0], torch.Generator().manual_seed(0)
@@ -275,24 +282,18 @@ class Uniform:
 FAMILIES = {"masked": Masked, "uniform": Uniform, "ar": Autoregressive}
 
 
-def block_len(cfg):
-    """Tokens of a block of block diffusion; 0: the window is one block, plain diffusion."""
-    return 0 if cfg.block_len in (0, cfg.seq_len) else cfg.block_len
-
-
 def family_of(cfg):
     """The family of a model that is trained with cfg."""
     check_name("objective", cfg.objective, FAMILIES)
     kind = FAMILIES[cfg.objective]
-    return Blocks(cfg) if kind is Masked and block_len(cfg) else kind(cfg)
+    return Blocks(cfg) if kind is Masked and cfg.block_len not in (0, cfg.seq_len) else kind(cfg)
 
 
 def checked(cfg):
     """`family_of` a Config, after complaining of what it cannot have."""
     check_name("schedule", cfg.schedule, SCHEDULES)
     family = family_of(cfg)
-    # a block as long as the window is none
-    check_needs(family, SimpleNamespace(**vars(cfg) | {"block_len": block_len(cfg)}))
+    check_needs(family, cfg)
     return family
 
 

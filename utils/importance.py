@@ -2,10 +2,13 @@
 Dhariwal, arXiv:2102.09672, section 3.3). A density (n,) is constant in each of n equal parts of [0,
 1], and 1 in the mean; None stands for times that are drawn alike."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 
 from utils import draws
+from utils.corruption import loss_per_pass
 
 BINS = 16
 EVERY, ROWS = 100, 256  # steps between measurements, and training rows of each
@@ -39,17 +42,14 @@ def density_at(t, density):
 
 
 @torch.no_grad()
-def time_density(family, model, x0, rows_at_once=64):
+def time_density(family, model, x0):
     """Density of times (BINS,), in proportion to the root mean square of the rows' weighted losses
     at each, for x0 (R, L) long. Half of it is uniform, so that no weight is above 2."""
-    R = len(x0)
-    whole = family.corrupt(x0.shape, torch.Generator().manual_seed(0))
-    pieces = whole.split(slice(0, R), rows_at_once)
-    losses = [family.loss(model, *batch) for batch in zip(x0.split(rows_at_once), pieces)]
+    R, whole = len(x0), family.corrupt(x0.shape, torch.Generator().manual_seed(0))
+    loss, rows_at_once = partial(family.loss, model), family.cfg.rows_at_once
+    losses = loss_per_pass(loss, x0, [whole], rows_at_once)[:, 0].double()
     bins = draws.stratum_of(R) * BINS // R
-    squares = torch.zeros(BINS, dtype=torch.float64).index_add(
-        0, bins, torch.cat(losses).double().cpu() ** 2
-    )
+    squares = torch.zeros(BINS, dtype=torch.float64).index_add(0, bins, losses**2)
     spread = (squares / torch.bincount(bins, minlength=BINS).clamp(min=1)).sqrt()
     return 0.5 + 0.5 * spread / spread.mean().clamp(min=1e-12)
 
@@ -61,11 +61,11 @@ def is_due(cfg, step):
 
 def measure(run, step):
     """`time_density` of coming training rows of a run, the same in all processes."""
-    cfg, hardware, batches = run.cfg, run.hardware, -(-ROWS // run.cfg.batch_size)
+    hardware, batches = run.hardware, -(-ROWS // run.cfg.batch_size)
     rows = torch.cat([run.data.batch(step + i, slice(None)) for i in range(batches)])[:ROWS]
     run.model.eval()
     with hardware.autocast():
         rows = rows.to(hardware.device)
-        density = time_density(run.family, run.model, rows, cfg.micro_batch or 64)
+        density = time_density(run.family, run.model, rows)
     run.model.train()
     return torch.tensor(hardware.agree(density.tolist()), dtype=density.dtype)

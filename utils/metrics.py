@@ -57,9 +57,7 @@ def held_out(model, family, data, device):
     cfg = family.cfg
     rows = data.held_out[: cfg.final_rows].to(device)
     lengths = encoding.row_lengths(rows, data.tokenizer)
-    mean, se_rows, se_masks = mean_and_errors(
-        family.nelbo(model, rows, cfg.final_masks, cfg.micro_batch or 64)
-    )
+    mean, se_rows, se_masks = mean_and_errors(family.nelbo(model, rows, cfg.final_masks))
     nats, exact = mean * rows.numel(), family.exact
     report = {
         "bound_nats_per_token": mean,
@@ -148,7 +146,7 @@ def pooled_ce(model, cfg, rows, generator):
         )
     )
     losses = []
-    for part in rows.split(cfg.micro_batch or 64):
+    for part in rows.split(cfg.rows_at_once):
         corruption = family.corrupt(part.shape, generator).to(rows.device)
         counts = corruption.masked.sum().item()
         losses.append((family.loss(model, part, corruption).mean().item() * counts, counts))
@@ -158,7 +156,7 @@ def pooled_ce(model, cfg, rows, generator):
 def _look(model, family, rows, corruption):
     """(loss, entropy, 1.0 where the likeliest token is right), each (R, L) with nan where rows (R,
     L) are not corrupted, on the CPU."""
-    out, size = torch.full((3, *rows.shape), math.nan), family.cfg.micro_batch or 64
+    out, size = torch.full((3, *rows.shape), math.nan), family.cfg.rows_at_once
     for number, (x0, piece) in enumerate(
         zip(rows.split(size), corruption.split(slice(0, len(rows)), size))
     ):
@@ -190,13 +188,13 @@ def left_to_right(model, family, rows):
     """-log p of rows (R, L) when the network generates them from left to right, one token at a
     time: (R,) nats per token. The exact likelihood of a sampler that does; of an autoregressive
     network, its likelihood. Not for uniform noise."""
-    L, out, at_once = rows.size(1), [], family.cfg.micro_batch or 64
+    L, out = rows.size(1), []
     for row in rows:
         canvases = row.expand(L - family.bos, L).clone()
         places = torch.arange(family.bos, L, device=rows.device)
         canvases[torch.arange(L, device=rows.device) >= places[:, None]] = model.vocab_size - 1
         total = 0.0
-        for part in torch.arange(L - family.bos, device=rows.device).split(at_once):
+        for part in torch.arange(L - family.bos, device=rows.device).split(family.cfg.rows_at_once):
             index = torch.arange(len(part), device=rows.device) * L + places[part]
             logits = family.logits(model, canvases[part], index)
             total += diffusion.token_nll(logits, row[places[part]]).sum().item()

@@ -24,6 +24,7 @@ from typing import Callable, NamedTuple
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
 
+from config import DEVICES, DTYPES
 from scripts.lab import compare_samplers, compare_training, figures, variants
 from utils import cli
 from utils.cli import UserError, field

@@ -15,7 +15,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspa
 import torch
 
 import diffusion
-from config import SampleConfig
+from config import DEVICES, SampleConfig
 from model import waves
 from scripts.lab import compare_samplers
 from utils import blocks, canvas, cli, families, plots, policies, runtime, tales
