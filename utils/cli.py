@@ -73,25 +73,24 @@ def nearest(word, words, prefix=""):
 MOST = 10**12
 
 
-def field(
-    default, help, group=None, choices=None, low=None, high=None, above=None, below=None, alias=None
-):
+# limit of a field -> (what is wrong with a value, given the limit; in words)
+LIMITS = {
+    "low": (operator.lt, "must be at least"),
+    "high": (operator.gt, "must be at most"),
+    "above": (operator.le, "must be above"),
+    "below": (operator.ge, "must be below"),
+}
+
+
+def field(default, help, group=None, choices=None, alias=None, **limits):
     """A dataclass field that is a flag. `group` starts a heading of --help, for this field and
     those after it; alias is an older name of it, which flags, experiments and checkpoints may use.
 
-    low <= value <= high, above < value < below: what `check` allows, where given.
+    limits: low <= value <= high, above < value < below, what `check` allows where given.
     """
-    limits = {"low": low, "high": high, "above": above, "below": below}
-    return dataclasses.field(
-        default=default,
-        metadata={
-            "help": help,
-            "group": group,
-            "choices": choices,
-            "limits": limits,
-            "alias": alias,
-        },
-    )
+    assert limits.keys() <= LIMITS.keys(), limits
+    about = {"help": help, "group": group, "choices": choices, "limits": limits, "alias": alias}
+    return dataclasses.field(default=default, metadata=about)
 
 
 def aliases(kind):
@@ -104,7 +103,7 @@ def check(config):
     its limits, so before anything is computed or memory taken. None, where it is the default,
     stands for a value that is found later."""
     for f in dataclasses.fields(config):
-        choices, value, limit = f.metadata["choices"], getattr(config, f.name), f.metadata["limits"]
+        choices, value = f.metadata["choices"], getattr(config, f.name)
         if value is None:
             continue
         if choices and value not in choices:
@@ -113,14 +112,10 @@ def check(config):
             )
         if f.type not in (int, float):
             continue
-        high = MOST if f.type is int and limit["high"] is None else limit["high"]
-        for bound, wrong, words in (
-            (limit["low"], operator.lt, "must be at least"),
-            (high, operator.gt, "must be at most"),
-            (limit["above"], operator.le, "must be above"),
-            (limit["below"], operator.ge, "must be below"),
-        ):
-            if bound is not None and wrong(value, bound):
+        usual = {"high": MOST} if f.type is int else {}
+        for limit, bound in (usual | f.metadata["limits"]).items():
+            wrong, words = LIMITS[limit]
+            if wrong(value, bound):
                 shown = f"{bound:,}" if f.type is int else f"{bound:g}"
                 raise UserError(f"{f.name}={value} {words} {shown}")
 

@@ -79,20 +79,7 @@ def load(cfg, tokenizer=None):
             "first documents"
         )
     if cfg.data == "tales":
-        held_out = tales_held_out(cfg)
-        seen = set(held_out)
-        if tokenizer is None:
-            tokenizer = make_tokenizer(
-                cfg, tales.generate(f"tokenizer {cfg.seed}", 4000), documents=True
-            )
-        rows = held_out_rows(held_out, tokenizer, cfg)
-        if cfg.rows == "document" and len(rows) != len(held_out):
-            raise UserError(
-                f"seq_len={cfg.seq_len} is shorter than a tale with tokenizer={cfg.tokenizer}; use "
-                "at least 67 with bpe, 320 with char"
-            )
-        batch = partial(tales_batch, tokenizer, cfg, seen)
-        return Corpus(batch, rows, tokenizer, 0, fingerprint(rows), partial(latest, batch, cfg))
+        return load_tales(cfg, tokenizer)
     if not os.path.exists(cfg.data):
         texts.prepare(cfg.data)
     if os.path.isdir(cfg.data):
@@ -111,28 +98,33 @@ def load(cfg, tokenizer=None):
     rows, train = held_out_rows(held_out, tokenizer, cfg), train[: cfg.max_documents or None]
     if cfg.rows == "document":
         pool = document_rows(train, tokenizer, cfg.seq_len)
-        return Corpus(
-            partial(pool_batch, pool, cfg),
-            rows,
-            tokenizer,
-            int((pool != tokenizer.end).sum()),
-            fingerprint(pool),
-            lambda steps, limit: pool[: max(1, limit // cfg.seq_len)],
-        )
+        batch, tokens = partial(pool_batch, pool, cfg), int((pool != tokenizer.end).sum())
+        first = lambda steps, limit: pool[: max(1, limit // cfg.seq_len)]
+        return Corpus(batch, rows, tokenizer, tokens, fingerprint(pool), first)
     ids = token_stream(train, tokenizer)
     if len(ids) < cfg.seq_len:
         raise UserError(
             f"{cfg.data} has {len(ids)} training tokens, less than one window of "
             f"seq_len={cfg.seq_len}; use more text or a smaller --seq_len"
         )
-    return Corpus(
-        partial(stream_batch, ids, cfg),
-        rows,
-        tokenizer,
-        len(ids),
-        fingerprint(ids),
-        lambda steps, limit: ids[None, :limit],
-    )
+    batch, first = partial(stream_batch, ids, cfg), lambda steps, limit: ids[None, :limit]
+    return Corpus(batch, rows, tokenizer, len(ids), fingerprint(ids), first)
+
+
+def load_tales(cfg, tokenizer=None):
+    """Corpus of tales, other ones at every step."""
+    held_out = tales_held_out(cfg)
+    if tokenizer is None:
+        sample = tales.generate(f"tokenizer {cfg.seed}", 4000)
+        tokenizer = make_tokenizer(cfg, sample, documents=True)
+    rows = held_out_rows(held_out, tokenizer, cfg)
+    if cfg.rows == "document" and len(rows) != len(held_out):
+        raise UserError(
+            f"seq_len={cfg.seq_len} is shorter than a tale with tokenizer={cfg.tokenizer}; use at "
+            "least 67 with bpe, 320 with char"
+        )
+    batch = partial(tales_batch, tokenizer, cfg, set(held_out))
+    return Corpus(batch, rows, tokenizer, 0, fingerprint(rows), partial(latest, batch, cfg))
 
 
 def fingerprint(ids):

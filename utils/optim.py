@@ -43,21 +43,23 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is not None:
                     shapes.setdefault(p.shape, []).append(p)
-            for shape, params in shapes.items():
-                for p in params:
-                    if not self.state[p]:
-                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                buffers, grads = (
-                    [self.state[p]["momentum_buffer"] for p in params],
-                    [p.grad for p in params],
-                )
-                torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
-                nesterov = torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"]))
-                updates = orthogonalise(nesterov, self.dtype)
-                if group["weight_decay"]:
-                    torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-                scale = math.sqrt(max(1, shape[0] / shape[1]))
-                torch._foreach_add_(params, list(updates.unbind()), alpha=-group["lr"] * scale)
+            for params in shapes.values():
+                self._move(params, group)
+
+    def _move(self, params, group):
+        """Step of `params`, all of one shape, of the group."""
+        (rows, columns), lr, momentum = params[0].shape, group["lr"], group["momentum"]
+        for p in params:
+            if not self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        buffers = [self.state[p]["momentum_buffer"] for p in params]
+        grads = [p.grad for p in params]
+        torch._foreach_lerp_(buffers, grads, 1 - momentum)
+        nesterov = torch.stack(torch._foreach_lerp(grads, buffers, momentum))
+        updates = list(orthogonalise(nesterov, self.dtype).unbind())
+        if group["weight_decay"]:
+            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+        torch._foreach_add_(params, updates, alpha=-lr * math.sqrt(max(1, rows / columns)))
 
 
 def make_optimizers(model, cfg, dtype=torch.float32):

@@ -33,69 +33,79 @@ def write_shards(folder, source, tokenizer, wanted, settings, progress=lambda to
     200 is held out, by a hash of its text. A shard counts when index.json names it, which is
     written last, with the source's place: an interruption costs one shard.
     """
-    (dataset, read), end = source, end_of(tokenizer)
-    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-    index = {
-        "settings": settings,
-        "dtype": np.dtype(dtype).name,
-        "shards": [],
-        "tokens": 0,
-        "documents": 0,
-        "state": None,
-        "ended": False,
-    }
-    path = os.path.join(folder, "index.json")
+    dataset, read = source
     try:
         os.makedirs(folder, exist_ok=True)
-        if os.path.exists(path):
-            index = read_index(folder)
-            for name, value in settings.items():
-                if index["settings"].get(name) != value:
-                    raise UserError(
-                        f"{folder} was made with {name}={index['settings'].get(name)}, not "
-                        f"{value}; give another --output"
-                    )
-            if index["state"]:
-                dataset.load_state_dict(index["state"])
-        else:
-            tokenizers.save(tokenizer, os.path.join(folder, "tokenizer.json"))
+        index = begin_index(folder, tokenizer, settings)
+        if index["state"]:
+            dataset.load_state_dict(index["state"])
         batches = in_batches(() if index["ended"] else read(dataset))
         while index["tokens"] < wanted and not index["ended"]:
-            name, counts = f"{len(index['shards']):05d}.bin", {"train": 0, "held_out": 0}
-            with contextlib.ExitStack() as stack:
-                files = {
-                    part: stack.enter_context(open(os.path.join(folder, f"{part}_{name}"), "wb"))
-                    for part in counts
-                }
-                goal = min(SHARD_TOKENS, wanted - index["tokens"])
-                while counts["train"] < goal and (documents := next(batches, None)):
-                    index["documents"] += len(documents)
-                    documents = [
-                        document for document in documents if document and not document.isspace()
-                    ]
-                    for document, ids in zip(documents, encode(documents, tokenizer)):
-                        part = (
-                            "held_out" if texts.is_held_out(document, SHARD_HELD_OUT) else "train"
-                        )
-                        ids = np.append(ids, end).astype(dtype)
-                        ids.tofile(files[part])
-                        counts[part] += len(ids)
-                    progress(index["tokens"] + counts["train"])
-                for file in files.values():
-                    file.flush()
-                    os.fsync(file.fileno())
-            index["ended"] = counts["train"] < goal
-            index["tokens"] += counts["train"]
+            before, name = index["tokens"], f"{len(index['shards']):05d}.bin"
+            goal = min(SHARD_TOKENS, wanted - before)
+            path_of = lambda part: os.path.join(folder, f"{part}_{name}")
+            so_far = lambda tokens: progress(before + tokens)
+            counts, documents = write_shard(
+                path_of, batches, goal, tokenizer, index["dtype"], so_far
+            )
             if sum(counts.values()):
                 index["shards"].append({"name": name} | counts)
+            index["tokens"] += counts["train"]
+            index["documents"] += documents
+            index["ended"] = counts["train"] < goal
             index["state"] = dataset.state_dict()
-            write_json(path, index)
+            write_json(os.path.join(folder, "index.json"), index)
     except OSError as error:
         raise UserError(
             f"cannot write {folder}: {reason(error)}; the same command goes on from the last whole "
             "shard"
         ) from None
     return index
+
+
+def begin_index(folder, tokenizer, settings):
+    """The index (dict) of the shards that the folder has, if they were made from these settings; or
+    a new one, beside which the tokenizer is written."""
+    if not os.path.exists(os.path.join(folder, "index.json")):
+        tokenizers.save(tokenizer, os.path.join(folder, "tokenizer.json"))
+        return {
+            "settings": settings,
+            "dtype": "uint16" if tokenizer.vocab_size <= 2**16 else "uint32",
+            "shards": [],
+            "tokens": 0,
+            "documents": 0,
+            "state": None,
+            "ended": False,
+        }
+    index = read_index(folder)
+    for name, value in settings.items():
+        if (theirs := index["settings"].get(name)) != value:
+            raise UserError(
+                f"{folder} was made with {name}={theirs}, not {value}; give another --output"
+            )
+    return index
+
+
+def write_shard(path_of, batches, goal, tokenizer, dtype, progress):
+    """Write one shard of batches (iterator of lists of documents), until it has `goal` training
+    tokens or none is left, to the files path_of("train") and path_of("held_out"); returns (tokens
+    of each, number of documents)."""
+    counts, seen, end = {"train": 0, "held_out": 0}, 0, end_of(tokenizer)
+    with contextlib.ExitStack() as stack:
+        files = {part: stack.enter_context(open(path_of(part), "wb")) for part in counts}
+        while counts["train"] < goal and (documents := next(batches, None)):
+            seen += len(documents)
+            documents = [document for document in documents if document and not document.isspace()]
+            for document, ids in zip(documents, encode(documents, tokenizer)):
+                part = "held_out" if texts.is_held_out(document, SHARD_HELD_OUT) else "train"
+                ids = np.append(ids, end).astype(dtype)
+                ids.tofile(files[part])
+                counts[part] += len(ids)
+            progress(counts["train"])
+        for file in files.values():
+            file.flush()
+            os.fsync(file.fileno())
+    return counts, seen
 
 
 def read_index(folder):

@@ -45,18 +45,9 @@ def live(steps, tokenizer, given, frame_ms=0, out=None):
             if plain:
                 out.write(status + "\n")
             else:
-                columns, lines = shutil.get_terminal_size()
                 done = int(20 * (1 - noise)) if noise else 20 * (total - left) // max(1, total)
-                head = [f"{status}  {full * done}{empty * (20 - done)}"[:columns]]
-                if sum(map(len, styles)) + 2 * len(styles) <= columns:
-                    head.append(
-                        "  ".join(f"\x1b[{code}m{state}\x1b[0m" for state, code in styles.items())
-                    )
-                shown = _terminal_lines(step, tokenizer, given, columns, empty, styles)
-                out.write(
-                    "\x1b[H\x1b[2J"
-                    + "\n".join([*head, "", *shown[-max(1, lines - len(head) - 2) :]])
-                )
+                bar = full * done + empty * (20 - done)
+                out.write(_screen(f"{status}  {bar}", step, tokenizer, given, empty, styles))
             out.flush()
             yield step
             time.sleep(max(0.0, frame_ms / 1000 - (time.perf_counter() - started)))
@@ -64,6 +55,17 @@ def live(steps, tokenizer, given, frame_ms=0, out=None):
         if not plain:
             out.write("\x1b[0m\x1b[?25h\x1b[?1049l")
             out.flush()
+
+
+def _screen(status, step, tokenizer, given, empty, styles):
+    """What clears the screen and shows the status line, the legend if it fits, and the end of row
+    0."""
+    columns, lines = shutil.get_terminal_size()
+    head = [status[:columns]]
+    if sum(map(len, styles)) + 2 * len(styles) <= columns:
+        head.append("  ".join(f"\x1b[{code}m{state}\x1b[0m" for state, code in styles.items()))
+    shown = _terminal_lines(step, tokenizer, given, columns, empty, styles)
+    return "\x1b[H\x1b[2J" + "\n".join([*head, "", *shown[-max(1, lines - len(head) - 2) :]])
 
 
 def _cells(text):
@@ -96,17 +98,9 @@ def _terminal_lines(step, tokenizer, given, columns, empty, styles):
             lines, line, width = [*lines, line], "", 0
         while _cells(shown) > columns:
             shown = shown[:-1]
-        state = (
-            "fresh"
-            if fresh[i]
-            else "masked again"
-            if again[i]
-            else "given"
-            if given[i]
-            else "unsure"
-            if not masked and sure[i] < UNSURE_BELOW
-            else None
-        )
+        states = {"fresh": fresh[i], "masked again": again[i], "given": given[i]}
+        states["unsure"] = not masked and sure[i] < UNSURE_BELOW
+        state = next((state for state, here in states.items() if here), None)
         line += f"\x1b[{styles[state]}m{shown}\x1b[0m" if state and shown else shown
         width += _cells(shown)
         if broken:

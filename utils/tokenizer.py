@@ -99,25 +99,25 @@ class Tokenizer:
         raw = list(map(self._bytes, ids))
         out, position = [""] * len(ids), 0
         while position < len(ids):
-            text, end = raw[position], position + 1
-            while True:  # take more tokens while the bytes end inside a character
-                try:
-                    out[position] = text.decode()
-                    break
-                except UnicodeDecodeError as error:
-                    if error.reason == "unexpected end of data" and end < len(ids) and raw[end]:
-                        text, end = text + raw[end], end + 1
-                        continue
-                    out[position], end = (
-                        raw[position].decode(errors="backslashreplace"),
-                        position + 1,
-                    )
-                    break
-            position = end
+            out[position], position = _whole_characters(raw, position)
         return out
 
     def to_json(self):
         return self.tokenizer.to_str()
+
+
+def _whole_characters(raw, start):
+    """(str of the token at `start` of raw, a list of the tokens' bytes, and of those after it while
+    the bytes end inside a character; place of the token that follows)."""
+    text = b""
+    for place in range(start, len(raw)):
+        text += raw[place]
+        try:
+            return text.decode(), place + 1
+        except UnicodeDecodeError as error:
+            if error.reason != "unexpected end of data" or not raw[place]:
+                break
+    return raw[start].decode(errors="backslashreplace"), start + 1
 
 
 def _byte_alphabet():

@@ -28,7 +28,6 @@ from config import DEVICES, DTYPES
 from scripts.lab import compare_samplers, compare_training, figures, variants
 from utils import cli
 from utils.cli import UserError, field
-from utils.families import FAMILIES
 
 
 @dataclass(frozen=True)
@@ -163,77 +162,86 @@ def write_tables(rows, summary, stem):
             file.write("| " + " | ".join(map(str, cells)) + " |\n")
 
 
+def table_name(comparison, options):
+    """NAME, or NAME_BASE_on_DATA where the base or the text is another."""
+    stem = lambda path: os.path.splitext(os.path.basename(path))[0]
+    data = options.data and f"on_{stem(options.data)}"
+    return "_".join(filter(None, (comparison, stem(options.base), data)))
+
+
+class Table:
+    """What has been measured: rows (dicts of str) in a file that other processes write too."""
+
+    def __init__(self, stem, summary):
+        self.stem, self.summary, self.rows = stem, summary, read_table(f"{stem}.csv")
+
+    def of(self, key):
+        """Its rows that have what key (dict) says."""
+        return [row for row in self.rows if key.items() <= row.items()]
+
+    def shown(self, keys):
+        """Its rows of these settings, in order: of all seeds that were measured, also those of
+        other calls."""
+        without_seed = lambda key: tuple(item for item in key.items() if item[0] != "seed")
+        return [row for key in dict.fromkeys(map(without_seed, keys)) for row in self.of(dict(key))]
+
+    def write(self, keys):
+        write_tables(self.rows, self.summary(self.shown(keys)), self.stem)
+
+    def add(self, row, keys):
+        self.rows = read_table(f"{self.stem}.csv")  # another process may have measured meanwhile
+        self.rows.append(row)
+        self.write(keys)
+
+
+def compare(name, comparison, options, stem):
+    """Measure the settings of a comparison that its table lacks; returns the rows of all."""
+    settings = comparison.settings(options)
+    (measure, common), table = comparison.measure(options), Table(stem, comparison.summary)
+    keys = [{name: str(value) for name, value in (one | common).items()} for one in settings]
+    begins = lambda setting: str(next(iter(setting.values()))).startswith(options.only)
+    wanted = [(key, setting) for key, setting in zip(keys, settings) if begins(setting)]
+    if not wanted:
+        raise UserError(f"only={options.only}: no setting of {name} begins so")
+    if missing := sum(not table.of(key) for key, _ in wanted):
+        print(
+            f"to measure: {missing} of {len(wanted)} settings, the others are in {stem}.csv",
+            flush=True,
+        )
+    for number, (key, setting) in enumerate(wanted, 1):
+        if table.of(key):
+            continue
+        found = measure(setting)
+        row = key | {name: compare_training.rounded(value) for name, value in found.items()}
+        table.add(row, keys)
+        first = ", ".join(f"{name} {row[name]}" for name in list(found)[:6])
+        print(f"{number} of {len(wanted)}: {label(setting)} | {first}", flush=True)
+    table.write(keys)
+    return table.shown(keys)
+
+
 def run(positional, overrides):
     if len(positional) != 1:
         raise UserError(
             "say which comparison: python scripts/lab/ablate.py NAME; known: "
             f"{', '.join(COMPARISONS)}"
         )
-    cli.check_name("comparison", positional[0], COMPARISONS)
+    [name] = positional
+    cli.check_name("comparison", name, COMPARISONS)
     options = cli.merge(AblateConfig, overrides)
-    FAMILIES.update(variants.OWN_FAMILIES)
-    if (options.base or options.data) and positional[0] not in variants.TRAINED:
+    if (options.base or options.data) and name not in variants.TRAINED:
         raise UserError(
-            f"{positional[0]} trains nothing; leave out --base and --data, and give a --checkpoint"
+            f"{name} trains nothing; leave out --base and --data, and give a --checkpoint"
         )
-    comparison, stem_of = (
-        COMPARISONS[positional[0]],
-        lambda path: os.path.splitext(os.path.basename(path))[0],
-    )
-    name = "_".join(
-        filter(
-            None,
-            (positional[0], stem_of(options.base), options.data and f"on_{stem_of(options.data)}"),
-        )
-    )
-    stem, settings = os.path.join(options.out_dir, name), comparison.settings(options)
-    (measure, common), table = comparison.measure(options), read_table(f"{stem}.csv")
-    keys = [
-        {name: str(value) for name, value in (setting | common).items()} for setting in settings
-    ]
-    done = lambda key: [
-        row for row in table if all(row.get(name) == value for name, value in key.items())
-    ]
-    wanted = [
-        (key, setting)
-        for key, setting in zip(keys, settings)
-        if str(next(iter(setting.values()))).startswith(options.only)
-    ]
-    if not wanted:
-        raise UserError(f"only={options.only}: no setting of {positional[0]} begins so")
-    # all seeds that were measured count, also those of other calls
-    shown = dict.fromkeys(
-        tuple((name, value) for name, value in key.items() if name != "seed") for key in keys
-    )
-    rows = lambda: [row for key in shown for row in done(dict(key))]
-    if missing := [setting for key, setting in wanted if not done(key)]:
-        print(
-            f"to measure: {len(missing)} of {len(wanted)} settings, the others are in {stem}.csv",
-            flush=True,
-        )
-    for number, (key, setting) in enumerate(wanted, 1):
-        if done(key):
-            continue
-        figures = measure(setting)
-        table = read_table(f"{stem}.csv")  # another process may have measured meanwhile
-        table.append(
-            key | {name: compare_training.rounded(value) for name, value in figures.items()}
-        )
-        write_tables(table, comparison.summary(rows()), stem)
-        print(
-            f"{number} of {len(wanted)}: {label(setting)} | "
-            + ", ".join(f"{name} {table[-1][name]}" for name in list(figures)[:6]),
-            flush=True,
-        )
-    write_tables(table, comparison.summary(rows()), stem)
+    title = table_name(name, options)
+    stem = os.path.join(options.out_dir, title)
+    rows = compare(name, COMPARISONS[name], options, stem)
     try:
-        comparison.plot(rows(), name, f"{stem}.png")
+        COMPARISONS[name].plot(rows, title, f"{stem}.png")
     except ImportError as error:
         print(f"no plot: {error}")
-    print(
-        f"wrote {stem}.csv, {stem}.md"
-        + (f" and {stem}.png" if os.path.exists(f"{stem}.png") else "")
-    )
+    plot = f" and {stem}.png" if os.path.exists(f"{stem}.png") else ""
+    print(f"wrote {stem}.csv, {stem}.md{plot}")
 
 
 main = cli.command(AblateConfig, run, __doc__)

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
@@ -30,6 +31,8 @@ from scripts.lab import bench_training, yardstick
 from utils import checkpoint, cli, families, policies, runtime, settings, tales, trace, video
 from utils import tokenizer as tokenizers
 from utils.cli import UserError, field
+
+SOURCE = "source procedure, float32"  # what samplers are compared with
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,62 @@ class BenchConfig:
         )
 
 
+def network_of(name, device):
+    """(model, Config): a checkpoint (.pt), or random weights in the shape of a preset."""
+    if name.endswith(".pt"):
+        model, _, cfg = checkpoint.restore(checkpoint.read(name), device, name)
+        return model, cfg
+    cfg = cli.merge(Config, settings.preset(name))
+    torch.manual_seed(0)
+    model = Transformer(cfg, cfg.vocab_size if cfg.tokenizer != "char" else 66)
+    torch.nn.init.normal_(model.head.weight, std=0.02)
+    return model.to(device).eval(), cfg
+
+
+def samplers_of(model, cfg, blank, dtype, options):
+    """Label -> function that denoises blank (B, L) and returns the NFE."""
+    family, block = families.family_of(cfg), cfg.seq_len // 8
+
+    def source():
+        yardstick.sampler(model, blank)
+        return 101
+
+    def ours(sampler, **more):
+        found = policies.find_sampler(sampler)
+        steps = None if found.key and found.value is not None else options.steps
+        how = SampleConfig(sampler=sampler, steps=steps, top_p=1.0, **more)
+        with runtime.autocast(blank.device, dtype):
+            *_, last = diffusion.sample(family, model, blank, how)
+        return last.nfe
+
+    in_blocks = partial(ours, "confidence", decode_block=block)
+    return (
+        {SOURCE: source}
+        | {name: partial(ours, name) for name in options.sampler_names()}
+        | {
+            f"confidence, blocks of {block}": in_blocks,
+            f"confidence, blocks of {block}, prefix cache": partial(in_blocks, cache="prefix"),
+            f"confidence, blocks of {block}, dual cache": partial(in_blocks, cache="dual"),
+        }
+    )
+
+
+def time_in_turn(samplers, options, device):
+    """Label -> (seconds of each round, NFE, bytes of memory at most: on a CPU of the process so
+    far), of samplers that are timed one after the other in each round."""
+    times, nfe, peak = {label: [] for label in samplers}, {}, {}
+    for number in range(options.rounds + options.warm_up):
+        for label, run in samplers.items():
+            runtime.reset_peak_memory(device)
+            start = time.perf_counter()
+            nfe[label] = run()
+            runtime.synchronise(device)
+            if number >= options.warm_up:
+                times[label].append(time.perf_counter() - start)
+            peak[label] = runtime.peak_memory(device)
+    return {label: (times[label], nfe[label], peak[label]) for label in samplers}
+
+
 def bench_sample(name, options):
     """Figures (dict) for every sampler on a network of the preset's shape with random weights, or a
     checkpoint (.pt).
@@ -76,70 +135,24 @@ def bench_sample(name, options):
     """
     device = runtime.choose_device(options.device)
     dtype = runtime.choose_dtype("auto", device)
-    if name.endswith(".pt"):
-        model, _, cfg = checkpoint.restore(checkpoint.read(name), device, name)
-    else:
-        cfg = cli.merge(Config, settings.preset(name))
-        torch.manual_seed(0)
-        model = (
-            Transformer(cfg, cfg.vocab_size if cfg.tokenizer != "char" else 66).to(device).eval()
-        )
-        torch.nn.init.normal_(model.head.weight, std=0.02)
+    model, cfg = network_of(name, device)
     rows = []
     for batch in map(int, options.batches.split(",")):
         blank = torch.full((batch, cfg.seq_len), model.vocab_size - 1, device=device)
         blank[:, 0] = 0
-        source = lambda: (yardstick.sampler(model, blank), 101)
-
-        def ours(sampler, **more):
-            found = policies.find_sampler(sampler)
-            steps = None if found.key and found.value is not None else options.steps
-            how = SampleConfig(sampler=sampler, steps=steps, top_p=1.0, **more)
-
-            def run():
-                with runtime.autocast(device, dtype):
-                    *_, last = diffusion.sample(families.family_of(cfg), model, blank, how)
-                return last.ids, last.nfe
-
-            return run
-
-        block = cfg.seq_len // 8
-        variants = (
-            {"source procedure, float32": source}
-            | {name: ours(name) for name in options.sampler_names()}
-            | {
-                f"confidence, blocks of {block}": ours("confidence", decode_block=block),
-                f"confidence, blocks of {block}, prefix cache": ours(
-                    "confidence", decode_block=block, cache="prefix"
-                ),
-                f"confidence, blocks of {block}, dual cache": ours(
-                    "confidence", decode_block=block, cache="dual"
-                ),
-            }
-        )
-        times, nfe, peak = {label: [] for label in variants}, {}, {}
-        for number in range(options.rounds + options.warm_up):
-            for label, run in variants.items():
-                runtime.reset_peak_memory(device)
-                start = time.perf_counter()
-                nfe[label] = run()[1]
-                runtime.synchronise(device)
-                if number >= options.warm_up:
-                    times[label].append(time.perf_counter() - start)
-                peak[label] = runtime.peak_memory(device)
-        base = times["source procedure, float32"]
+        timed = time_in_turn(samplers_of(model, cfg, blank, dtype, options), options, device)
+        base, *_ = timed[SOURCE]
         rows += [
-            # on a CPU: of the process so far
             {
                 "batch": batch,
                 "sampler": label,
-                "evaluations": nfe[label],
+                "evaluations": nfe,
                 "median_seconds": statistics.median(seconds),
                 "tokens_per_second": batch * (cfg.seq_len - 1) / statistics.median(seconds),
                 "speed_up": statistics.median(b / s for b, s in zip(base, seconds)),
-                "peak_memory_gb": peak[label] / 2**30,
+                "peak_memory_gb": peak / 2**30,
             }
-            for label, seconds in times.items()
+            for label, (seconds, nfe, peak) in timed.items()
         ]
     return {
         "model": name,

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import multiprocessing
 import statistics
@@ -28,22 +29,12 @@ def training_step(cfg, vocab_size, device, dtype=torch.float32, compiled=False, 
     torch.manual_seed(0)
     model = Transformer(cfg, vocab_size).to(device).train()
     family = families.family_of(cfg)
-    optimizers, numbers, hardware = (
-        optim.make_optimizers(model, cfg, dtype),
-        iter(range(10**9)),
-        ranks.Hardware(device, dtype),
-    )
+    optimizers, hardware = optim.make_optimizers(model, cfg, dtype), ranks.Hardware(device, dtype)
+    numbers = itertools.count()
     if torchs_muon:
         optimizers[1] = torch.optim.Muon(optimizers[1].param_groups[0]["params"], cfg.muon_lr)
     x0 = torch.randint(vocab_size - 1, (cfg.batch_size, cfg.seq_len))
-    data = encoding.Corpus(
-        batch=lambda step, rows: x0[rows],
-        held_out=None,
-        tokenizer=None,
-        tokens=0,
-        fingerprint="",
-        training=None,
-    )
+    data = encoding.Corpus(lambda step, rows: x0[rows], None, None, 0, "", None)
 
     def step(network, token_nll=diffusion.token_nll):
         batch = train.draw_batch(family, data, next(numbers), hardware)
@@ -145,9 +136,8 @@ def model_flops(cfg, vocab_size, scored):
     computed twice."""
     tokens = cfg.batch_size * cfg.seq_len
     blocks = sum(p.numel() for p in Transformer(cfg, vocab_size).blocks.parameters())
-    return (6 * blocks + 12 * cfg.n_layer * cfg.n_embd * cfg.seq_len) * tokens + 6 * cfg.n_embd * (
-        vocab_size - 1
-    ) * scored
+    attention = 12 * cfg.n_layer * cfg.n_embd * cfg.seq_len
+    return (6 * blocks + attention) * tokens + 6 * cfg.n_embd * (vocab_size - 1) * scored
 
 
 def training_variants(cfg, dtype):
@@ -183,11 +173,8 @@ def time_together(variants, vocab_size, device, matrices, options):
         Variant(label, keep, cfg, vocab_size, device, *rest)
         for label, (keep, cfg, *rest) in variants.items()
     ]
-    answers, rates, most = (
-        {label: [] for label in variants},
-        [],
-        max(cfg.batch_size for _, cfg, *_ in variants.values()),
-    )
+    answers, rates = {label: [] for label in variants}, []
+    most = max(cfg.batch_size for _, cfg, *_ in variants.values())
     try:
         for number in range(options.rounds + options.warm_up):
             rates.append(matrix_rate(device, *matrices))
@@ -198,9 +185,25 @@ def time_together(variants, vocab_size, device, matrices, options):
     finally:
         for process in processes:
             process.end()
-    return {label: rows[options.warm_up :] for label, rows in answers.items()}, statistics.median(
-        rates[options.warm_up :]
-    )
+    timed = {label: rows[options.warm_up :] for label, rows in answers.items()}
+    return timed, statistics.median(rates[options.warm_up :])
+
+
+def figures_of(variant, vocab_size, rows, rate, speed_up):
+    """Figures (dict) of a variant, from the answers of `serve` (rows, one a round)."""
+    cfg, seconds = variant[1], statistics.median(row[0] for row in rows)
+    flops = model_flops(cfg, vocab_size, rows[-1][1]) / seconds
+    return {
+        "rows_a_step": cfg.batch_size,
+        "median_step_seconds": seconds,
+        "tokens_per_second": cfg.batch_size * cfg.seq_len / seconds,
+        "speed_up": speed_up,
+        "model_flops_per_second": flops,
+        "matrix_product_flops_per_second": rate,
+        "share_of_matrix_rate": flops / rate,
+        "peak_memory_gb": rows[-1][3] / 2**30,
+        "parameters": rows[-1][2],
+    }
 
 
 def bench_train(name, options):
@@ -240,24 +243,9 @@ def bench_train(name, options):
         for one, rows in answers.items():
             if one in figures:  # shown as it was beside the first
                 continue
-            seconds = statistics.median(row[0] for row in rows)
-            flops = model_flops(variants[one][1], vocab_size, rows[-1][1]) / seconds
-            figures[one] = {
-                "rows_a_step": variants[one][1].batch_size,
-                "median_step_seconds": seconds,
-                "tokens_per_second": tokens(one) / seconds,
-                "speed_up": base
-                and known
-                and known
-                * tokens(one)
-                / tokens(reference)
-                * statistics.median(a[0] / b[0] for a, b in zip(base, rows)),
-                "model_flops_per_second": flops,
-                "matrix_product_flops_per_second": rate,
-                "share_of_matrix_rate": flops / rate,
-                "peak_memory_gb": rows[-1][3] / 2**30,
-                "parameters": rows[-1][2],
-            }
+            ratio = base and statistics.median(a[0] / b[0] for a, b in zip(base, rows))
+            speed_up = ratio and known and known * ratio * tokens(one) / tokens(reference)
+            figures[one] = figures_of(variants[one], vocab_size, rows, rate, speed_up)
     if not figures:
         raise failed
     return {

@@ -8,6 +8,7 @@ measures a setting, what its figures depend on besides).
 import re
 import time
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
@@ -26,6 +27,7 @@ from utils import (
     samples,
     tales,
 )
+from utils import tokenizer as tokenizers
 from utils.cli import UserError
 
 # --- on tales, where truth is known ---------------------------------------------------------------
@@ -93,26 +95,38 @@ def masked_model(path, device):
     return model, tokenizer, cfg, state
 
 
+class Trained(NamedTuple):
+    """The checkpoint whose samples are compared."""
+
+    model: torch.nn.Module
+    family: object
+    tokenizer: tokenizers.Tokenizer
+    step: int
+    hardware: ranks.Hardware
+    count: int  # samples of each setting
+    common: dict  # what figures of it depend on, whatever the setting
+
+    def rows(self, generate):
+        """`samples.sample_rows` of a function that generates."""
+        with self.hardware.autocast():
+            return samples.sample_rows(
+                generate, self.family, self.tokenizer, self.count, self.hardware.device
+            )
+
+
 def trained(options):
-    """(model, family, Tokenizer, its step, Hardware, what figures of it depend on) of the
-    checkpoint that is meant."""
+    """The checkpoint that is meant, as `Trained`."""
     device = runtime.choose_device(options.device)
     model, tokenizer, cfg, state = masked_model(options.checkpoint, device)
-    dtype = runtime.dtype_of_run(
-        options.dtype, cfg.dtype, device, options.checkpoint or "the newest checkpoint"
-    )
-    return (
-        model,
-        families.family_of(cfg),
-        tokenizer,
-        state["step"],
-        ranks.Hardware(device, dtype),
-        {
-            "num_samples": options.num_samples,
-            "model": f"{cfg.name} {state['step']} {state['nll']:.4f}",
-            "dtype": runtime.dtype_name(dtype),
-        },
-    )
+    path = options.checkpoint or "the newest checkpoint"
+    dtype = runtime.dtype_of_run(options.dtype, cfg.dtype, device, path)
+    family, hardware = families.family_of(cfg), ranks.Hardware(device, dtype)
+    common = {
+        "num_samples": options.num_samples,
+        "model": f"{cfg.name} {state['step']} {state['nll']:.4f}",
+        "dtype": runtime.dtype_name(dtype),
+    }
+    return Trained(model, family, tokenizer, state["step"], hardware, options.num_samples, common)
 
 
 def generate(model, family, setting, blank, seeds):
@@ -133,8 +147,8 @@ def generate(model, family, setting, blank, seeds):
 def judge_samplers(options):
     """(function from a setting to its figures, with one tales model for all; what the figures
     depend on besides)."""
-    model, family, tokenizer, _, hardware, common = trained(options)
-    cfg = family.cfg
+    one = trained(options)
+    cfg = one.family.cfg
     if cfg.data != "tales":
         raise UserError(
             f"{cfg.name} was trained on {cfg.data}; samplers are judged on tales: python train.py "
@@ -143,26 +157,21 @@ def judge_samplers(options):
 
     def measure(setting):
         start = time.perf_counter()
-        with hardware.autocast():
-            rows, nfe = samples.sample_rows(
-                partial(generate, model, family, setting),
-                family,
-                tokenizer,
-                options.num_samples,
-                hardware.device,
-            )
+        rows, nfe = one.rows(partial(generate, one.model, one.family, setting))
         seconds = time.perf_counter() - start
         stories = [
-            story for row in rows.tolist() for story in canvas.documents(tokenizer, row, cfg.rows)
+            story
+            for row in rows.tolist()
+            for story in canvas.documents(one.tokenizer, row, cfg.rows)
         ]
         figures = samples.judge_tales(stories) | samples.diversity(stories)
         return (
             {"evaluations": nfe.float().mean().item()}
             | figures
-            | {"entropy": tales.entropy(), "seconds_a_sample": seconds / options.num_samples}
+            | {"entropy": tales.entropy(), "seconds_a_sample": seconds / one.count}
         )
 
-    return measure, common
+    return measure, one.common
 
 
 def temperature_settings(options):
@@ -201,11 +210,10 @@ def measure_order(options):
     correlation   of a token's place with its frequency in the training text: negative where
                   frequent ones come first
     """
-    model, family, tokenizer, steps, hardware, common = trained(options)
-    cfg, device = family.cfg, hardware.device
-    training = samples.without_filling(
-        corpus.load(cfg, tokenizer).training(steps, metrics.SEARCHED), tokenizer, cfg
-    )
+    one = trained(options)
+    tokenizer, cfg = one.tokenizer, one.family.cfg
+    training = corpus.load(cfg, tokenizer).training(one.step, metrics.SEARCHED)
+    training = samples.without_filling(training, tokenizer, cfg)
     counts = torch.bincount(training[training >= 0].long(), minlength=tokenizer.mask).double()
     share = counts / counts.sum()
     cumulative = torch.zeros_like(share)
@@ -213,20 +221,19 @@ def measure_order(options):
     cumulative[order] = share[order].cumsum(0) - share[order] / 2  # 0: the most frequent
 
     def measure(setting):
+        how = SampleConfig(
+            sampler=setting["sampler"], temperature=setting["temperature"], top_p=1.0
+        )
+
         def places(blank, seeds):
-            place = torch.zeros(blank.shape, device=device)
-            with hardware.autocast():
-                how = SampleConfig(
-                    sampler=setting["sampler"], temperature=setting["temperature"], top_p=1.0
-                )
-                for k, step in enumerate(
-                    diffusion.sample(family, model, blank, how, seeds=seeds), 1
-                ):
-                    place[step.fresh] = k
+            place = torch.zeros(blank.shape, device=blank.device)
+            steps = diffusion.sample(one.family, one.model, blank, how, seeds=seeds)
+            for k, step in enumerate(steps, 1):
+                place[step.fresh] = k
             last = place.amax(1, keepdim=True)  # a row that is finished early has had its last step
             return step.ids, torch.where(place > 0, (place - 1) / (last - 1).clamp(min=1), -1)
 
-        ids, place = samples.sample_rows(places, family, tokenizer, options.num_samples, device)
+        ids, place = one.rows(places)
         unmasked = (place >= 0) & (samples.without_filling(ids, tokenizer, cfg) >= 0)
         rank, place, frequency = (
             cumulative[ids[unmasked]],
@@ -243,7 +250,7 @@ def measure_order(options):
             "correlation": torch.corrcoef(torch.stack((place, frequency)))[0, 1].item(),
         }
 
-    return measure, common
+    return measure, one.common
 
 
 # --- spelling -------------------------------------------------------------------------------------
@@ -302,8 +309,8 @@ def measure_spelling(options):
     speakers  share of their lines that end in a colon, and so name a speaker, that the training
               text has; None without such
     """
-    model, family, tokenizer, steps, hardware, common = trained(options)
-    cfg = family.cfg
+    one = trained(options)
+    tokenizer, cfg = one.tokenizer, one.family.cfg
     if cfg.time_conditioning == "none":
         raise UserError(
             f"{cfg.name} is not told the time, so that a wrong clock would do nothing; train one "
@@ -312,30 +319,21 @@ def measure_spelling(options):
     data = corpus.load(cfg, tokenizer)
     words_of = lambda string: re.findall(r"[^\W\d_]+(?:'[^\W\d_]+)*", string)
     speakers_of = lambda string: re.findall(r"\n(.+:)\n", string)
-    training = tokenizer.decode(data.training(steps, metrics.SEARCHED).flatten().tolist())
+    training = tokenizer.decode(data.training(one.step, metrics.SEARCHED).flatten().tolist())
     share = lambda found, known: sum(one in known for one in found) / len(found) if found else None
     known_words, known_speakers = set(words_of(training)), set(speakers_of(training))
 
     def measure(setting):
-        rows, nfe = (
-            samples.reference_rows(data.held_out, tokenizer, options.num_samples),
-            torch.zeros(1),
-        )
-        if setting["sampler"] != "held-out text":
-            with hardware.autocast():
-                rows, nfe = samples.sample_rows(
-                    partial(generate, model, family, setting),
-                    family,
-                    tokenizer,
-                    options.num_samples,
-                    hardware.device,
-                )
-        texts = [
-            canvas.finished(tokenizer, row, stop=cfg.rows == "document") for row in rows.tolist()
-        ]
-        # windows cut the first and the last
-        words = [word for one in texts for word in words_of(one)[1:-1]]
-        speakers = [speaker for one in texts for speaker in speakers_of(one)]
+        if setting["sampler"] == "held-out text":
+            rows = samples.reference_rows(data.held_out, tokenizer, one.count)
+            nfe = torch.zeros(1)
+        else:
+            rows, nfe = one.rows(partial(generate, one.model, one.family, setting))
+        documents = cfg.rows == "document"
+        texts = [canvas.finished(tokenizer, row, stop=documents) for row in rows.tolist()]
+        # windows cut the first and the last word
+        words = [word for text in texts for word in words_of(text)[1:-1]]
+        speakers = [speaker for text in texts for speaker in speakers_of(text)]
         return {
             "evaluations": nfe.float().mean().item(),
             "words": share(words, known_words),
@@ -344,4 +342,4 @@ def measure_spelling(options):
             "texts": len(texts),
         } | samples.diversity(texts)
 
-    return measure, common
+    return measure, one.common

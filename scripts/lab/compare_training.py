@@ -11,13 +11,14 @@ import math
 import os
 import statistics
 import tempfile
+from unittest import mock
 
 import torch
 
 import train
 from config import Config
 from scripts.lab import variants
-from utils import cli, runtime
+from utils import cli, families, runtime
 from utils.cli import UserError
 
 
@@ -75,7 +76,8 @@ def train_variants(comparison, options):
         torch._dynamo.reset()
         with tempfile.TemporaryDirectory() as folder:
             try:
-                report = train.train(dataclasses.replace(cfg, out_dir=folder), quiet=True)
+                with mock.patch.dict(families.FAMILIES, variants.OWN_FAMILIES):
+                    report = train.train(dataclasses.replace(cfg, out_dir=folder), quiet=True)
             except UserError as error:
                 if "not finite" not in str(error):
                     raise

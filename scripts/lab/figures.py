@@ -100,15 +100,10 @@ def overfitting(rows, title, path):
 ENOUGH = 10  # % valid, for a mean over the valid ones to be more than noise
 
 
-def quality_against_cost(rows, title, path):
-    """Share of valid samples, and distance of their log-probability from -entropy, over network
-    evaluations.
-
-    rows are those of scripts/lab/ablate.py samplers (dicts of str); a PNG at `path`.
-    """
-    plt = plots.pyplot()
+def curves_of(rows):
+    """{name of a curve: its rows, by cost}, of rows of the comparison "samplers"."""
     curves = {}
-    for row in rows:
+    for row in sorted(rows, key=cost):
         name = row["sampler"].partition(":")[0] + "".join(
             words.format(row[key])
             for key, words, plain in (
@@ -119,65 +114,53 @@ def quality_against_cost(rows, title, path):
             if row[key] != plain
         )
         curves.setdefault(name, []).append(row)
+    return curves
+
+
+cost = lambda row: float(row["evaluations"])
+quality = lambda row: 100 * float(row["valid"])
+surplus = lambda row: float(row["log_prob"]) + float(row["entropy"])
+
+
+def quality_against_cost(rows, title, path):
+    """Share of valid samples, and distance of their log-probability from -entropy, over NFE.
+
+    rows are those of scripts/lab/ablate.py samplers (dicts of str); a PNG at `path`.
+    """
+    plt = plots.pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(13, 6), layout="constrained")
-    cost, quality = (lambda row: float(row["evaluations"])), (lambda row: 100 * float(row["valid"]))
-    surplus = lambda row: float(row["log_prob"]) + float(row["entropy"])
-    best = [
-        row
-        for row in rows
-        if quality(row) >= ENOUGH
-        and not any(cost(other) <= cost(row) and quality(other) > quality(row) for other in rows)
-    ]
+    sure = [row for row in rows if quality(row) >= ENOUGH]
+    beaten = lambda row: any(cost(r) <= cost(row) and quality(r) > quality(row) for r in rows)
+    best = [row for row in sure if not beaten(row)]
     styles = [(colour, marker) for marker in "osD^" for colour in plots.OKABE_ITO]
-    for (name, points), (colour, marker) in zip(curves.items(), styles):
-        points = sorted(points, key=cost)
+    for (name, points), (colour, marker) in zip(curves_of(rows).items(), styles):
         leads = [row for row in points if row in best]
-        style = dict(
-            marker=marker,
-            color=colour,
-            ms=6 if leads else 4,
-            lw=2.2 if leads else 1,
-            alpha=1 if leads else 0.45,
-        )
-        axes[0].plot(
-            [cost(row) for row in points], [quality(row) for row in points], label=name, **style
-        )
-        sure = [row for row in points if quality(row) >= ENOUGH]
-        axes[1].plot([cost(row) for row in sure], [surplus(row) for row in sure], **style)
+        style = dict(ms=6, lw=2.2) if leads else dict(ms=4, lw=1, alpha=0.45)
+        style |= dict(marker=marker, color=colour)
+        for axis, y, shown in (
+            (axes[0], quality, points),
+            (axes[1], surplus, [row for row in points if row in sure]),
+        ):
+            axis.plot([cost(row) for row in shown], [y(row) for row in shown], label=name, **style)
         # longer ones would not fit; the legend has them
         for row in leads[-1:] if len(name) < 25 else ():
-            axes[0].annotate(
-                name,
-                (cost(row), quality(row)),
-                (-6, 2),
-                textcoords="offset points",
-                ha="right",
-                color=colour,
-                weight="bold",
-            )
-    axes[0].set(
-        xlabel="network evaluations a sample",
-        ylabel="% of samples that are valid stories",
-        ylim=(-2, 104),
-    )
-    axes[1].set(
-        xlabel="network evaluations a sample",
-        ylabel="log-probability of valid samples + entropy, nats",
-    )
+            at = dict(xytext=(-6, 2), textcoords="offset points", ha="right")
+            axes[0].annotate(name, (cost(row), quality(row)), **at, color=colour, weight="bold")
+    nfe = "network evaluations a sample"
+    axes[0].set(xlabel=nfe, ylabel="% of samples that are valid stories", ylim=(-2, 104))
+    axes[1].set(xlabel=nfe, ylabel="log-probability of valid samples + entropy, nats")
     axes[1].axhline(0, color="#1d1d1f", lw=1)
     axes[0].set_title("bold: nothing is better at the same cost", fontsize=10)
     axes[1].set_title(
         f"above 0: too likely (collapsed); settings with {ENOUGH}% valid or more", fontsize=10
     )
-    costs = [float(row["evaluations"]) for row in rows]
     for axis in axes:
         axis.set_xscale("log", base=2)
-        axis.set_xlim(0.8 * min(costs), 1.25 * max(costs))
+        axis.set_xlim(0.8 * min(map(cost, rows)), 1.25 * max(map(cost, rows)))
         axis.xaxis.set_major_formatter("{x:.0f}")
         axis.grid(alpha=0.3)
-    figure.legend(
-        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=9
-    )
+    below = dict(loc="outside lower center", ncols=6, fontsize=9)
+    figure.legend(*axes[0].get_legend_handles_labels(), **below)
     figure.suptitle(title)
     plots.save(figure, path)
     plt.close(figure)

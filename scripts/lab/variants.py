@@ -12,6 +12,54 @@ from utils.families import FAMILIES
 SMALL = dict(n_layer=4, n_head=4, n_embd=128, seq_len=64, batch_size=64, lr=0.01)
 
 
+def other_lengths(rows, steps):
+    """Our recipe in other numbers of steps; and with half the rows a step."""
+    half = {"batch_size": max(1, rows // 2)}
+    return (
+        {
+            f"our recipe, {share:g} of the steps": {"max_iters": max(1, round(share * steps))}
+            for share in (0.4, 0.6, 0.8, 1.5, 2, 2.5)
+        }
+        | {"our recipe": {}}
+        | {
+            f"our recipe, half the rows a step, {share:g} of all rows": half
+            | {"max_iters": round(2 * share * steps)}
+            for share in (0.6, 0.8, 1)
+        }
+    )
+
+
+# our recipe without each of its parts, and with what it leaves out
+OTHER_PARTS = {
+    "the sources' optimizer: AdamW 3e-4, constant": {
+        name: config.MICRO[name]
+        for name in "optimizer lr beta1 beta2 weight_decay warmup_iters lr_decay".split()
+    },
+    "AdamW for all, 3e-3": {"optimizer": "adamw", "lr": 3e-3},
+    "the bound as loss": {"loss_weighting": "elbo"},
+    "flat loss": {"loss_weighting": "flat"},
+    "beta1 0.9": {"beta1": 0.9},
+    "beta1 0.8": {"beta1": 0.8},
+    "no warm-up": {"warmup_iters": 0},
+    "no decay": {"lr_decay": "constant"},
+    "decay over the whole run": {"decay_share": 1.0},
+    "cosine decay over the whole run": {"decay_share": 1.0, "lr_decay": "cosine"},
+    "projections and head start at zero": {"init": "zero"},
+    "projections and head start as the rest": {"init": "normal"},
+    "rotary base 10,000": {"rope_base": 10_000.0},
+    "rotary base 100": {"rope_base": 100.0},
+    "masks drawn one by one": {"corruption": "bernoulli"},
+    "loss at all positions": {"loss_weighting": "full"},
+    "tied embeddings": {"tie_embeddings": True},
+    "embeddings of their own": {"tie_embeddings": False},
+    "logits capped at 15": {"softcap": 15.0},
+    "gradients not clipped": {"grad_clip": 0.0},
+    "dropout 0.1": {"dropout": 0.1},
+    "weight decay 0.1": {"weight_decay": 0.1},
+    "no short rows": {"short_rows": 0.0},
+}
+
+
 def recipe(options):
     """The sources' recipe and ours; ours shorter and longer, without each of its parts, and with
     what it leaves out. What a base has already is left out of its table."""
@@ -23,54 +71,11 @@ def recipe(options):
         "dtype": "float32",
         "compile": "off",
     }
-    theirs = ("optimizer", "lr", "beta1", "beta2", "weight_decay", "warmup_iters", "lr_decay")
-    variants = (
-        {
-            f"the sources' recipe, {options.yardstick_iters} steps": yardstick
-            | {"max_iters": options.yardstick_iters}
-        }
-        | {
-            f"our recipe, {share:g} of the steps": {
-                "max_iters": max(1, round(share * options.iters))
-            }
-            for share in (0.4, 0.6, 0.8, 1.5, 2, 2.5)
-        }
-        | {"our recipe": {}}
-        | {
-            f"our recipe, half the rows a step, {share:g} of all rows": {
-                "batch_size": max(1, base.batch_size // 2),
-                "max_iters": round(2 * share * options.iters),
-            }
-            for share in (0.6, 0.8, 1)
-        }
-        | {
-            "the sources' optimizer: AdamW 3e-4, constant": {
-                name: config.MICRO[name] for name in theirs
-            },
-            "AdamW for all, 3e-3": {"optimizer": "adamw", "lr": 3e-3},
-            "the bound as loss": {"loss_weighting": "elbo"},
-            "flat loss": {"loss_weighting": "flat"},
-            "beta1 0.9": {"beta1": 0.9},
-            "beta1 0.8": {"beta1": 0.8},
-            "no warm-up": {"warmup_iters": 0},
-            "no decay": {"lr_decay": "constant"},
-            "decay over the whole run": {"decay_share": 1.0},
-            "cosine decay over the whole run": {"decay_share": 1.0, "lr_decay": "cosine"},
-            "projections and head start at zero": {"init": "zero"},
-            "projections and head start as the rest": {"init": "normal"},
-            "rotary base 10,000": {"rope_base": 10_000.0},
-            "rotary base 100": {"rope_base": 100.0},
-            "masks drawn one by one": {"corruption": "bernoulli"},
-            "loss at all positions": {"loss_weighting": "full"},
-            "tied embeddings": {"tie_embeddings": True},
-            "embeddings of their own": {"tie_embeddings": False},
-            "logits capped at 15": {"softcap": 15.0},
-            "gradients not clipped": {"grad_clip": 0.0},
-            "dropout 0.1": {"dropout": 0.1},
-            "weight decay 0.1": {"weight_decay": 0.1},
-            "no short rows": {"short_rows": 0.0},
-        }
-    )
+    variants = {
+        f"the sources' recipe, {options.yardstick_iters} steps": yardstick
+        | {"max_iters": options.yardstick_iters}
+    }
+    variants |= other_lengths(base.batch_size, options.iters) | OTHER_PARTS
     return {
         name: changes
         for name, changes in variants.items()
@@ -140,7 +145,8 @@ class CausalMasked(diffusion.Masked):
         )
 
 
-OWN_FAMILIES = {"masked, causal": CausalMasked}  # of `attention` alone
+# of the comparison `attention`; families.FAMILIES has them while a variant is trained
+OWN_FAMILIES = {"masked, causal": CausalMasked}
 
 
 def window(options):
