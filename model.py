@@ -131,10 +131,8 @@ class Block(nn.Module):
         read1 = read2 = norm
         if self.modulation is not None:
             shift1, scale1, shift2, scale2 = self.modulation(F.silu(condition)).chunk(4, dim=-1)
-            read1, read2 = (
-                (lambda x: norm(x) * (1 + scale1) + shift1),
-                (lambda x: norm(x) * (1 + scale2) + shift2),
-            )
+            read1 = lambda x: norm(x) * (1 + scale1) + shift1
+            read2 = lambda x: norm(x) * (1 + scale2) + shift2
         x = x + self.dropout(self.attn(read1(x), cos, sin, attention, cache))
         return x + self.dropout(self.mlp(read2(x)))
 

@@ -1133,10 +1133,8 @@ def test_evaluate(tales_run, monkeypatch, capsys):
         capsys,
     )
     assert code == 0, err
-    report, final = (
-        json.load(open("report.json")),
-        json.load(open(tales_run / "logs" / "tales.json")),
-    )
+    report = json.load(open("report.json"))
+    final = json.load(open(tales_run / "logs" / "tales.json"))
     assert open("levels.png", "rb").read(4) == b"\x89PNG"
     for key, value in final.items():
         if key in report and key != "samples":

@@ -338,10 +338,8 @@ def known(part, links):
 
 def stands(number, unit, values):
     """Whether one of `values`, in the unit of the text, is rounded to the number (str)."""
-    value, error = (
-        float(number.replace(",", "")),
-        0.5001 * 10.0 ** -len((number.split(".") + [""])[1]),
-    )
+    value = float(number.replace(",", ""))
+    error = 0.5001 * 10.0 ** -len((number.split(".") + [""])[1])
     # ms of seconds
     scales = {"%": (1, 100), " TFLOP/s": (1e-12,)}.get(unit, (1,) if "." in number else (1, 1000))
     return any(abs(x * scale - value) <= error for x in values for scale in scales)

@@ -451,10 +451,8 @@ def test_the_uniform_bound_is_stable_in_float32(m):
     x0, xt = torch.randint(65, (2, 40, 5), generator=generator)
     xt[:20] = x0[:20]
     level = torch.full((40,), m, dtype=torch.float64)
-    single, double = (
-        uniform.nelbo(logits.float(), xt, x0, level.float()),
-        uniform.nelbo(logits, xt, x0, level),
-    )
+    single = uniform.nelbo(logits.float(), xt, x0, level.float())
+    double = uniform.nelbo(logits, xt, x0, level)
     noise = 3e-3 if m > 0.9 else 1e-4  # there it is nearly zero
     torch.testing.assert_close(single.double(), double, rtol=2e-3, atol=noise)
     logits = logits.float().requires_grad_()
@@ -629,11 +627,9 @@ def test_gradients_of_the_training_loss_are_those_of_the_exact_bound(n):
             ).mean()
             for s in SUBSETS
         )
-    exact, cfg, R = (
-        gradient(model, exact),
-        settings(block_len=n, seq_len=L),
-        1000 if n == 1 else 12_000,
-    )
+    exact = gradient(model, exact)
+    cfg = settings(block_len=n, seq_len=L)
+    R = 1000 if n == 1 else 12_000
     drawn = family_of(cfg).corrupt((R, L), generator(6))
     drawn = drawn._replace(weight=drawn.weight.double())
     # strata are fixed to rows
@@ -657,10 +653,8 @@ def test_gradients_under_uniform_noise_and_of_ar():
     model = network(vocab_size=4, n_layer=1, time_conditioning="sinusoidal").float()
     for p in model.parameters():
         p.data.div_(6)
-    chosen, cfg = (
-        [0, ROW, 50, 77],
-        settings(objective="uniform", **family_defaults("uniform", FAMILIES)),
-    )
+    chosen = [0, ROW, 50, 77]
+    cfg = settings(objective="uniform", **family_defaults("uniform", FAMILIES))
     exact = gradient(model, exact_uniform_nelbo(model, 8, chosen).mean().float() / L)
     rows = SEQUENCES[chosen].repeat(15_000, 1)[torch.randperm(60_000, generator=generator(7))]
     drawn = family_of(cfg).corrupt((60_000, L), generator(6))
@@ -766,10 +760,8 @@ def test_given_tokens_are_never_noised_and_cost_nothing(changes, model):
     x0 = SEQUENCES[[ROW]].expand(R, L)
     drawn = kind.corrupt((R, L), generator(3), given=given)
     assert not (drawn.masked & given).any()
-    loss, bound = (
-        kind.loss(model, x0, drawn).double() * L,
-        kind.nelbo(model, x0, given=given)[:, 0].double() * L,
-    )
+    loss = kind.loss(model, x0, drawn).double() * L
+    bound = kind.nelbo(model, x0, given=given)[:, 0].double() * L
     for count in (0, 1, 2, L):
         begins = (SEQUENCES[:, :count] == SEQUENCES[ROW, :count]).all(1)
         exact = (P[begins].sum() / P[ROW]).log().item()
@@ -786,10 +778,8 @@ def test_given_tokens_under_uniform_noise():
     drawn = kind.corrupt((400, L), generator(3), given=given)
     free = kind.corrupt((400, L), generator(3))
     assert torch.equal(drawn.masked, free.masked & ~given)
-    model, x0 = (
-        network(time_conditioning="sinusoidal").float(),
-        torch.randint(5, (400, L), generator=generator(4)),
-    )
+    model = network(time_conditioning="sinusoidal").float()
+    x0 = torch.randint(5, (400, L), generator=generator(4))
     loss = kind.loss(model, x0, drawn)
     assert (loss[given.all(1)] == 0).all() and (loss[~given.all(1)] > 0).all()
     assert (kind.nelbo(model, x0, 2, given)[given.all(1)] == 0).all()

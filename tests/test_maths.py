@@ -263,10 +263,8 @@ def test_the_bound_does_not_depend_on_the_schedule(name):
 def test_training_loss_is_an_unbiased_bound(name, corruption, complementary):
     """With elbo weights the loss averages to the bound, for every schedule, both kinds of
     corruption and masks in pairs."""
-    cfg, model = (
-        settings(schedule=name, corruption=corruption, complementary=complementary),
-        Lookup(blur=0.2),
-    )
+    cfg = settings(schedule=name, corruption=corruption, complementary=complementary)
+    model = Lookup(blur=0.2)
     x0 = torch.tensor([[0, 1, 2, 0]]).expand(4000, L)
     means = torch.stack(
         [
@@ -818,10 +816,8 @@ class Tail:
     """Half of the mass on one token, half on V equal tail tokens, at every position."""
 
     def __init__(self, V):
-        self.vocab_size, self.logits = (
-            V + 2,
-            torch.cat((torch.tensor([0.5]), torch.full((V,), 0.5 / V))).log(),
-        )
+        self.vocab_size = V + 2
+        self.logits = torch.cat((torch.tensor([0.5]), torch.full((V,), 0.5 / V))).log()
 
     def __call__(self, ids, noise_level=None, select=None):
         return self.logits.expand(len(select), -1)

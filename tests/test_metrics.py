@@ -492,10 +492,8 @@ def test_a_network_that_knows_nothing_by_level(objective, changes):
 def test_pooled_cross_entropy_is_the_training_loss():
     """Of the sources' preset: what their training prints, on the held-out rows; the schedule weighs
     it."""
-    text, rows = (
-        train_char(["abcdefgh"], documents=False),
-        torch.randint(8, (256, 16), generator=runtime.generator(2)),
-    )
+    text = train_char(["abcdefgh"], documents=False)
+    rows = torch.randint(8, (256, 16), generator=runtime.generator(2))
     found = {}
     for schedule in ("linear", "md4_cosine"):
         cfg, model = tiny_model("masked", schedule=schedule, corruption="bernoulli")

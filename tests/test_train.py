@@ -268,10 +268,8 @@ def test_the_average_of_the_weights():
 
 def test_what_is_judged_and_sampled_is_the_average():
     train.train(tiny(ema=0.9), quiet=True)
-    state, best = (
-        checkpoint.read("artifacts/models/tiny.pt"),
-        checkpoint.read("artifacts/models/tiny.best.pt"),
-    )
+    state = checkpoint.read("artifacts/models/tiny.pt")
+    best = checkpoint.read("artifacts/models/tiny.best.pt")
     assert best["step"] == 6 and all(
         torch.equal(best["model"][key], state["ema"][key]) for key in best["model"]
     )
@@ -471,12 +469,10 @@ def test_a_run_that_is_killed_again_and_again(tmp_path):
     it would have been."""
     long = dict(max_iters=60, eval_interval=20, save_interval=1)
     train.train(tiny(name="whole", **long), quiet=True)
-    dice, path, cfg, state = (
-        random.Random(1),
-        "artifacts/models/parts.pt",
-        tiny(name="parts", **long),
-        None,
-    )
+    dice = random.Random(1)
+    path = "artifacts/models/parts.pt"
+    cfg = tiny(name="parts", **long)
+    state = None
     for kill in range(3):
         child = forkserver().Process(target=train.train, args=(cfg, state, True))
         child.start()

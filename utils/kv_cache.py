@@ -113,11 +113,9 @@ class Approximate:
             if not len(some):
                 continue
             columns = self.computed(start[some], W, whole).expand(len(some), -1)
-            self.rows, self.columns, self.start = (
-                rows[some],
-                None if whole else columns,
-                start[some],
-            )
+            self.rows = rows[some]
+            self.columns = None if whole else columns
+            self.start = start[some]
             self.nfe += 1
             index = asked[some].gather(1, columns).flatten().nonzero()[:, 0]
             found = self.model(

@@ -11,10 +11,8 @@ from utils.cli import UserError, merge, nearest, reason
 def family_defaults(objective, families):
     """What `--objective` sets (dict), whatever the preset has: what the family (of the dict
     `families`) needs."""
-    needs, names = (
-        getattr(families.get(objective), "needs", {}),
-        {f.name for f in dataclasses.fields(Config)},
-    )
+    needs = getattr(families.get(objective), "needs", {})
+    names = {f.name for f in dataclasses.fields(Config)}
     return {name: allowed[0] for name, allowed in needs.items() if name in names}
 
 
@@ -62,10 +60,8 @@ def load(positional, overrides, families):
     elif os.path.exists(PRESETS["stories"]["data"]):
         chosen, why = "stories", f"{PRESETS['stories']['data']} has been prepared"
     else:
-        chosen, why = (
-            "tales",
-            f"the built-in corpus; no {PRESETS['stories']['data']} has been prepared",
-        )
+        chosen = "tales"
+        why = f"the built-in corpus; no {PRESETS['stories']['data']} has been prepared"
     base = (
         preset(chosen, families)
         if chosen

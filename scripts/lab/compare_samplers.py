@@ -235,11 +235,9 @@ def measure_order(options):
 
         ids, place = one.rows(places)
         unmasked = (place >= 0) & (samples.without_filling(ids, tokenizer, cfg) >= 0)
-        rank, place, frequency = (
-            cumulative[ids[unmasked]],
-            place[unmasked].double(),
-            share[ids[unmasked]],
-        )
+        rank = cumulative[ids[unmasked]]
+        place = place[unmasked].double()
+        frequency = share[ids[unmasked]]
         share_of_frequent = lambda some: (rank[some] < 0.25).double().mean().item()
         return {
             "early": share_of_frequent(place < 0.1),

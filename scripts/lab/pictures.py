@@ -106,10 +106,8 @@ def replacing(options, path):
     anything = sorted(set(" ".join(tales.generate("picture", 200)).split()))
     words = tales.generate("picture", 1)[0].split()[:14]
     generator = runtime.generator("picture")
-    u, other = (
-        torch.rand(len(words), generator=generator),
-        torch.randint(len(anything), (len(words),), generator=generator),
-    )
+    u = torch.rand(len(words), generator=generator)
+    other = torch.randint(len(anything), (len(words),), generator=generator)
     figure, axis = plots.pyplot().subplots(figsize=(8, 2), layout="constrained")
     for line, m in enumerate((0.0, 0.2, 0.4, 0.6, 0.8, 1.0)):
         row = [(f"m = {m:.1f}  ", "black")] + [
