@@ -16,8 +16,7 @@ from utils.cli import check, field, refuse
 
 VERSION = 2  # of what a checkpoint stores
 
-# Limits that no use comes near, so that a slip of the finger ends in one line and not in a machine
-# without memory.
+# No use comes near these: a slip of the finger ends in one line, not in a machine without memory.
 SEEDS = 2**62 - 1
 LONGEST = 2**17  # tokens of a text or a window
 MOST_TOKENS = 2**27  # in a training step, of all devices together: a gigabyte of ids
@@ -52,7 +51,7 @@ class Config:
     rows: str = field("stream", "stream: windows anywhere in the text; document: one document a "
         "row", choices=("stream", "document"))
     max_documents: int = field(0, "train on the first so many training documents (0: all)", low=0)
-    short_rows: float = field(0.01, "share of steps on short rows", low=0, high=1)
+    short_rows: float = field(0.01, "share of steps on short rows (for short texts)", low=0, high=1)
 
     n_layer: int = field(6, "transformer blocks", "model", low=1, high=1000)
     n_head: int = field(6, "attention heads", low=1, high=1000)
@@ -149,8 +148,7 @@ class Config:
                 refuse(self, names, why)
 
     @property
-    def rows_at_once(self):
-        """Rows of a pass without gradients."""
+    def rows_at_once(self):  # of a pass without gradients
         return self.micro_batch or 64
 
 
@@ -169,8 +167,7 @@ class SampleConfig:
     num_samples: int = field(1, "how many of each", low=1, high=10**5)
     seed: int = field(1337, "of the first sample; the next has the next number", low=0, high=SEEDS)
 
-    # chosen by scripts/lab/ablate.py samplers on tales: as good as one token at a time, in a third
-    # of the NFE
+    # the choice of scripts/lab/ablate.py samplers: as good as a token at a time, in a third of NFE
     sampler: str = field("entropy_bounded", "policy that says which tokens are unmasked next, NAME "
         "or NAME:NUMBER; --list shows all", "how")
     steps: int = field(None, "most steps; more is better and slower (default: as many as there are "
@@ -179,8 +176,7 @@ class SampleConfig:
     min_tokens: int = field(1, "least number of tokens a step, for policies with a count", low=1)
     temperature: float = field(1.0, "of what is drawn from; 0: always the likeliest token", low=0)
     top_k: int = field(0, "draw from the k likeliest tokens (0: all)", low=0)
-    # 0.98 leaves the text as varied, and cuts off the many tokens that a small network gives a
-    # little too much
+    # 0.98 leaves text as varied, and cuts off what a small network gives a little too much
     top_p: float = field(0.98, "draw from the likeliest that sum to this (1: all)", above=0, high=1)
     guidance: float = field(0.0, "classifier-free guidance by masking the prompt; twice the work "
         "(0: off)", low=0)
@@ -223,9 +219,10 @@ class SampleConfig:
                 refuse(self, names, why)
 
 
-# The recipe of the two micro-dLLMs, the yardstick of all comparisons: discrete times, a table of
-# them, AdamW as PyTorch has it. Their sampler is repaired here, and row 0 of the table is for clean
-# text only: theirs decided the last tokens without ever having been trained.
+# The recipe of the two micro-dLLMs, the yardstick of all comparisons (they, the notes and the guide
+# are "the sources" of this repository): discrete times, a table of them, AdamW as PyTorch has it.
+# Their sampler is repaired, and row 0 of the table is for clean text only: theirs decided the last
+# tokens without ever having been trained.
 MICRO = dict(
     rows="stream", tie_embeddings=False, schedule="cos", corruption="bernoulli",
     diffusion_steps=100, time_conditioning="table", init="normal", rope_base=10_000.0,
@@ -236,8 +233,7 @@ NOTES = MICRO | dict(
     data="data/shakespeare.txt", tokenizer="char", schedule="cos2_s008",
     time_conditioning="sinusoidal", loss_weighting="pooled", seq_len=128, max_iters=105_000)
 
-# What the largest presets share, on the cautious side: learning rates that suit 10M parameters are
-# too large for 100M.
+# What the largest presets share: learning rates that suit 10M parameters are too large for 100M.
 LARGE = dict(
     tie_embeddings=False, init="zero", rope_base=10_000.0, lr=3e-3, muon_lr=0.02, beta1=0.9,
     warmup_iters=250)

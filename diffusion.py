@@ -108,14 +108,14 @@ def count_masks(cfg, u, n, generator, density=None, free=None):
     deviates 8 times less at L = 256. The ELBO weighs a masked token 1 / (p(l) l). With
     cfg.complementary each u makes two units, that of its l masks and that of the n - l others.
     """
-    numbers, n = draws.numbers(len(u), n, generator, free)
+    u_position, n = draws.free_uniforms(len(u), n, generator, free)
     counts = mask_counts(cfg, u, n)
     # strata and their order are fixed, and so is the most that each can be
     ends = (draws.stratum_of(len(u)) + 1).double() / len(u)
     most = mask_counts(cfg, importance.inverse_cdf(ends, density), n) if free is None else None
-    masked = draws.first_of(numbers, counts)
+    masked = draws.first_of(u_position, counts)
     if cfg.complementary:  # the others of n masks would be none: there both units have all n
-        others = ~draws.first_of(numbers, counts % n)
+        others = ~draws.first_of(u_position, counts % n)
         masked = torch.stack((masked, others), 1).flatten(0, 1)
         counts = masked.sum(1)
         most = torch.where(most == n, n, n / 2).repeat_interleave(2)  # of a pair, half each
@@ -131,11 +131,11 @@ def bernoulli_masks(cfg, u, n, generator, density=None, free=None):
     T = cfg.diffusion_steps
     t = (u * T).floor() / T + 1 / T if T else u.clamp(min=1e-9)
     m = mask_ratio(cfg.schedule, t)
-    numbers, _ = draws.numbers(len(u), n, generator, free)
+    u_position, _ = draws.free_uniforms(len(u), n, generator, free)
     slope = (
         T * (m - mask_ratio(cfg.schedule, t - 1 / T)) if T else mask_ratio_slope(cfg.schedule, t)
     )
-    return numbers < m[:, None], slope / m, 1 / importance.density_at(t, density), None
+    return u_position < m[:, None], slope / m, 1 / importance.density_at(t, density), None
 
 
 # (Config, u (units,) uniforms, n positions of a unit, generator, density of times, free (units, n)
@@ -199,9 +199,9 @@ def bound_masks(R, K, n, passes, free=None):
     generator = torch.Generator().manual_seed(0)
     for _ in range(passes):
         u = draws.stratified(R * K, generator)[torch.randperm(R * K, generator=generator)]
-        numbers, sizes = draws.numbers(R * K, n, generator, free)
+        u_position, sizes = draws.free_uniforms(R * K, n, generator, free)
         counts = 1 + (u * sizes).floor().long()
-        yield draws.first_of(numbers, counts).view(R, -1), (sizes / counts).float().view(R, K)
+        yield draws.first_of(u_position, counts).view(R, -1), (sizes / counts).float().view(R, K)
 
 
 # --- a family: masked diffusion ------------------------------------------------------------------

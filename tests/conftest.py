@@ -64,6 +64,24 @@ def quick_runs(monkeypatch):
     )
 
 
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch):
+    """Each test begins in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+
+
+def break_loss(monkeypatch, step, factor):
+    """Multiply the weights of the loss by factor (nan or infinity) in one step of training."""
+    draw = train.draw_batch
+
+    def broken(family, data, number, *more):
+        pieces, seed = draw(family, data, number, *more)
+        by = factor if number == step else 1
+        return [(x0, c._replace(weight=c.weight * by)) for x0, c in pieces], seed
+
+    monkeypatch.setattr(train, "draw_batch", broken)
+
+
 def interrupt(monkeypatch, step, number):
     """Let the process get signal `number` when training first asks for the batch of `step`, which
     must not be 0: the probes of speed ask for that."""
@@ -85,10 +103,21 @@ def interrupt(monkeypatch, step, number):
     monkeypatch.setattr(corpus, "load", loading)
 
 
-TINY = (
-    "--n_layer 1 --n_head 2 --n_embd 16 --batch_size 4 --max_iters 6 --eval_interval 3 --eval_rows "
-    "4 --final_rows 4 --final_masks 2 --final_samples 0 --compile off --device cpu"
-).split()
+SIZES = dict(
+    n_layer=1,
+    n_head=2,
+    n_embd=16,
+    batch_size=4,
+    max_iters=6,
+    eval_interval=3,
+    eval_rows=4,
+    final_rows=4,
+    final_masks=2,
+    final_samples=0,
+    compile="off",
+    device="cpu",
+)
+TINY = [word for name, value in SIZES.items() for word in (f"--{name}", str(value))]
 
 
 def load(words):

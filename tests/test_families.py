@@ -11,6 +11,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import toy
 from conftest import load
 from test_maths import ENTROPY, SUBSETS, empirical, total_variation
 from toy import CANVASES, MASK, MASKED, SEQUENCES, L, Lookup, P, V, code, family, sample, settings
@@ -28,13 +29,7 @@ ROW = code(torch.tensor([0, 1, 2, 0])).item()
 
 
 def network(vocab_size=6, **changes):
-    """A small real network in float64 with weights that matter."""
-    cfg = settings(**{"n_layer": 2, "n_head": 2, "n_embd": 16, "init": "normal"} | changes)
-    torch.manual_seed(5)
-    model = Transformer(cfg, vocab_size).double().eval()
-    for p in model.parameters():
-        p.data.mul_(12)
-    return model
+    return toy.network(vocab_size, 5, torch.float64, **changes)
 
 
 # --- autoregressive -------------------------------------------------------------------------------

@@ -19,11 +19,6 @@ from utils import checkpoint, runs, tales, texts
 from utils.cli import UserError
 
 
-@pytest.fixture(autouse=True)
-def empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
 @pytest.fixture(scope="module")
 def state(tmp_path_factory):
     """The last checkpoint (dict) of a tiny run."""

@@ -10,6 +10,7 @@ import math
 
 import pytest
 import torch
+import toy
 from toy import (
     CANVASES,
     MASK,
@@ -29,7 +30,6 @@ from toy import (
 )
 
 from diffusion import SCHEDULES, Corruption, mask_ratio, mask_ratio_slope, time_of
-from model import Transformer
 from utils import draws, metrics, policies
 from utils.cli import UserError
 from utils.families import family_of
@@ -425,8 +425,8 @@ class Uniform:
 
 
 def many(sampler, n, model=None, **options):
-    """n samples (n, 4) of the toy, and the network evaluations of a batch."""
-    rows, evaluations = [], 0
+    """n samples (n, 4) of the toy, and the NFE of a batch."""
+    rows, nfe = [], 0
     for start in range(0, n, 20_000):
         size = min(20_000, n - start)
         canvas = torch.full((size, L), MASK)
@@ -434,8 +434,8 @@ def many(sampler, n, model=None, **options):
             model or Lookup(), canvas, sampler=sampler, seeds=range(start, start + size), **options
         )
         rows.append(last.ids.clone())
-        evaluations = last.nfe
-    return torch.cat(rows), evaluations
+        nfe = last.nfe
+    return torch.cat(rows), nfe
 
 
 @pytest.mark.parametrize("schedule", ("linear", "poly2"))
@@ -484,8 +484,8 @@ def test_positions_are_chosen_before_the_distribution_is_truncated():
     ),
 )
 def test_one_token_at_a_time_is_exact(sampler):
-    rows, evaluations = many(sampler, 60_000)
-    assert total_variation(empirical(rows), P) < 0.0175 and evaluations == L  # expected noise .0122
+    rows, nfe = many(sampler, 60_000)
+    assert total_variation(empirical(rows), P) < 0.0175 and nfe == L  # expected noise .0122
 
 
 def test_ancestral_with_many_steps_is_nearly_exact():
@@ -494,10 +494,9 @@ def test_ancestral_with_many_steps_is_nearly_exact():
 
 @pytest.mark.parametrize("steps, expected", ((2, 0.332791), (1, 0.432258)))
 def test_several_tokens_at_a_time_err_by_the_documented_amount(steps, expected):
-    rows, evaluations = many("confidence", 200_000, steps=steps)
+    rows, nfe = many("confidence", 200_000, steps=steps)
     assert (
-        total_variation(empirical(rows), P) == pytest.approx(expected, abs=0.010)
-        and evaluations == steps
+        total_variation(empirical(rows), P) == pytest.approx(expected, abs=0.010) and nfe == steps
     )
 
 
@@ -722,7 +721,7 @@ def test_sampler_invariants(sampler, steps):
             "only written tokens are masked"
         )
         assert ((step.ids == previous) | step.fresh | step.remasked).all()
-        assert step.nfe == model.evaluations, "the evaluations reported are those made"
+        assert step.nfe == model.nfe, "the NFE reported is what was called"
         seen += step.fresh.long() - step.remasked.long()
         previous = step.ids.clone()
     assert not step.masked.any() and step.ids.max() < MASK, "no MASK is left and none was drawn"
@@ -730,9 +729,9 @@ def test_sampler_invariants(sampler, steps):
     assert torch.equal(seen, (CANVAS == MASK).long()), (
         "every masked token is written once more than masked"
     )
-    assert model.evaluations <= steps or sampler == "first_hitting" and model.evaluations == L
+    assert model.nfe <= steps or sampler == "first_hitting" and model.nfe == L
     if SAMPLERS[sampler].key is not None and SAMPLERS[sampler].value is None:
-        assert model.evaluations == min(steps, 4)
+        assert model.nfe == min(steps, 4)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -753,7 +752,7 @@ def test_a_row_does_not_depend_on_its_batch(sampler, options):
 
 def test_a_complete_canvas_needs_no_evaluation():
     model = Lookup()
-    assert list(sample(model, CANVAS[3:])) == [] and model.evaluations == 0
+    assert list(sample(model, CANVAS[3:])) == [] and model.nfe == 0
 
 
 def test_finished_rows_cost_nothing():
@@ -917,7 +916,7 @@ def test_counts_of_the_notes():
 
 
 def documents_of(model, canvas, **options):
-    """The ids that the sampler ends with, (B, L), and the evaluations."""
+    """The ids that the sampler ends with, (B, L), and the NFE."""
     *_, last = sample(model, canvas, **options)
     return last.ids.clone(), last.nfe
 
@@ -949,8 +948,8 @@ def test_blocks_are_written_left_to_right(sampler, size):
 
 @pytest.mark.parametrize("size", (1, 2))
 def test_one_token_at_a_time_in_blocks_is_exact(size):
-    rows, evaluations = many("confidence", 60_000, decode_block=size)
-    assert total_variation(empirical(rows), P) < 0.0175 and evaluations == L
+    rows, nfe = many("confidence", 60_000, decode_block=size)
+    assert total_variation(empirical(rows), P) < 0.0175 and nfe == L
 
 
 def test_blocks_share_the_steps():
@@ -963,8 +962,8 @@ def test_blocks_share_the_steps():
 
 
 def test_least_tokens_a_step():
-    _, evaluations = documents_of(Lookup(), CANVAS[2:3], sampler="threshold:1.1", min_tokens=3)
-    assert evaluations == 2
+    _, nfe = documents_of(Lookup(), CANVAS[2:3], sampler="threshold:1.1", min_tokens=3)
+    assert nfe == 2
 
 
 def test_rules_that_look_at_the_data_keep_to_the_steps():
@@ -976,12 +975,12 @@ def test_rules_that_look_at_the_data_keep_to_the_steps():
 
 def test_guidance():
     """(1 + w) times the logits with the prompt, minus w times those without; w = 0 is off; two
-    evaluations a step."""
+    NFE a step."""
     prompted = torch.tensor([[0, 2, MASK, MASK]])
-    plain, evaluations = documents_of(Lookup(), prompted, seeds=[5])
+    plain, nfe = documents_of(Lookup(), prompted, seeds=[5])
     assert (
         torch.equal(documents_of(Lookup(), prompted, seeds=[5], guidance=1e-9)[0], plain)
-        and evaluations == 2
+        and nfe == 2
     )
     assert documents_of(Lookup(), torch.full((1, L), MASK), guidance=1.0)[1] == L, (
         "without a prompt there is nothing to guide"
@@ -1024,15 +1023,7 @@ def test_alternatives_are_the_likeliest():
 
 
 def network(seq_len=24, vocab_size=11, **changes):
-    """A small real network whose predictions depend on the whole canvas."""
-    cfg = settings(
-        **{"n_layer": 2, "n_head": 2, "n_embd": 16, "seq_len": seq_len, "init": "normal"} | changes
-    )
-    torch.manual_seed(3)
-    model = Transformer(cfg, vocab_size).eval()
-    for p in model.parameters():
-        p.data.mul_(12)
-    return model
+    return toy.network(vocab_size, 3, seq_len=seq_len, **changes)
 
 
 class Watched:

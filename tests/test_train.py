@@ -16,7 +16,7 @@ import time
 import pytest
 import torch
 import toy
-from conftest import ROOT, interrupt, resumed
+from conftest import ROOT, SIZES, break_loss, interrupt, resumed
 
 import config
 import train
@@ -46,32 +46,15 @@ from utils.settings import family_defaults
 
 CPU = ranks.Hardware(torch.device("cpu"))
 UNIFORM = family_defaults("uniform", FAMILIES) | {"objective": "uniform"}
-TINY = dict(
+TINY = SIZES | dict(
     data="tales",
     rows="document",
     vocab_size=1024,
     seq_len=67,
-    n_layer=1,
-    n_head=2,
-    n_embd=16,
-    batch_size=4,
     tie_embeddings=True,
-    max_iters=6,
-    eval_interval=3,
-    eval_rows=4,
-    final_rows=4,
-    final_masks=2,
-    final_samples=0,
-    compile="off",
-    device="cpu",
     dtype="float32",
     name="tiny",
 )
-
-
-@pytest.fixture(autouse=True)
-def empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
 
 
 def tiny(**changes):
@@ -515,15 +498,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(monkeypatch):
 
 def test_a_broken_loss_stops_the_run(monkeypatch):
     """At once where reading the loss costs nothing (a GPU's is read at every tenth step)."""
-    draw = train.draw_batch
-
-    def broken(family, data, step, *rest):
-        pieces, seed = draw(family, data, step, *rest)
-        return [
-            (x0, c._replace(weight=c.weight * (math.nan if step == 12 else 1))) for x0, c in pieces
-        ], seed
-
-    monkeypatch.setattr(train, "draw_batch", broken)
+    break_loss(monkeypatch, 12, math.nan)
     with pytest.raises(UserError, match="not finite at step 13; nothing was saved"):
         train.train(tiny(max_iters=100, eval_interval=100), quiet=True)
 

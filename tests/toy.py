@@ -13,6 +13,7 @@ import torch
 
 import diffusion
 from config import Config, SampleConfig
+from model import Transformer
 from utils import families
 
 L, V, MASK = 4, 3, 3
@@ -40,16 +41,16 @@ def conditionals():
 
 class Lookup:
     """The perfect network, or with blur > 0 an imperfect one: (1 - blur) p + blur / 3. Counts its
-    evaluations."""
+    calls."""
 
     vocab_size = V + 1
 
     def __init__(self, blur=0.0):
         self.logits = ((1 - blur) * conditionals() + blur / V).log()
-        self.evaluations, self.rows, self.levels = 0, 0, []
+        self.nfe, self.rows, self.levels = 0, 0, []
 
     def __call__(self, ids, noise_level=None, select=None):
-        self.evaluations, self.rows = self.evaluations + 1, self.rows + len(ids)
+        self.nfe, self.rows = self.nfe + 1, self.rows + len(ids)
         self.levels.append(noise_level)
         logits = self.logits[code(ids, V + 1)].clamp(min=-1e4)
         return logits if select is None else logits.flatten(0, 1)[select]
@@ -87,6 +88,16 @@ def sample(model, canvas, *, window=None, stop=None, seeds=None, top=0, **change
     return diffusion.sample(
         kind, model, canvas, how, window=window, stop=stop, seeds=seeds, top=top
     )
+
+
+def network(vocab_size, seed, dtype=torch.float32, **changes):
+    """A small real network whose predictions depend on the whole canvas."""
+    cfg = settings(**{"n_layer": 2, "n_head": 2, "n_embd": 16, "init": "normal"} | changes)
+    torch.manual_seed(seed)
+    model = Transformer(cfg, vocab_size).to(dtype).eval()
+    for p in model.parameters():
+        p.data.mul_(12)
+    return model
 
 
 MASKED = family()

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+from dataclasses import dataclass
 
 import torch
 
@@ -21,28 +22,31 @@ from utils import cli, families, ranks, runtime
 from utils import tokenizer as tokenizers
 from utils.cli import UserError, reason
 
-# what a resumed run may change; everything else would make it another run
-# out_dir: for "auto"
-MAY_CHANGE = {
-    "max_iters",
-    "max_minutes",
-    "save_interval",
-    "device",
-    "dtype",
-    "compile",
-    "lr",
-    "muon_lr",
-    "lr_decay",
-    "decay_share",
-    "eval_interval",
-    "final_rows",
-    "final_masks",
-    "final_samples",
-    "resume",
-    "micro_batch",
-    "activation_checkpointing",
-    "out_dir",
-}
+# what a resumed run may change (out_dir for "auto"); everything else would make it another run
+MAY_CHANGE = set(
+    "max_iters max_minutes save_interval device dtype compile lr muon_lr lr_decay decay_share "
+    "eval_interval final_rows final_masks final_samples resume micro_batch out_dir "
+    "activation_checkpointing".split()
+)
+
+
+@dataclass
+class Progress:
+    """How far a run is. With weights and optimizers it is all that a resumed run needs, and part of
+    every checkpoint as it stands: what is random is a function of the seed and the step."""
+
+    step: int = 0
+    minutes: float = 0.0  # in all sessions
+    nll: float = math.inf  # the last held-out bound, nats per token
+    # sum of the training loss since the last evaluation: of this process, in a checkpoint of all
+    running: torch.Tensor = None
+    counted: int = 0  # steps in it
+    density: torch.Tensor = None  # of times, with time_sampling=importance
+
+    def share(self, cfg):
+        """How much of the run's steps, or of its minutes, is done."""
+        steps = self.step / cfg.max_iters if cfg.max_iters else 0
+        return max(steps, self.minutes / cfg.max_minutes if cfg.max_minutes else 0)
 
 
 def save(path, state):
@@ -62,15 +66,12 @@ ENTRIES = {
     "nll": float,
     "model": dict,
 }
-ENTRIES_TO_RESUME = {
-    "minutes": float,
-    "running": torch.Tensor,
-    "counted": int,
-    "scaler": dict,
-    "optimizers": list,
+# these may be None or, in a file from before they were, missing
+ENTRIES_OR_NONE = {"ema": dict, "corpus": str, "job": str, "density": torch.Tensor}
+ENTRIES_TO_RESUME = {"scaler": dict, "optimizers": list} | {
+    f.name: f.type for f in dataclasses.fields(Progress) if f.name not in ENTRIES_OR_NONE
 }
 PLAIN = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-ENTRIES_OR_NONE = {"ema": dict, "corpus": str, "job": str, "density": torch.Tensor}
 
 
 def check_state(state, path):
@@ -83,7 +84,6 @@ def check_state(state, path):
             f"{path} has format {state['version']}, this program reads {config.VERSION}"
         )
     wanted = ENTRIES | (ENTRIES_TO_RESUME if "optimizers" in state else {})
-    # these may be None or, in a file from before they were, missing
     wanted |= {name: kind for name, kind in ENTRIES_OR_NONE.items() if state.get(name) is not None}
     for name, kind in wanted.items():
         if name not in state:
@@ -93,12 +93,8 @@ def check_state(state, path):
                 f"{path} is damaged: its {name} is of type {type(state[name]).__name__}, not "
                 f"{kind.__name__}"
             )
-        if (
-            name == "nll"
-            and math.isnan(state[name])
-            or name in ("step", "minutes", "counted")
-            and not 0 <= state[name] < 2**53
-        ):
+        counts = name in ("step", "minutes", "counted")
+        if counts and not 0 <= state[name] < 2**53 or name == "nll" and math.isnan(state[name]):
             raise UserError(f"{path} is damaged: its {name} is {state[name]}")
     tensors = {name: state[name] for name, kind in wanted.items() if kind is torch.Tensor}
     for part in ("model", "ema"):
@@ -305,11 +301,9 @@ def resumed_config(positional, overrides):
         for k, v in overrides.items()
         if k not in ("resume", "out_dir") and v != before[k]
     ]
-    over = 0 < cfg.max_iters <= state["step"] or 0 < cfg.max_minutes <= state["minutes"]
-    if (
-        over
-        and reported_steps(os.path.join(cfg.out_dir, "logs", f"{cfg.name}.json")) == state["step"]
-    ):
+    over = Progress(step=state["step"], minutes=state["minutes"]).share(cfg) >= 1
+    report = os.path.join(cfg.out_dir, "logs", f"{cfg.name}.json")
+    if over and reported_steps(report) == state["step"]:
         raise UserError(
             f"{path} is finished ({state['step']:,} steps, {state['minutes']:.1f} minutes); give a "
             "larger --max_iters or --max_minutes to go on"

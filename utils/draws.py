@@ -33,24 +33,23 @@ def stratum_of(n):
     return torch.tensor([int(f"{row:0{width}b}"[::-1], 2) for row in range(n)]).argsort().argsort()
 
 
-def numbers(B, n, generator, free=None):
+def free_uniforms(B, n, generator, free=None):
     """(uniforms (B, n), infinite where not free (B, n) bool; how many of each row are free, n or
     (B,), at least 1)"""
     u = torch.rand(B, n, generator=generator)
     return (u, n) if free is None else (u.masked_fill(~free, math.inf), free.sum(1).clamp(min=1))
 
 
-def first_of(numbers, counts):
-    """Where the counts (B,) least of each row of numbers (B, n) are, no infinite one: (B, n)
-    bool."""
-    order = numbers.argsort(1)
+def first_of(u, counts):
+    """Where the counts (B,) least of each row of u (B, n) are, no infinite one: (B, n) bool."""
+    order = u.argsort(1)
     least = torch.arange(order.size(1)) < counts[:, None]
-    return torch.zeros_like(order, dtype=torch.bool).scatter(1, order, least) & numbers.isfinite()
+    return torch.zeros_like(order, dtype=torch.bool).scatter(1, order, least) & u.isfinite()
 
 
 def exactly(counts, n, generator):
     """Uniformly random masks (B, n) bool with exactly counts (B,) True in each row."""
-    return first_of(numbers(len(counts), n, generator)[0], counts)
+    return first_of(free_uniforms(len(counts), n, generator)[0], counts)
 
 
 def truncate(logits, temperature=1.0, top_k=0, top_p=1.0):

@@ -11,21 +11,12 @@ import torch
 import torch.nn.functional as F
 
 from config import PRESETS
-from diffusion import (
-    SCHEDULES,
-    Corruption,
-    Masked,
-    bos_tokens,
-    find_sampler,
-    loss_per_pass,
-    mask_ratio,
-    mask_ratio_slope,
-    q_sample,
-)
+from diffusion import SCHEDULES, Masked, bos_tokens, mask_ratio, mask_ratio_slope, q_sample
 from utils import blocks, draws, importance, kv_cache, uniform
 from utils.cli import UserError, check_name, check_needs
+from utils.corruption import Corruption, loss_per_pass
 from utils.denoisers import Denoiser, MaskNoise, Plain
-from utils.policies import SAMPLERS, UNIFORM_SAMPLERS
+from utils.policies import SAMPLERS, UNIFORM_SAMPLERS, find_sampler
 
 # what families that generate from left to right need when they do
 LEFT_TO_RIGHT = {"guidance": (0,), "correctors": (0,), "cache": ("auto", "none")}

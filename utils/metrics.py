@@ -128,7 +128,7 @@ def levels_of(model, family, data, device):
     }
     if family.exact:
         report["nats_per_token_but_the_first"] = all_[0][:, 1:].nanmean().item()
-    elif isinstance(family, diffusion.Masked):
+    elif "pooled" in family.needs.get("loss_weighting", diffusion.WEIGHTINGS):
         mean = pooled_ce(model, family.cfg, rows, generator)
         report |= {
             "masked_ce_pooled": mean,

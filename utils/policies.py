@@ -263,11 +263,12 @@ class Sampler(NamedTuple):
     value: float = None  # the policy's number; "threshold:0.8" gives another
     may_remask: bool = False  # so it goes to the grid's end: a full block may get masks again
     grid: Callable = None  # time 1 -> 0 to mask ratio, where it is not the schedule's
+    one_a_step: bool = False  # one token a step, however many steps are asked for
 
 
 SAMPLERS = {
     "ancestral": Sampler(ancestral),
-    "first_hitting": Sampler(first_hitting),
+    "first_hitting": Sampler(first_hitting, one_a_step=True),
     "random": Sampler(random),
     "confidence": Sampler(best_first, max_probability),
     "entropy": Sampler(best_first, negative_entropy),

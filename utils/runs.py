@@ -45,27 +45,8 @@ SHAPE = (
 
 
 @dataclass
-class Progress:
-    """How far a run is. With weights and optimizers it is all that a resumed run needs, and part of
-    every checkpoint as it stands: what is random is a function of the seed and the step."""
-
-    step: int = 0
-    minutes: float = 0.0  # in all sessions
-    nll: float = math.inf  # the last held-out bound, nats per token
-    # sum of the training loss since the last evaluation: of this process, in a checkpoint of all
-    running: torch.Tensor = None
-    counted: int = 0  # steps in it
-    density: torch.Tensor = None  # of times, with time_sampling=importance
-
-    def share(self, cfg):
-        """How much of the run's steps, or of its minutes, is done."""
-        steps = self.step / cfg.max_iters if cfg.max_iters else 0
-        return max(steps, self.minutes / cfg.max_minutes if cfg.max_minutes else 0)
-
-
-@dataclass
 class Run:
-    """What a run works with, and what stays the same but for the weights."""
+    """What a run works with. But for the weights and `best` it stays as it is."""
 
     cfg: Config
     family: object  # diffusion.Masked, or one of utils/families.py
@@ -127,7 +108,7 @@ def set_up(cfg, state=None, quiet=False):
         paths(cfg),
         quiet or hardware.rank > 0,
     )
-    progress = Progress(running=torch.zeros((), device=hardware.device))
+    progress = checkpoint.Progress(running=torch.zeros((), device=hardware.device))
     if state:
         resume(run, progress, state)
         if os.path.exists(run.path["best"]):

@@ -3,7 +3,6 @@
 import os
 from typing import NamedTuple
 
-from utils import policies
 from utils.cli import UserError
 
 MOST_STATES = 2**24  # of tokens, over all frames of a trace
@@ -23,13 +22,12 @@ def most_states(row, how, family, mask):
     """How many states a trace of the row (list of ids) can have at most; a step that changes
     nothing has none."""
     masks, sampler = row.count(mask), family.sampler(how)
-    if sampler.policy is policies.reverse:
-        return (how.steps or len(row)) * (1 + how.correctors)
-    if not how.steps or family.exact or sampler.policy is policies.first_hitting:
-        return masks  # one token a step
-    # steps are rounded up in each block
-    length = family.block_len or how.decode_block or max(1, family.cfg.seq_len // 4)
-    most = how.steps + -(-len(row) // length)
+    if not sampler.may_remask and (not how.steps or sampler.one_a_step):
+        return masks
+    L, window = len(row), family.cfg.seq_len
+    length = family.block_len or how.decode_block or (max(1, window // 4) if L > window else L)
+    # the steps of the whole are shared among the blocks, rounded up in each
+    most = (how.steps or L) * (1 + how.correctors) + -(-L // length) - 1
     return most if sampler.may_remask else min(masks, most)
 
 

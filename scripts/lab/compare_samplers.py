@@ -53,7 +53,7 @@ def sampler_settings(options):
                 {"sampler": f"{name}:{number:g}", "steps": "", "decode_block": 0}
                 for number in NUMBERS[name]
             ]
-        elif name == "first_hitting":
+        elif sampler.one_a_step:
             rows.append({"sampler": name, "steps": "", "decode_block": 0})
         else:
             # "": one a token
