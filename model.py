@@ -95,14 +95,14 @@ class Attention(nn.Module):
         attend = partial(F.scaled_dot_product_attention, attn_mask=mask, is_causal=causal)
         if x.device.type != "cpu" or not torch.is_grad_enabled():
             y = attend(q, k, v)
+        # training on a CPU, whose fused kernel is slow backwards in bfloat16
         elif v.dtype == torch.bfloat16 and L <= 512:
             mask = torch.ones(L, L, dtype=torch.bool).tril() if causal else mask
             y = ShortAttention.apply(q.to(v.dtype), k.to(v.dtype), v, mask)
         else:
+            full = torch.promote_types(v.dtype, torch.float32)
             with torch.autocast("cpu", enabled=False):
-                y = attend(
-                    *(part.to(torch.promote_types(part.dtype, torch.float32)) for part in (q, k, v))
-                )
+                y = attend(q.to(full), k.to(full), v.to(full))
         return self.proj(y.transpose(1, 2).reshape(B, L, C))
 
 

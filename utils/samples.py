@@ -56,22 +56,18 @@ def reference_rows(held_out, tokenizer, count):
     """Up to `count` held-out windows (R, L) that begin as samples do: where there is an
     `<|endoftext|>`, with one."""
     L, flat = held_out.size(1), held_out.flatten()
-    # that do not overlap: text that stands in two windows would be less varied
-    starts, free = ([], 0)
+    # windows do not overlap: text that stands in two would be less varied
+    starts, free = [], 0
     if tokenizer.end is not None:
-        # and not what fills up a row
+        # an end before an end only fills up a row
         begins = (flat[:-1] == tokenizer.end) & (flat[1:] != tokenizer.end)
         for start in begins[: len(flat) - L + 1].nonzero()[:, 0].tolist():
             if start >= free:
                 starts, free = [*starts, start], start + L
-    # few documents: how much text there is matters more
-    if len(starts) < min(count, len(held_out) // 2):
+    # of few documents, how much text there is matters more
+    if not starts or len(starts) < min(count, len(held_out) // 2):
         return held_out[:count]
-    return (
-        torch.stack([flat[start : start + L] for start in starts[:count]])
-        if starts
-        else held_out[:count]
-    )
+    return torch.stack([flat[start : start + L] for start in starts[:count]])
 
 
 def judge_rows(rows, *, tokenizer, cfg, training, judge, device):
@@ -235,15 +231,11 @@ def _run_hashes(rows, n):
 
     A run of a + b tokens has the hash hash_a * M^b + hash_b, so log2(n) steps are enough.
     """
-    # power is M^size
-    size, power, block, total, length = (1, 6364136223846793005, rows.long() + 1, None, 0)
-    while True:
+    size, power, block, total, length = 1, 6364136223846793005, rows.long() + 1, 0, 0
+    while True:  # block: hashes of runs of `size`, power: M^size, total: hashes of runs of `length`
         if n & size:
-            total = (
-                block
-                if total is None
-                else total[:, : block.size(1) - length] * power + block[:, length:]
-            )
+            before = total[:, : block.size(1) - length] if length else total
+            total = before * power + block[:, length:]
             length += size
         if length == n:
             return total

@@ -136,16 +136,8 @@ def draw(film, frame, pieces, number, page):
                 width = min(plan.cells[i] - part, plan.columns) * cell
                 box = (x + 1, y + 1, x + max(width - 2, 4), y + 1.25 * plan.size)
                 shown = text and text[part : part + plan.columns].rstrip()
-                _draw_token(
-                    pen,
-                    shown,
-                    box,
-                    plan.size,
-                    given[i],
-                    frame.fresh[i],
-                    frame.remasked[i],
-                    frame.confidence[i],
-                )
+                state = (given[i], frame.fresh[i], frame.remasked[i], frame.confidence[i])
+                _draw_token(pen, box, plan.size, Look(shown, *state))
     _draw_header(pen, title, frame, counts, number, page, plan.pages)
     _draw_timeline(pen, counts, sure, number)
     _draw_legend(pen, any(given))
@@ -158,9 +150,19 @@ def tint(confidence):
     return tuple(round(c * confidence + u * (1 - confidence)) for c, u in zip(paper, UNSURE))
 
 
-def _draw_token(pen, text, box, size, given, fresh, remasked, confidence):
-    """A token's text in its box (x0, y0, x1, y1), in the style of its state; None is a MASK."""
-    x0, y0, x1, y1 = box
+class Look(NamedTuple):
+    """What is drawn of a token."""
+
+    text: str = None  # None: a MASK
+    given: bool = False
+    fresh: bool = False
+    remasked: bool = False
+    confidence: float = 1.0
+
+
+def _draw_token(pen, box, size, look):
+    """A token in its box (x0, y0, x1, y1), in type of that size."""
+    (x0, y0, x1, y1), (text, given, fresh, remasked, confidence) = box, look
     if text is None:
         pen.rounded_rectangle(
             (x0, y0 + 3, x1, y1 - 1),
@@ -217,25 +219,16 @@ def _draw_timeline(pen, counts, sure, number):
 
 def _draw_legend(pen, prompted):
     x, y, size = MARGIN, 680, 16
-    marks = [
-        ("masked", None, False, False, False),
-        ("fresh", "a", False, True, False),
-        ("settled", "a", False, False, False),
-        ("unsure", "a", False, False, False),
-        ("masked again", None, False, False, True),
-    ]
-    marks += [("given", "a", True, False, False)] if prompted else []
-    for name, text, given, fresh, remasked in marks:
-        _draw_token(
-            pen,
-            text,
-            (x, y, x + 12, y + 20),
-            size,
-            given,
-            fresh,
-            remasked,
-            0.3 if name == "unsure" else 1.0,
-        )
+    looks = {
+        "masked": Look(),
+        "fresh": Look("a", fresh=True),
+        "settled": Look("a"),
+        "unsure": Look("a", confidence=0.3),
+        "masked again": Look(remasked=True),
+    }
+    looks |= {"given": Look("a", given=True)} if prompted else {}
+    for name, look in looks.items():
+        _draw_token(pen, (x, y, x + 12, y + 20), size, look)
         pen.text((x + 20, y), name, font=font(size), fill=INK)
         x += 20 + font(size).getlength(name) + 28
     pen.text(
@@ -251,7 +244,7 @@ def pictures(frames, tokenizer, title):
     """Yield (PIL.Image, seconds or None) for recorded `frames`: None is the normal time, the last
     picture is held.
 
-    text is the tokenizer (utils.tokenizer.Tokenizer). A text of several pages is shown on the page
+    A text of several pages is shown on the page
     where it is being written, and page by page at the end.
     """
     mask = tokenizer.mask

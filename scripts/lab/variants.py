@@ -111,10 +111,9 @@ def families(options):
     common = {"seq_len": window}
     if not bos:  # as many tokens a step; documents stay as many
         common["batch_size"] = max(1, tokens // window)
-    # adaln is larger
     uniform = settings.family_defaults("uniform", FAMILIES) | {
         "objective": "uniform",
-        "time_conditioning": "sinusoidal",
+        "time_conditioning": "sinusoidal",  # adaln is larger
     }
     return (
         {"autoregressive": common | {"objective": "ar"}}
