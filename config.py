@@ -16,7 +16,7 @@ from utils.cli import check, field, refuse
 
 VERSION = 2  # of what a checkpoint stores
 
-# No use comes near these: a slip of the finger ends in one line, not in a machine without memory.
+# far above any real use: a slip of the finger ends in one line, not in a machine without memory
 SEEDS = 2**62 - 1
 LONGEST = 2**17  # tokens of a text or a window
 MOST_TOKENS = 2**27  # in a training step, of all devices together: a gigabyte of ids
@@ -63,29 +63,28 @@ class Config:
         "start at zero", choices=("normal", "zero"))
     time_conditioning: str = field("none", "how the network is told the mask ratio",
         choices=("none", "table", "sinusoidal", "adaln"))
-    rope_base: float = field(100.0, "longest rotary wavelength, in units of 2 pi tokens: with "
-        "short ones a network finds its near neighbours sooner", low=1)
+    rope_base: float = field(100.0, "of rotary positions; with a small one a network finds its "
+        "near neighbours sooner", low=1)
     softcap: float = field(0.0, "logits are squeezed into -softcap..softcap (0: not)", low=0)
 
     objective: str = field("masked", "masked: diffusion; uniform: diffusion with random tokens "
         "instead of masks; ar: the same transformer from left to right, to compare", "objective")
-    block_len: int = field(0, "block diffusion: tokens of a block, which sees those to its left "
-        "(0: seq_len, all at once)", low=0)
+    block_len: int = field(0, "tokens of a block of block diffusion, which sees the blocks to its "
+        "left (0: seq_len, one block)", low=0)
     schedule: str = field("linear", "mask ratio over time; --list shows all")
     corruption: str = field("count", "count: an exact number of masks a row; bernoulli: each token "
         "by itself", choices=("count", "bernoulli"))
     diffusion_steps: int = field(0, "0: continuous time; T: T discrete times (and rows of the time "
         "table)", low=0, high=10**6)
-    loss_weighting: str = field("flat", "weight of a masked token in the training loss; the bound "
-        "is always the ELBO", choices=("elbo", "flat", "clip", "pooled", "full"))
+    loss_weighting: str = field("flat", "weight of a masked token in the training loss; evaluation "
+        "is always by the NELBO", choices=("elbo", "flat", "clip", "pooled", "full"))
     time_sampling: str = field("uniform", "importance: times in proportion to the spread of their "
         "losses, reweighted; measured anew every 100 steps", choices=("uniform", "importance"))
     complementary: bool = field(False, "rows in pairs: one text, masked where the other is not")
 
     batch_size: int = field(64, "rows a step, of all devices together", "optimisation", low=1)
     micro_batch: int = field(0, "rows of one pass, gradients summed up (0: all at once)", low=0)
-    activation_checkpointing: bool = field(False, "compute activations anew in the backward pass: "
-        "less memory, slower")
+    activation_checkpointing: bool = field(False, "compute activations twice: less memory, slower")
     optimizer: str = field("muon", "muon: Muon for block matrices, AdamW for the rest; adamw: "
         "AdamW for all", choices=("muon", "adamw"))
     lr: float = field(0.005, "learning rate of AdamW; narrower networks bear more", low=0)
@@ -94,7 +93,8 @@ class Config:
     beta2: float = field(0.95, "AdamW", low=0, below=1)
     weight_decay: float = field(0.0, "decoupled, on matrices", low=0)
     warmup_iters: int = field(5, "steps of linear warm-up", low=0)
-    lr_decay: str = field("linear", "how it falls to 0", choices=("linear", "cosine", "constant"))
+    lr_decay: str = field("linear", "how the learning rate falls to 0",
+        choices=("linear", "cosine", "constant"))
     decay_share: float = field(0.5, "share of the run, at its end, over which the learning rate "
         "decays", low=0, high=1)
     grad_clip: float = field(1.0, "largest norm of the gradient (0: off)", low=0)
@@ -104,7 +104,7 @@ class Config:
     eval_interval: int = field(250, "steps between held-out bounds and logs", "evaluation", low=1)
     eval_rows: int = field(256, "held-out rows while training, each masked once", low=1)
     final_rows: int = field(256, "held-out rows at the end, each masked final_masks times", low=1)
-    final_masks: int = field(8, "times that a row is masked anew at the end", low=1, high=10_000)
+    final_masks: int = field(8, "masks of each row in the final NELBO", low=1, high=10_000)
     final_samples: int = field(64, "texts that the final metrics judge", low=0, high=10**5)
 
     def __post_init__(self):
@@ -167,7 +167,7 @@ class SampleConfig:
     num_samples: int = field(1, "how many of each", low=1, high=10**5)
     seed: int = field(1337, "of the first sample; the next has the next number", low=0, high=SEEDS)
 
-    # the choice of scripts/lab/ablate.py samplers: as good as a token at a time, in a third of NFE
+    # by scripts/lab/ablate.py samplers: as good as one token at a time, in a third of the NFE
     sampler: str = field("entropy_bounded", "policy that says which tokens are unmasked next, NAME "
         "or NAME:NUMBER; --list shows all", "how")
     steps: int = field(None, "most steps; more is better and slower (default: as many as there are "
@@ -221,8 +221,8 @@ class SampleConfig:
 
 # The recipe of the two micro-dLLMs, the yardstick of all comparisons (they, the notes and the guide
 # are "the sources" of this repository): discrete times, a table of them, AdamW as PyTorch has it.
-# Their sampler is repaired, and row 0 of the table is for clean text only: theirs decided the last
-# tokens without ever having been trained.
+# Their sampler is repaired, and row 0 of the table is for clean text only: theirs asks the network
+# for the last tokens at row 0, which was never trained.
 MICRO = dict(
     rows="stream", tie_embeddings=False, schedule="cos", corruption="bernoulli",
     diffusion_steps=100, time_conditioning="table", init="normal", rope_base=10_000.0,

@@ -1,18 +1,18 @@
 """Diffusion of text: schedules, the forward process, losses, the bound, and the sampling loop.
 
-The forward process masks tokens: at mask ratio m each token is MASK with probability m. The network
-learns to say what is masked. Sampling begins with a canvas full of MASKs and unmasks it, a few
-tokens at a time. This file teaches masked diffusion; utils/families.py has what block diffusion,
-uniform noise and autoregressive models do otherwise.
+The forward process masks tokens, at mask ratio m a share m of them. The network learns to say what
+is masked. Sampling begins with a canvas full of MASKs and unmasks it, a few tokens at a time. This
+file teaches masked diffusion; utils/families.py has what block diffusion, uniform noise and
+autoregressive models do otherwise.
 
-Networks and losses know the mask ratio m of a row, in [0, 1], or its number of masks l. Time t only
-is where m comes from: a schedule m(t), the weights that make up for it, and a sampler's grid.
+Networks and losses know the mask ratio m of a row, in [0, 1], or its number of masks l. Time t
+serves only to determine m: by a schedule m(t), in training and in a sampler's grid.
 
   B rows, L positions, V real tokens 0..V-1, MASK = V
   x0 (B, L) clean ids, xt (B, L) corrupted ids
   CE = -log p(x0_i | xt) at a masked position i, in nats
   S = the masked positions of a row, l = |S|
-  K units of n positions in a row: what has a mask ratio of its own, the row or a block of it
+  a unit is what has a mask ratio of its own, the row or a block: a row has K units of n positions
 """
 
 import math
@@ -101,18 +101,25 @@ def mask_counts(cfg, u, n):
     return (1 + (mask_ratio(cfg.schedule, u) * n).floor().long()).clamp(max=n)
 
 
-def count_masks(cfg, u, n, generator, density=None, free=None):
+# A corruption is a function of (Config, u (units,) uniforms, n positions of a unit, generator,
+# density of times, maskable (units, n) bool, None: all) -> (masked (units, n) bool, the ELBO's
+# weight of a masked token (units,), the importance weight of the time that was drawn (units,), how
+# many can be masked, (units,) in the order of the strata, or None where that is not known: a
+# compiled network wants batches of one size).
+
+
+def count_masks(cfg, u, n, generator, density=None, maskable=None):
     """Draw a number l of masks by the schedule's law p(l), then l positions of the unit at random.
 
     Against bernoulli: no row is without a mask, there is no 1/t tail, and the loss of a batch
     deviates 8 times less at L = 256. The ELBO weighs a masked token 1 / (p(l) l). With
     cfg.complementary each u makes two units, that of its l masks and that of the n - l others.
     """
-    u_position, n = draws.free_uniforms(len(u), n, generator, free)
-    counts = mask_counts(cfg, u, n)
-    # strata and their order are fixed, and so is the most that each can be
-    ends = (draws.stratum_of(len(u)) + 1).double() / len(u)
-    most = mask_counts(cfg, importance.inverse_cdf(ends, density), n) if free is None else None
+    u_position, n = draws.position_uniforms(len(u), n, generator, maskable)
+    counts, most = mask_counts(cfg, u, n), None
+    if maskable is None:  # a row always gets the same strata, so its largest counts are known
+        ends = (draws.stratum_of(len(u)) + 1).double() / len(u)
+        most = mask_counts(cfg, importance.inverse_cdf(ends, density), n)
     masked = draws.first_of(u_position, counts)
     if cfg.complementary:  # the others of n masks would be none: there both units have all n
         others = ~draws.first_of(u_position, counts % n)
@@ -125,32 +132,25 @@ def count_masks(cfg, u, n, generator, density=None, free=None):
     return masked, 1 / ((end - begin) * counts), (end - begin) / drawn, most
 
 
-def bernoulli_masks(cfg, u, n, generator, density=None, free=None):
+def bernoulli_masks(cfg, u, n, generator, density=None, maskable=None):
     """Each token by itself, as in the sources. The ELBO weighs m'(t) / m(t), or T (m_k - m_{k-1}) /
     m_k in T discrete times 1/T, ..., 1 (MDLM, arXiv:2406.07524)."""
     T = cfg.diffusion_steps
     t = (u * T).floor() / T + 1 / T if T else u.clamp(min=1e-9)
     m = mask_ratio(cfg.schedule, t)
-    u_position, _ = draws.free_uniforms(len(u), n, generator, free)
+    u_position, _ = draws.position_uniforms(len(u), n, generator, maskable)
     slope = (
         T * (m - mask_ratio(cfg.schedule, t - 1 / T)) if T else mask_ratio_slope(cfg.schedule, t)
     )
     return u_position < m[:, None], slope / m, 1 / importance.density_at(t, density), None
 
 
-# (Config, u (units,) uniforms, n positions of a unit, generator, density of times, free (units, n)
-# bool: what may be masked, None: all) -> (masked (units, n) bool, the ELBO's weight of a masked
-# token (units,), the importance weight of the time that was drawn (units,), how many can be masked
-# (units,), or None where that is not known: a compiled network wants batches of one size)
 CORRUPTIONS = {"count": count_masks, "bernoulli": bernoulli_masks}
 
 # (the ELBO's weights (units,), masked (B, L)) -> weight of a masked token in each unit
 WEIGHTINGS = {
-    # the negative ELBO in nats per token, whatever the schedule
-    "elbo": lambda elbo, masked: elbo,
-    # the same minimum, less weight on nearly clean rows
-    "flat": lambda elbo, masked: torch.ones_like(elbo),
-    # the ELBO's, but at most 5
+    "elbo": lambda elbo, masked: elbo,  # the NELBO, whatever the schedule
+    "flat": lambda elbo, masked: torch.ones_like(elbo),  # less weight on nearly clean rows
     "clip": lambda elbo, masked: elbo.clamp(max=5.0),
     # the sources' mean over all masked tokens of the batch
     "pooled": lambda elbo, masked: torch.ones_like(elbo) * masked.numel() / masked.sum().clamp(1),
@@ -165,11 +165,11 @@ def token_nll(logits, targets):
     return F.cross_entropy(at_least_float32(logits), targets, reduction="none")
 
 
-def masked_loss(logits_of, x0, corruption, token_nll=token_nll, unit=None):
+def masked_loss(logits_of, x0, corruption, token_nll=token_nll, unit_of=None):
     """Weighted cross entropy of the masked tokens of x0 (B, L): (B,) nats per token of each row.
 
     logits_of  function (masked (B, L), index (N,)) -> logits (N, V) at those flat positions
-    unit       (L,) long, which of a row's K weights is that of each position; None: it has one
+    unit_of    (L,) long, which of a row's K weights is that of each position; None: it has one
     """
     (B, L), corruption = x0.shape, corruption.to(x0.device)
     weight, index = corruption.weight, corruption.index
@@ -177,13 +177,13 @@ def masked_loss(logits_of, x0, corruption, token_nll=token_nll, unit=None):
     row, place = torch.where(index < 0, B, index // L), index % L
     index = index.clamp(min=0)
     ce = token_nll(logits_of(corruption.masked, index), x0.flatten()[index])
-    if unit is None:
+    if unit_of is None:
         return ce.new_zeros(B + 1).index_add(0, row, ce)[:B] * weight / L
-    weight = F.pad(weight, (0, 0, 0, 1))[row, unit[place]]
+    weight = F.pad(weight, (0, 0, 0, 1))[row, unit_of[place]]
     return ce.new_zeros(B + 1).index_add(0, row, ce * weight)[:B] / L
 
 
-def bound_masks(R, K, n, passes, free=None):
+def bound_masks(R, K, n, passes, maskable=None):
     """The masks of the bound, for R rows of K units of n positions: yields (masked (R, K n), weight
     (R, K)) for each pass.
 
@@ -194,12 +194,12 @@ def bound_masks(R, K, n, passes, free=None):
 
     The same whatever schedule or loss the network was trained with, and always the same, so that
     checkpoints and runs compare. Each pass stratifies the counts over all rows, and gives them to
-    the rows in a new random order. free (R K, n) bool: what may be masked, None: all.
+    the rows in a new random order. maskable (R K, n) bool; None: all.
     """
     generator = torch.Generator().manual_seed(0)
     for _ in range(passes):
         u = draws.stratified(R * K, generator)[torch.randperm(R * K, generator=generator)]
-        u_position, sizes = draws.free_uniforms(R * K, n, generator, free)
+        u_position, sizes = draws.position_uniforms(R * K, n, generator, maskable)
         counts = 1 + (u * sizes).floor().long()
         yield draws.first_of(u_position, counts).view(R, -1), (sizes / counts).float().view(R, K)
 
@@ -217,14 +217,14 @@ class Masked:
     """Masked diffusion (MDLM, arXiv:2406.07524; LLaDA, arXiv:2502.09992): every position sees all
     others. A family is an object like this; utils/families.py has the others, and their names.
 
-    corrupt, loss, nelbo, sampler, denoiser, probes, log_p, fit  are what others call,
-    units, unit_of, logits, noised_logits  what another masked family does otherwise.
+    Public: corrupt, loss, nelbo, sampler, denoiser, probes, log_p, fit.
+    Hooks of other masked families: units, unit_of, logits, noised_logits.
 
     name       in a sentence
     exact      whether `nelbo` is the likelihood itself
     block_len  of blocks that it generates from left to right, seeing nothing to the right of them;
                0: it has none
-    samplers   it can be sampled with; `procedure`: what that is called where there is no choice
+    samplers   that it can be sampled with; procedure: its name for it where there is no choice
     needs      {setting of Config or SampleConfig: what it may be, the family's default first};
                `why`: {setting: the reason}
     """
@@ -251,8 +251,7 @@ class Masked:
 
         density  (n,) of the times that are drawn (utils/importance.py); rows are reweighted so that
                  the mean of their losses is what it is without
-        given    (B, L) bool, tokens that are never masked, those of prompts say; BOS never is.
-                 (Rows of pairs will have some; no corpus has them yet.)
+        given    (B, L) bool, tokens that are never masked, as BOS is: prompts say (of no corpus yet)
         """
         cfg, (B, L) = self.cfg, shape
         K, n = self.units(L)
@@ -261,8 +260,8 @@ class Masked:
         if self.block_len:  # each row has K strata of its own, in its blocks in random order
             u = u.view(B, K)
             u = u.gather(1, torch.rand(u.shape, generator=generator).argsort(1)).flatten()
-        draw, free = CORRUPTIONS[cfg.corruption], self.maskable(given, n)
-        masked, elbo, weight, most = draw(cfg, u, n, generator, density, free)
+        draw, maskable = CORRUPTIONS[cfg.corruption], self.maskable(given, n)
+        masked, elbo, weight, most = draw(cfg, u, n, generator, density, maskable)
         masked = F.pad(masked.view(B, -1), (self.bos, 0))
         if cfg.loss_weighting != "full":  # which is a loss of its own, without weights
             weight = weight * WEIGHTINGS[cfg.loss_weighting](elbo, masked)
@@ -294,14 +293,14 @@ class Masked:
 
     def weighted_ce(self, model, x0, corruption, token_nll=token_nll):
         """`masked_loss` of x0 (B, L)."""
-        unit = self.unit_of(x0.size(1), x0.device)
+        unit_of = self.unit_of(x0.size(1), x0.device)
         noised_logits = partial(self.noised_logits, model, x0)
-        return masked_loss(noised_logits, x0, corruption, token_nll, unit)
+        return masked_loss(noised_logits, x0, corruption, token_nll, unit_of)
 
     def nelbo(self, model, x0, passes=1, given=None):
-        """Upper bound on -log p(x0), (R, passes) nats per token, for x0 (R, L) long; its mean over
-        passes is unbiased. given (R, L) bool: tokens that are certain, never masked and without
-        cost, BOS always; the mean per token is over all L."""
+        """Unbiased estimates, one a pass, of the NELBO, an upper bound on -log p(x0): (R, passes)
+        nats per token for x0 (R, L) long. given (R, L) bool: tokens that are certain, never masked
+        and without cost, BOS always; the mean per token is over all L."""
         R, (K, n) = len(x0), self.units(x0.size(1))
         masks, pad = bound_masks(R, K, n, passes, self.maskable(given, n)), (self.bos, 0)
         fixed = (self.pack(F.pad(masked, pad), weight) for masked, weight in masks)
@@ -352,6 +351,10 @@ class Masked:
 
 
 # --- the reverse process: the sampling loop ------------------------------------------------------
+# Each iteration is a tick, which numbers its random draws. The clock says whose `Turn` it is: which
+# block each row denoises, from which mask ratio to which. The policy, a pure function of a `View`,
+# says what to unmask and to remask. The network is asked for the distributions that it needs: all
+# open ones where it has a key, a number that it makes of each; else those that it unmasks.
 
 
 @torch.no_grad()
@@ -366,8 +369,8 @@ def sample(family, model, canvas, how, *, window=None, stop=None, seeds=None, to
     top     how many of the likeliest tokens to keep for viewers, in Step.top
 
     Given tokens never change, no MASK is left, and MASK is never drawn: the network has no logit
-    for it. Of a row that is finished nothing is open, so nothing is asked, and the denoiser leaves
-    it out of its call. (asked, unmask, remask are (B, L) bool; N positions are asked in all.)
+    for it; a canvas without MASK yields nothing. Of a finished row nothing is open, so nothing is
+    asked, and the denoiser leaves it out of its call. (asked, unmask, remask: (B, L) bool.)
     """
     check_needs(family, how)
     sampler, denoiser = family.sampler(how), family.denoiser(model, canvas, how, window)
@@ -377,12 +380,11 @@ def sample(family, model, canvas, how, *, window=None, stop=None, seeds=None, to
     state = State(canvas, noise, uniforms(0)[0], top)
     clock = Clock(state, denoiser, sampler, grid, how, stop)
     for tick in count(noise.first_tick):
-        turn = clock.turn(state)  # which block each row denoises, from which mask ratio to which
+        turn = clock.turn(state)
         if turn is None:
             return
         u_position, u_token = uniforms(tick)
         view = state.view(turn, u_position, sampler, how.min_tokens)  # what the policy sees
-        # all that is open; or, of a policy that does not look at p, just what it will unmask
         asked = view.open if sampler.key else sampler.policy(view)[0]
         logits = denoiser(state.ids, asked, turn)  # (N, V)
         p = noise.belief(logits, state.ids, asked, turn)  # p(x0_i | xt), (N, V)

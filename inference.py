@@ -78,8 +78,8 @@ def generate(loaded, how):
     NFE, seconds).
 
     A result is a dict: text, seed, sampler, evaluations (NFE), tokens, confidence and step (when
-    each token settled; 0: given) of its own row; seconds and tokens_per_second, of the finished
-    texts and without the time of viewers, of the rows that are generated together with it.
+    each token settled; 0: given) of its own row; seconds and tokens_per_second are those of the
+    rows that are generated together with it, up to the texts' ends, without the time of viewers.
     """
     family, tokenizer, device = loaded.family, loaded.tokenizer, loaded.hardware.device
     rows = canvas.rows_of(how, family, tokenizer)
@@ -102,8 +102,8 @@ def generate(loaded, how):
             last, settled = follow(steps, blank == tokenizer.mask, quiet=first and how.live)
         nfe, seconds, ids = nfe + last.nfe, seconds + watch.seconds, last.ids.tolist()
         end_of = lambda r, i: None if how.no_stop else canvas.end(tokenizer, ids[r], rows[i][0])
-        texts = (rows[i][0][: end_of(r, i)] for r, i in enumerate(members))
-        generated = sum(text.count(tokenizer.mask) for text in texts)
+        finished = (rows[i][0][: end_of(r, i)] for r, i in enumerate(members))
+        generated = sum(row.count(tokenizer.mask) for row in finished)
         for r, i in enumerate(members):
             results[i] = {
                 "text": canvas.finished(tokenizer, ids[r], rows[i][0], not how.no_stop),

@@ -37,7 +37,7 @@ def rotary_table(positions, head_dim, base):
 
 class ShortAttention(torch.autograd.Function):
     """softmax(q k^T / sqrt(D)) v for q, k, v (B, H, L, D) by plain matrix products, for training on
-    a CPU in bfloat16, whose fused kernel is 6 times slower backwards; mask as
+    a CPU in bfloat16, whose fused kernel takes 6 times as long backwards; mask as
     F.scaled_dot_product_attention has it, or None.
 
     Queries and keys have size sqrt(D), so no score is above sqrt(D) and exp cannot overflow: the
@@ -91,7 +91,7 @@ class Attention(nn.Module):
         mask = attention if torch.is_tensor(attention) else None  # True = may look
         # No dropout of attention weights: it rules out the fused kernels and made a training step
         # twice as slow.
-        causal = isinstance(attention, str)  # or else all see all, or as the mask says
+        causal = attention == "causal" if mask is None else False
         attend = partial(F.scaled_dot_product_attention, attn_mask=mask, is_causal=causal)
         if x.device.type != "cpu" or not torch.is_grad_enabled():
             y = attend(q, k, v)
@@ -121,8 +121,7 @@ class Block(nn.Module):
         super().__init__()
         self.attn, self.mlp = Attention(cfg), MLP(cfg)
         self.dropout = nn.Dropout(cfg.dropout)
-        # adaLN (arXiv:2212.09748): the noise level shifts and scales what each half of the block
-        # reads
+        # adaLN (arXiv:2212.09748): the noise level shifts and scales the input of both sublayers
         self.modulation = (
             nn.Linear(cfg.n_embd, 4 * cfg.n_embd) if cfg.time_conditioning == "adaln" else None
         )
@@ -208,7 +207,7 @@ class Transformer(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
                 if getattr(module, "bias", None) is not None:
                     nn.init.zeros_(module.bias)
-        # every block starts as the identity, and every token as equally likely
+        # every block starts as the identity
         if self.cfg.init == "zero":
             for block in self.blocks:
                 # uniform of the variance that keeps activations at size 1 (C channels in), as in
@@ -224,9 +223,9 @@ class Transformer(nn.Module):
                 # former: on tales, 700 steps that were enough with 0.5 left it unlearned with 0.02.
                 # The price: the first loss is above ln V.
                 nn.init.normal_(self.embedding.weight, std=0.5)
-            else:
+            else:  # every token starts as equally likely
                 nn.init.zeros_(self.head.weight)
-        for block in self.blocks:  # adaLN-zero: no modulation at first
+        for block in self.blocks:  # no modulation at first
             if block.modulation is not None:
                 nn.init.zeros_(block.modulation.weight)
 

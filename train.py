@@ -3,7 +3,8 @@ to compare.
 
     python train.py                                  the default preset (see --list)
     python train.py shakespeare --max_iters 500      a preset, with changes
-    python train.py shakespeare --block_len 16       another family: --objective ar, uniform
+    python train.py shakespeare --block_len 16       another family: blocks
+    python train.py shakespeare --objective ar       another family: autoregressive, or uniform
     python train.py --data my.txt --name mine        your own text
     python train.py my_experiment.py                 config = {"preset": "tales", "n_layer": 6}
     python train.py --resume auto                    go on with the newest run
@@ -90,8 +91,8 @@ def gradients(
     (pieces, seed), cfg = batch, family.cfg
     torch.manual_seed(seed)
     total = torch.zeros((), device=hardware.device)
-    whole = pieces[0][0].size(1) == cfg.seq_len  # a shorter row is no reason to compile anew
-    with contextlib.nullcontext() if whole else torch.compiler.set_stance("force_eager"):
+    full_length = pieces[0][0].size(1) == cfg.seq_len  # shorter rows are not worth compiling anew
+    with contextlib.nullcontext() if full_length else torch.compiler.set_stance("force_eager"):
         for number, piece in enumerate(pieces, 1):
             with ranks.gradient_sync(network, number == len(pieces)):
                 loss = mean_loss(network, family, piece, hardware, token_nll)
@@ -100,8 +101,8 @@ def gradients(
     return total
 
 
-def train_step(run, progress, batch, share):
-    """One step; share in [0, 1] of the run is behind it."""
+def train_step(run, progress, batch, fraction):
+    """One optimizer step; fraction of the run that is done, in [0, 1]."""
     cfg, scaler = run.cfg, run.scaler
     loss = gradients(run.network, run.family, batch, run.hardware, run.token_nll, scaler.scale)
     for optimizer in run.optimizers:
@@ -109,10 +110,10 @@ def train_step(run, progress, batch, share):
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), cfg.grad_clip or math.inf)
     if scaler.is_enabled() and not norm.isfinite():
         run.model.zero_grad()  # float16 overflowed somewhere, so that none of the optimizers steps
-    scale = optim.lr_scale(cfg, progress.step, share)
+    lr_scale = optim.lr_scale(cfg, progress.step, fraction)
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * scale
+            group["lr"] = group["peak"] * lr_scale
         scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
     scaler.update()
@@ -122,7 +123,7 @@ def train_step(run, progress, batch, share):
     progress.step, progress.counted = progress.step + 1, progress.counted + 1
 
 
-# --- once in a while: what is trained stays as it is ---------------------------------------------
+# --- evaluating, saving, logging: nothing here changes what is trained ---------------------------
 
 
 def evaluate(run, progress, so_far):
@@ -209,9 +210,10 @@ def loop(run, progress, batches, minutes, stop, bar):
     busy, clock = 0.0, time.perf_counter()
     due = lambda interval: progress.step % interval == 0
     while True:
+        # all processes must decide alike, so the first one's clock and Ctrl-C count
         progress.minutes, stopped = run.hardware.agree((minutes(), bool(stop)))
-        share = progress.share(cfg)
-        finished = share >= 1 and progress.step > 0  # at least one step, however short the time
+        fraction = progress.fraction(cfg)
+        finished = fraction >= 1 and progress.step > 0  # at least one step, however short the time
         done = finished or stopped
         # counted: steps since the last evaluation, those before a resumed run was stopped too
         evaluates = progress.counted and (due(cfg.eval_interval) or finished)
@@ -234,7 +236,7 @@ def loop(run, progress, batches, minutes, stop, bar):
             clock = time.perf_counter()
         if importance.is_due(cfg, progress.step):
             progress.density = importance.measure(run, progress.step)
-        train_step(run, progress, next(batches), share)
+        train_step(run, progress, next(batches), fraction)
         show_speed(run, progress, bar)
 
 

@@ -43,8 +43,8 @@ class Progress:
     counted: int = 0  # steps in it
     density: torch.Tensor = None  # of times, with time_sampling=importance
 
-    def share(self, cfg):
-        """How much of the run's steps, or of its minutes, is done."""
+    def fraction(self, cfg):
+        """Fraction of the run's steps, or of its minutes, that is done."""
         steps = self.step / cfg.max_iters if cfg.max_iters else 0
         return max(steps, self.minutes / cfg.max_minutes if cfg.max_minutes else 0)
 
@@ -301,7 +301,7 @@ def resumed_config(positional, overrides):
         for k, v in overrides.items()
         if k not in ("resume", "out_dir") and v != before[k]
     ]
-    over = Progress(step=state["step"], minutes=state["minutes"]).share(cfg) >= 1
+    over = Progress(step=state["step"], minutes=state["minutes"]).fraction(cfg) >= 1
     report = os.path.join(cfg.out_dir, "logs", f"{cfg.name}.json")
     if over and reported_steps(report) == state["step"]:
         raise UserError(

@@ -33,11 +33,13 @@ def stratum_of(n):
     return torch.tensor([int(f"{row:0{width}b}"[::-1], 2) for row in range(n)]).argsort().argsort()
 
 
-def free_uniforms(B, n, generator, free=None):
-    """(uniforms (B, n), infinite where not free (B, n) bool; how many of each row are free, n or
+def position_uniforms(B, n, generator, maskable=None):
+    """(uniforms (B, n), infinite where not maskable (B, n) bool; how many of each row are, n or
     (B,), at least 1)"""
     u = torch.rand(B, n, generator=generator)
-    return (u, n) if free is None else (u.masked_fill(~free, math.inf), free.sum(1).clamp(min=1))
+    if maskable is None:
+        return u, n
+    return u.masked_fill(~maskable, math.inf), maskable.sum(1).clamp(min=1)
 
 
 def first_of(u, counts):
@@ -49,7 +51,7 @@ def first_of(u, counts):
 
 def exactly(counts, n, generator):
     """Uniformly random masks (B, n) bool with exactly counts (B,) True in each row."""
-    return first_of(free_uniforms(len(counts), n, generator)[0], counts)
+    return first_of(position_uniforms(len(counts), n, generator)[0], counts)
 
 
 def truncate(logits, temperature=1.0, top_k=0, top_p=1.0):

@@ -136,8 +136,8 @@ def update_average(average, model, decay, step):
 
 
 def lr_scale(cfg, step, progress):
-    """Factor on every learning rate at `step` (from 0), with the share `progress` in [0, 1] of the
-    run behind it."""
+    """Factor on every learning rate at `step` (from 0); progress: fraction of the run that is
+    done."""
     warmup = min(1.0, (step + 1) / max(1, cfg.warmup_iters))
     if cfg.lr_decay == "constant" or not cfg.decay_share:
         return warmup
