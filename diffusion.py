@@ -183,7 +183,7 @@ def masked_loss(logits_of, x0, corruption, token_nll=token_nll, unit_of=None):
     return ce.new_zeros(B + 1).index_add(0, row, ce * weight)[:B] / L
 
 
-def bound_masks(R, K, n, passes, maskable=None):
+def nelbo_masks(R, K, n, passes, maskable=None):
     """The masks of the bound, for R rows of K units of n positions: yields (masked (R, K n), weight
     (R, K)) for each pass.
 
@@ -217,8 +217,8 @@ class Masked:
     """Masked diffusion (MDLM, arXiv:2406.07524; LLaDA, arXiv:2502.09992): every position sees all
     others. A family is an object like this; utils/families.py has the others, and their names.
 
-    Public: corrupt, loss, nelbo, sampler, denoiser, probes, log_p, fit.
-    Hooks of other masked families: units, unit_of, logits, noised_logits.
+    Public: corrupt, loss, nelbo, logits, sampler, denoiser, probes, log_p, fit, cfg and bos.
+    Hooks of other masked families: units, unit_of, noised_logits.
 
     name       in a sentence
     exact      whether `nelbo` is the likelihood itself
@@ -251,7 +251,7 @@ class Masked:
 
         density  (n,) of the times that are drawn (utils/importance.py); rows are reweighted so that
                  the mean of their losses is what it is without
-        given    (B, L) bool, tokens that are never masked, as BOS is: prompts say (of no corpus yet)
+        given    (B, L) bool, tokens that are never masked, as BOS is (of no corpus yet: prompts)
         """
         cfg, (B, L) = self.cfg, shape
         K, n = self.units(L)
@@ -302,7 +302,7 @@ class Masked:
         nats per token for x0 (R, L) long. given (R, L) bool: tokens that are certain, never masked
         and without cost, BOS always; the mean per token is over all L."""
         R, (K, n) = len(x0), self.units(x0.size(1))
-        masks, pad = bound_masks(R, K, n, passes, self.maskable(given, n)), (self.bos, 0)
+        masks, pad = nelbo_masks(R, K, n, passes, self.maskable(given, n)), (self.bos, 0)
         fixed = (self.pack(F.pad(masked, pad), weight) for masked, weight in masks)
         return loss_per_pass(partial(self.weighted_ce, model), x0, fixed, self.cfg.rows_at_once)
 

@@ -84,12 +84,12 @@ def number(text):
     return value
 
 
-def write_shards(cfg, output, given):
+def write_shards(cfg, output, overrides):
     for name in ("num_stories", "seed", "shuffle_buffer", "separator"):
-        if name in given:
+        if name in overrides:
             raise UserError(
-                f"{name}={given[name]} with tokens={cfg.tokens}: shards hold the whole source, in "
-                "its order"
+                f"{name}={overrides[name]} with tokens={cfg.tokens}: shards hold the whole "
+                "source, in its order"
             )
     if not output.endswith(".bin"):
         raise UserError(

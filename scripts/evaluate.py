@@ -42,12 +42,8 @@ from utils import (
 )
 from utils.cli import UserError, field
 
-HOW = (
-    "sampler",
-    "steps",
-    "temperature",
-    "top_p",
-)  # options of both EvaluateConfig and SampleConfig
+# options that are SampleConfig's too
+HOW = ("sampler", "steps", "temperature", "top_p")
 # options that --against leaves idle
 NOT_AGAINST = ("num_samples", "left_to_right", "judge", "json", "plot", *HOW)
 

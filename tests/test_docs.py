@@ -77,13 +77,14 @@ SHORT = {  # appended to the words of a command: later flags win
     "scripts/lab/pictures.py": [],
     "scripts/train_tokenizer.py": ["--vocab-size", "400"],
 }
+# of options that need the hub, or hours
 INSTEAD = {
     "--dataset": "local.jsonl",
     "--num-stories": "300",
     "--tokens": "20K",
-    "--gen-len": "300",  # these need the hub,
+    "--gen-len": "300",
     "--num_samples": "2",
-}  # or hours
+}
 SHAPE = dict(n_layer=1, n_head=2, n_embd=16, batch_size=4, seq_len=67)
 
 

@@ -224,6 +224,25 @@ def test_who_sees_whom_in_block_training(bos):
     assert felt[:size].equal(own == 1) and felt[size:].equal(own < 1)
 
 
+@pytest.mark.parametrize("sampler", ("remdm_cap:0.4", "remdm_rescale", "remdm_conf", "remdm_loop"))
+@pytest.mark.parametrize("kind", ({"objective": "ar"}, {"block_len": 4}))
+def test_remasking_policies_with_exact_keys(kind, sampler):
+    """A block that is full is asked again, which autoregressive models did not survive."""
+    model, canvas = network(), torch.full((2, 12), 5)
+    canvas[:, :2] = torch.tensor([1, 2])
+    for window, steps in ((None, 30), (8, 30), (None, 7)):
+        exact, anew = (
+            [
+                (step.ids.tolist(), step.remasked.tolist(), step.row_nfe.tolist())
+                for step in sample(
+                    model, canvas, sampler=sampler, cache=cache, window=window, steps=steps, **kind
+                )
+            ]
+            for cache in ("auto", "none")
+        )
+        assert exact == anew and exact
+
+
 @pytest.mark.parametrize("time_conditioning", ("none", "sinusoidal"))
 @pytest.mark.parametrize("bos, cache", list(itertools.product((0, 1), ("auto", "none"))))
 def test_sampling_of_blocks_gives_the_logits_of_training(bos, cache, time_conditioning):
@@ -695,10 +714,12 @@ def test_importance_sampling_keeps_the_bound(corruption, schedule):
             .loss(model, x0, family_of(cfg).corrupt((4000, L), generator(i), d))
             .mean()
         )
-        plain, warped = (torch.stack([loss(d, i) for i in range(8)]) * L for d in (None, density))
+        plain, reweighted = (
+            torch.stack([loss(d, i) for i in range(8)]) * L for d in (None, density)
+        )
         assert (
-            abs((plain.mean() - warped.mean()).item())
-            < 5 * (plain.var() / 8 + warped.var() / 8).sqrt().item() + 2e-3
+            abs((plain.mean() - reweighted.mean()).item())
+            < 5 * (plain.var() / 8 + reweighted.var() / 8).sqrt().item() + 2e-3
         )
     drawn = [
         family_of(cfg).corrupt((4000, L), generator(1), d).masked.float().mean().item()

@@ -366,8 +366,8 @@ def ancestral_law(model, grid):
     all canvases."""
     p = model(CANVASES).softmax(-1)
     law = {(MASK,) * L: 1.0}
-    for here, there in zip(grid[:-1], grid[1:]):
-        chance, after = (here - there) / here, {}
+    for m_t, m_s in zip(grid[:-1], grid[1:]):
+        chance, after = (m_t - m_s) / m_t, {}
         for canvas, mass in law.items():
             row = p[code(torch.tensor(canvas), 4)].tolist()
             options = [
@@ -451,7 +451,7 @@ def test_ancestral_sampler_follows_its_law(T, schedule):
     assert total_variation(empirical(rows), law) < 0.0255
 
 
-def test_a_step_that_writes_nothing_costs_nothing():
+def test_a_step_that_unmasks_nothing_costs_nothing():
     """Of T steps, ancestral takes T (1 - (1 - 1/T)^N) for N masks, in the mean."""
     *_, last = sample(Lookup(), torch.full((20_000, L), MASK), sampler="ancestral", steps=50)
     assert last.row_nfe.double().mean().item() == pytest.approx(
@@ -504,8 +504,8 @@ def exact_law(sampler, steps):
     """Exact law (81,) of what `sampler` writes in so many steps with the perfect network, by
     dynamic programming.
 
-    Written anew from the papers, with plain Python numbers and not with the rules' code. A state is
-    the canvas, the confidence and the probability with which each token was written.
+    Written anew from the papers, with plain Python numbers and not with the policies' code. A state
+    is the canvas, the confidence and the probability with which each token was drawn.
     """
     name, _, number = sampler.partition(":")
     table = conditionals()
@@ -522,15 +522,15 @@ def exact_law(sampler, steps):
         }.get(name, row[0])
 
     def choices(state, k):
-        """[(chance, positions to write, positions to mask)]"""
+        """[(chance, positions to unmask, positions to remask)]"""
         canvas, confidence, chosen = state
         masked = [i for i in range(L) if canvas[i] == MASK]
         shown = [i for i in range(L) if canvas[i] != MASK]
         p = table[code(torch.tensor(canvas), 4)].tolist()
         key = {i: surest(p, i) for i in masked}
         order = sorted(masked, key=lambda i: -key[i])  # stable: the leftmost of equal ones
-        here, there = 1 - k / steps, 1 - (k + 1) / steps
-        due = max(1, math.floor(L * (1 - there) + 1e-9) - len(shown))
+        m_t, m_s = 1 - k / steps, 1 - (k + 1) / steps
+        due = max(1, math.floor(L * (1 - m_s) + 1e-9) - len(shown))
         if name in ("confidence", "entropy", "margin"):
             return [(1.0, order[:due], [])]
         if name in ("first_hitting", "random"):
@@ -554,13 +554,13 @@ def exact_law(sampler, steps):
             n = next((n for n, total in enumerate(sums) if total > value), len(order))
             return [(1.0, order[: max(n, due)], [])]
         if name == "local_entropy":
-            write, size = order[:due], int(value)
+            unmask, size = order[:due], int(value)
             for stretch in range(0, L, size):
                 inside, total = [i for i in order if stretch <= i < stretch + size], 0.0
                 for i in inside:
-                    write = write + [i] * (total <= 0.1 and i not in write)
+                    unmask = unmask + [i] * (total <= 0.1 and i not in unmask)
                     total -= key[i]
-            return [(1.0, sorted(write), [])]
+            return [(1.0, sorted(unmask), [])]
         if name == "remask":
             certain = sorted(range(L), key=lambda i: -(key[i] if i in key else confidence[i]))[
                 : len(shown) + due
@@ -569,12 +569,12 @@ def exact_law(sampler, steps):
                 (1.0, [i for i in masked if i in certain], [i for i in shown if i not in certain])
             ]
         # ReMDM: alpha is the visible share
-        s, t = 1 - there, 1 - here
+        s, t = 1 - m_s, 1 - m_t
         if name == "remdm_loop":
             grid = lambda time: (
                 time * 2 if time < 0.05 else 0.1 if time <= 0.55 else 1 - 0.9 * (1 - time) / 0.45
             )
-            s, t = 1 - grid(there), 1 - grid(here)
+            s, t = 1 - grid(m_s), 1 - grid(m_t)
         largest = min(1.0, (1 - s) / t) if t > 0 else 1.0
         if name == "remdm_conf":
             weights = {i: math.exp(-chosen[i]) for i in shown}
@@ -606,16 +606,16 @@ def exact_law(sampler, steps):
                 after[state] = after.get(state, 0.0) + mass
                 continue
             p = table[code(torch.tensor(state[0]), 4)].tolist()
-            for chance, write, mask in choices(state, k):
-                for tokens in itertools.product(range(V), repeat=len(write)):
+            for chance, unmask, remask in choices(state, k):
+                for tokens in itertools.product(range(V), repeat=len(unmask)):
                     canvas, confidence, chosen = map(list, state)
                     weight = mass * chance
-                    for i, token in zip(write, tokens):
+                    for i, token in zip(unmask, tokens):
                         weight *= p[i][token]
                         canvas[i], confidence[i], chosen[i] = token, max(p[i]), p[i][token]
-                    for i in mask:
+                    for i in remask:
                         canvas[i] = MASK
-                    # states that differ in what the rule does not look at are one
+                    # states that differ in what the policy does not look at are one
                     if not name.endswith("conf"):
                         chosen = [0.0] * L
                     if name != "remask":
@@ -672,8 +672,8 @@ def test_documented_laws(sampler, steps, expected):
     ],
 )
 def test_samplers_follow_their_laws(sampler, steps):
-    """Total variation to the exact law is noise; the chosen cases are those where rules differ from
-    each other."""
+    """Total variation to the exact law is noise; the chosen cases are those where policies differ
+    from each other."""
     rows, _ = many(sampler, 40_000, steps=steps)
     law = exact_law(sampler, steps)
     assert law.sum().item() == pytest.approx(1, abs=1e-9)
@@ -932,7 +932,7 @@ def test_one_block_is_no_block(sampler):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("size", (1, 2, 3))
-def test_blocks_are_written_left_to_right(sampler, size):
+def test_blocks_are_denoised_left_to_right(sampler, size):
     """Each row counts its blocks from its own first MASK, and no block begins before the last one
     is complete."""
     first = (CANVAS == MASK).int().argmax(1)
@@ -966,7 +966,7 @@ def test_least_tokens_a_step():
     assert nfe == 2
 
 
-def test_rules_that_look_at_the_data_keep_to_the_steps():
+def test_policies_that_look_at_the_data_keep_to_the_steps():
     for sampler in ("threshold:1.1", "factor:0", "entropy_bounded:0"):
         assert documents_of(Lookup(), CANVAS[2:3], sampler=sampler, steps=2)[1] == 2
     for sampler in ("threshold:0", "factor:99", "entropy_bounded:99"):
@@ -1057,7 +1057,7 @@ def test_a_cache_that_is_always_refreshed_changes_nothing(cache, sampler):
 @pytest.mark.parametrize("sampler", ("confidence", "threshold:0.5", "ancestral", "remdm_cap:0.2"))
 @pytest.mark.parametrize("refresh", (0, 2))
 def test_a_row_with_a_cache_does_not_depend_on_its_batch(cache, sampler, refresh):
-    """Also for rules whose first step in a block writes nothing, and rows whose blocks begin in
+    """Also for policies whose first step in a block writes nothing, and rows whose blocks begin in
     different places."""
     model = network()
     options = dict(sampler=sampler, decode_block=6, steps=40, cache=cache, cache_refresh=refresh)

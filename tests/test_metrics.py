@@ -50,7 +50,7 @@ def test_longest_copies():
 
 def test_bits_of_a_network_that_knows_nothing():
     """ln V nats per token, and from it log2 V bits a character for a character model."""
-    text = train_char(["abcdefgh"], documents=False)
+    chars = train_char(["abcdefgh"], documents=False)
     cfg = settings(
         n_layer=1,
         n_head=1,
@@ -63,9 +63,9 @@ def test_bits_of_a_network_that_knows_nothing():
         seq_len=16,
     )
     rows = torch.randint(8, (6, 16))
-    data = encoding.Corpus(None, rows, text, 0, "", None)
+    data = encoding.Corpus(None, rows, chars, 0, "", None)
     report = metrics.held_out(
-        Transformer(cfg, text.vocab_size), family_of(cfg), data, torch.device("cpu")
+        Transformer(cfg, chars.vocab_size), family_of(cfg), data, torch.device("cpu")
     )
     assert report["bound_nats_per_token"] == pytest.approx(math.log(8), abs=1e-5)
     assert (
@@ -77,9 +77,9 @@ def test_bits_of_a_network_that_knows_nothing():
 
 
 def test_bytes_and_characters_differ():
-    text = train_char(["é漢a"], documents=False)
-    rows = torch.tensor(text.encode(["é漢a"]))
-    assert encoding.row_lengths(rows, text).tolist() == [[3, 6]]
+    chars = train_char(["é漢a"], documents=False)
+    rows = torch.tensor(chars.encode(["é漢a"]))
+    assert encoding.row_lengths(rows, chars).tolist() == [[3, 6]]
 
 
 def test_loss_curves(tmp_path):
@@ -462,12 +462,12 @@ def tiny_model(objective, **changes):
 )
 def test_a_network_that_knows_nothing_by_level(objective, changes):
     """ln V of loss and entropy at every level, 1 / V of accuracy; the bound too."""
-    text = train_char(["abcdefgh"], documents=False)
+    chars = train_char(["abcdefgh"], documents=False)
     cfg, model = tiny_model(objective, **changes)
     torch.nn.init.zeros_(model.head.weight)
     rows = torch.randint(8, (64, 16), generator=runtime.generator(1))
     cfg = dataclasses.replace(cfg, final_rows=64)
-    data = encoding.Corpus(None, rows, text, 0, "", None)
+    data = encoding.Corpus(None, rows, chars, 0, "", None)
     report = metrics.levels_of(model, family_of(cfg), data, torch.device("cpu")) | metrics.held_out(
         model, family_of(cfg), data, torch.device("cpu")
     )
@@ -492,7 +492,7 @@ def test_a_network_that_knows_nothing_by_level(objective, changes):
 def test_pooled_cross_entropy_is_the_training_loss():
     """Of the sources' preset: what their training prints, on the held-out rows; the schedule weighs
     it."""
-    text = train_char(["abcdefgh"], documents=False)
+    chars = train_char(["abcdefgh"], documents=False)
     rows = torch.randint(8, (256, 16), generator=runtime.generator(2))
     found = {}
     for schedule in ("linear", "md4_cosine"):
@@ -503,7 +503,7 @@ def test_pooled_cross_entropy_is_the_training_loss():
         found[schedule] = metrics.levels_of(
             model,
             family_of(cfg),
-            encoding.Corpus(None, rows, text, 0, "", None),
+            encoding.Corpus(None, rows, chars, 0, "", None),
             torch.device("cpu"),
         )
     levels = found["linear"]["levels"]
@@ -535,10 +535,10 @@ def test_left_to_right_is_a_plain_loop():
 
 def test_change_rate_of_known_samplers():
     """One token a step of 16: a sixteenth; uniform noise shows all at first."""
-    text = train_char(["abcdefgh"], documents=False)
+    chars = train_char(["abcdefgh"], documents=False)
     cfg, model = tiny_model("masked")
     rows, figures = samples.generate_rows(
-        model, family_of(cfg), text, 3, torch.device("cpu"), SampleConfig(sampler="first_hitting")
+        model, family_of(cfg), chars, 3, torch.device("cpu"), SampleConfig(sampler="first_hitting")
     )
     assert (
         figures["change_rate"] == pytest.approx(1 / 16)
@@ -546,38 +546,43 @@ def test_change_rate_of_known_samplers():
         and rows.shape == (3, 16)
     )
     _, figures = samples.generate_rows(
-        model, family_of(cfg), text, 3, torch.device("cpu"), SampleConfig(sampler="random", steps=4)
+        model,
+        family_of(cfg),
+        chars,
+        3,
+        torch.device("cpu"),
+        SampleConfig(sampler="random", steps=4),
     )
     assert figures["change_rate"] == pytest.approx(1 / 4)
 
 
 def test_reference_rows_begin_like_samples():
-    text = train_char(["abcdefgh"], documents=True)
-    end = text.end
+    chars = train_char(["abcdefgh"], documents=True)
+    end = chars.end
     held_out = torch.tensor([[1, 2, end, 3, 4, 5], [6, end, 7, 1, 2, 3], [4, 5, 6, 7, 1, 2]])
-    assert samples.reference_rows(held_out, text, 1).tolist() == [[end, 3, 4, 5, 6, end]]
-    assert samples.reference_rows(held_out, text, 9).tolist() == [[end, 3, 4, 5, 6, end]], (
+    assert samples.reference_rows(held_out, chars, 1).tolist() == [[end, 3, 4, 5, 6, end]]
+    assert samples.reference_rows(held_out, chars, 9).tolist() == [[end, 3, 4, 5, 6, end]], (
         "windows do not overlap"
     )
-    assert samples.reference_rows(held_out[:1, :2], text, 9).tolist() == [[1, 2]], (
+    assert samples.reference_rows(held_out[:1, :2], chars, 9).tolist() == [[1, 2]], (
         "no document begins: as they are"
     )
     rare = torch.cat((held_out[:1], torch.ones(9, 6, dtype=torch.long)))
-    assert torch.equal(samples.reference_rows(rare, text, 8), rare[:8]), (
+    assert torch.equal(samples.reference_rows(rare, chars, 8), rare[:8]), (
         "few documents: as much text as there are samples"
     )
 
 
 def test_what_fills_up_a_row_is_no_copied_text():
-    text = train_char(["abcdefgh"], documents=True)
-    end, cfg = text.end, settings(rows="document")
+    chars = train_char(["abcdefgh"], documents=True)
+    end, cfg = chars.end, settings(rows="document")
     rows = torch.tensor(
         [
             [end, 1, 2, 3, 4, end, end, end, end, end, end, end],
             [end, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7],
         ]
     )
-    own = samples.without_filling(rows, text, cfg)
+    own = samples.without_filling(rows, chars, cfg)
     assert own[0].tolist() == rows[0, :6].tolist() + [-1] * 6 and torch.equal(own[1], rows[1])
     training = torch.tensor(
         [
@@ -595,12 +600,12 @@ def test_what_fills_up_a_row_is_no_copied_text():
 def test_a_judge_counts_nats_per_character():
     """A network that knows nothing says ln V a token, of one character each; windows are cut, and
     nothing is scored twice."""
-    text = train_char(["abcdefgh"], documents=False)
+    chars = train_char(["abcdefgh"], documents=False)
     cfg, model = tiny_model("ar")
     torch.nn.init.zeros_(model.head.weight)
     nats = samples.judge_texts(
         ["abcdefgh" * 5, "", "aa"],
-        samples.Judge(model, family_of(cfg), text, torch.float32),
+        samples.Judge(model, family_of(cfg), chars, torch.float32),
         torch.device("cpu"),
     )
     assert nats == pytest.approx(math.log(8), abs=1e-5)

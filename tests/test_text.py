@@ -45,14 +45,14 @@ def test_bpe_round_trips_every_string(bpe):
 
 
 def test_char_round_trips_and_names_unknown_characters():
-    text = tokenizer.train_char(["to be,\nor not"], documents=True)
-    assert text.vocab_size == len(set("to be,\nor not")) + 2 and text.end == text.mask - 1
-    assert text.decode(text.encode(["not\nto, be"])[0]) == "not\nto, be"
-    assert text.pieces(text.encode(["no\n"])[0]) == ["n", "o", "\n"]
+    chars = tokenizer.train_char(["to be,\nor not"], documents=True)
+    assert chars.vocab_size == len(set("to be,\nor not")) + 2 and chars.end == chars.mask - 1
+    assert chars.decode(chars.encode(["not\nto, be"])[0]) == "not\nto, be"
+    assert chars.pieces(chars.encode(["no\n"])[0]) == ["n", "o", "\n"]
     with pytest.raises(UserError, match="'z'"):
-        text.encode(["toz"])
+        chars.encode(["toz"])
     with pytest.raises(UserError):  # spelled out it is text, and these characters are not all known
-        text.encode(["<|endoftext|>"])
+        chars.encode(["<|endoftext|>"])
 
 
 def test_special_tokens_in_a_text_are_text(bpe):

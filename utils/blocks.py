@@ -14,12 +14,12 @@ def block_ids(L, block_len, bos, device):
 def mask_ratios(masked, block_len, bos):
     """Mask ratio of the block of each position of masked (B, L) bool: (B, L) float32, 0 for the
     `bos` first."""
-    own = block_ids(masked.size(1), block_len, bos, masked.device) + 1
-    size = torch.bincount(own, minlength=1)
+    ids = block_ids(masked.size(1), block_len, bos, masked.device) + 1
+    size = torch.bincount(ids, minlength=1)
     count = torch.zeros(len(masked), len(size), device=masked.device).index_add(
-        1, own, masked.float()
+        1, ids, masked.float()
     )
-    return (count / size.clamp(min=1))[:, own]
+    return (count / size.clamp(min=1))[:, ids]
 
 
 @lru_cache(maxsize=8)

@@ -173,5 +173,5 @@ def batches(rows, family, vocabulary, device):
     a length, as many as fit."""
     for length in dict.fromkeys(len(row) for row, _ in rows):
         members = [i for i, (row, _) in enumerate(rows) if len(row) == length]
-        size = runtime.rows_at_once(family, vocabulary, length, device)
+        size = runtime.rows_that_fit(family, vocabulary, length, device)
         yield from (members[start : start + size] for start in range(0, len(members), size))

@@ -33,7 +33,7 @@ MAY_CHANGE = set(
 @dataclass
 class Progress:
     """How far a run is. With weights and optimizers it is all that a resumed run needs, and part of
-    every checkpoint as it stands: what is random is a function of the seed and the step."""
+    a run's last checkpoint as it stands: what is random is a function of the seed and the step."""
 
     step: int = 0
     minutes: float = 0.0  # in all sessions

@@ -45,8 +45,8 @@ class Corruption(NamedTuple):
 
     def to(self, device):
         """On the device, with its index."""
-        own = self if self.index is not None or self.noise is not None else self.indexed()
-        return own.each(lambda part: runtime.move(part, device))
+        whole = self if self.index is not None or self.noise is not None else self.indexed()
+        return whole.each(lambda part: runtime.move(part, device))
 
 
 @torch.no_grad()

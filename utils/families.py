@@ -71,9 +71,9 @@ class Blocks(Masked):
         )
 
     def logits(self, model, ids, index=None):
-        own = blocks.block_ids(ids.size(1), self.block_len, self.bos, ids.device)
+        ids_of = blocks.block_ids(ids.size(1), self.block_len, self.bos, ids.device)
         ratio = blocks.mask_ratios(ids == model.vocab_size - 1, self.block_len, self.bos)
-        return model(ids, ratio, attention=own[None] <= own[:, None], select=index)
+        return model(ids, ratio, attention=ids_of[None] <= ids_of[:, None], select=index)
 
     def denoiser(self, model, canvas, how, window=None):
         """In the model's own blocks, which begin where they did in training."""
@@ -220,10 +220,10 @@ class Uniform:
     def nelbo(self, model, x0, passes=1, given=None):
         """Upper bound on -log p(x0), (R, passes) nats per token. Times are stratified over all
         rows, and m = t^2, since the integrand grows like log(1 / m): nothing is cut off below."""
-        fixed = self.bound_corruptions(x0.shape, passes, given)
+        fixed = self.nelbo_corruptions(x0.shape, passes, given)
         return loss_per_pass(partial(self.loss, model), x0, fixed, self.cfg.rows_at_once)
 
-    def bound_corruptions(self, shape, passes, given=None):
+    def nelbo_corruptions(self, shape, passes, given=None):
         R, generator = shape[0], torch.Generator().manual_seed(0)
         for _ in range(passes):
             t = draws.stratified(R, generator)[torch.randperm(R, generator=generator)]
@@ -234,8 +234,8 @@ class Uniform:
 
     def sampler(self, how):
         """The reverse process, unless how names another that it has."""
-        own = how.sampler.partition(":")[0] in self.samplers
-        return find_sampler(how.sampler if own else "reverse", self.samplers)
+        known = how.sampler.partition(":")[0] in self.samplers
+        return find_sampler(how.sampler if known else "reverse", self.samplers)
 
     def denoiser(self, model, canvas, how, window=None):
         """The whole canvas at once, with the noise level that the clock has."""

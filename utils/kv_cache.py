@@ -35,7 +35,9 @@ class Exact:
 
     def __call__(self, x, asked, window):
         rows, start, shift, W = window.rows, window.start[:, 0], window.shift[:, 0], x.size(1)
-        self.kept[rows] = torch.where(self.shift[rows] == shift, self.kept[rows], 0)
+        # a block may be asked again when it is full, by policies that remask
+        kept = self.kept[rows].minimum(start)
+        self.kept[rows] = torch.where(self.shift[rows] == shift, kept, 0)
         self.shift[rows] = shift
         end = (start + self.block_len).clamp(max=W)
         length = int((end - self.kept[rows]).max())
@@ -150,8 +152,8 @@ class Approximate:
             return k, v
         place = self.rows[:, None], self.columns
         # a row keeps what is before its own block, whatever the batch
-        own = (self.columns >= self.start)[..., None, None]
+        ahead = (self.columns >= self.start)[..., None, None]
         for old, new in zip(self.layers[layer], (k, v)):
-            old[place] = torch.where(own, new, old[place])
+            old[place] = torch.where(ahead, new, old[place])
         all_rows = len(self.rows) == self.num_rows
         return tuple(old if all_rows else old[self.rows] for old in self.layers[layer])

@@ -46,7 +46,7 @@ SHAPE = (
 
 @dataclass
 class Run:
-    """What a run works with. But for the weights and `best` it stays as it is."""
+    """What a run works with. Once `choose_network` is done, only the weights and `best` change."""
 
     cfg: Config
     family: object  # diffusion.Masked, or one of utils/families.py
@@ -85,11 +85,11 @@ def set_up(cfg, state=None, quiet=False):
             f"batch_size={cfg.batch_size} cannot be shared among {hardware.world} processes"
             + (f" in pieces of {piece} rows" if piece > 1 else "")
         )
-    given = state or (checkpoint.read(cfg.init_from) if cfg.init_from else None)
+    origin = state or (checkpoint.read(cfg.init_from) if cfg.init_from else None)
     with ranks.first_rank_first(hardware):  # it prepares the corpus where need be
-        data = corpus.load(cfg, tokenizers.from_json(given["tokenizer"]) if given else None)
+        data = corpus.load(cfg, tokenizers.from_json(origin["tokenizer"]) if origin else None)
     check_size(cfg, data.tokenizer.vocab_size, hardware)
-    model = make_model(cfg, data.tokenizer, None if state else given).to(hardware.device)
+    model = make_model(cfg, data.tokenizer, None if state else origin).to(hardware.device)
     ema = copy.deepcopy(model).requires_grad_(False).eval() if cfg.ema else None
     optimizers = optim.make_optimizers(model, cfg, hardware.dtype)
     scaler = torch.amp.GradScaler(hardware.device.type, enabled=hardware.dtype == torch.float16)
@@ -113,8 +113,8 @@ def set_up(cfg, state=None, quiet=False):
         resume(run, progress, state)
         if os.path.exists(run.path["best"]):
             run.best = checkpoint.read(run.path["best"])["nll"]
-    if given:
-        given.clear()  # frees as much memory as weights and optimizers take
+    if origin:
+        origin.clear()  # frees as much memory as weights and optimizers take
     model.train()
     return run, progress
 
@@ -162,12 +162,12 @@ def check_size(cfg, vocab_size, hardware):
         )
 
 
-def make_model(cfg, tokenizer, given):
-    """The network, new or with the weights of the checkpoint dict `given`, that of --init_from."""
+def make_model(cfg, tokenizer, origin):
+    """The network, new or with the weights of the checkpoint dict `origin`, that of --init_from."""
     torch.manual_seed(cfg.seed)
     model = Transformer(cfg, tokenizer.vocab_size)
-    if given:
-        theirs = cli.merge(Config, given["config"])
+    if origin:
+        theirs = cli.merge(Config, origin["config"])
         table = ("diffusion_steps",) * (cfg.time_conditioning == "table")
         # some of these leave the shapes of the weights alone, so loading would not notice
         for name in SHAPE + table:
@@ -177,7 +177,7 @@ def make_model(cfg, tokenizer, given):
                     f"not {getattr(cfg, name)}; give --{name} {getattr(theirs, name)}"
                 )
         with checkpoint.fitting(cfg.init_from):
-            model.load_state_dict(given.get("ema") or given["model"])
+            model.load_state_dict(origin.get("ema") or origin["model"])
     return model
 
 

@@ -88,7 +88,7 @@ def dtype_of_run(name, trained, device, path):
 AT_ONCE = {"cpu": 2**26, "cuda": 2**27, "mps": 2**26}
 
 
-def rows_at_once(family, vocabulary, length, device):
+def rows_that_fit(family, vocabulary, length, device):
     """How many rows of `length` tokens may be generated together, so that memory does not grow with
     their number: by their logits, which a model of blocks or from left to right has of its block
     alone, and by what a pass keeps of each layer."""

@@ -22,7 +22,7 @@ def sample_rows(generate, family, tokenizer, count, device):
     """
     parts, window = [], family.cfg.seq_len
     for seeds in torch.arange(count).split(
-        min(50, runtime.rows_at_once(family, tokenizer.vocab_size, window, device))
+        min(50, runtime.rows_that_fit(family, tokenizer.vocab_size, window, device))
     ):
         blank = torch.tensor([canvas.build(tokenizer, [None], window)] * len(seeds), device=device)
         parts.append([part.cpu() for part in generate(blank, seeds.tolist())])
@@ -30,7 +30,7 @@ def sample_rows(generate, family, tokenizer, count, device):
 
 
 def generate_rows(model, family, tokenizer, count, device, how):
-    """(`count` unconditional samples (count, seq_len) long, figures of how they were written).
+    """(`count` unconditional samples (count, seq_len) long, figures of how they were generated).
 
     change_rate  share of the tokens to generate that a step changes, masks or unmasks; under
                  uniform noise the first step shows all, which counts as a change of all

@@ -149,7 +149,7 @@ class Clock:
         self.may_remask, self.correctors, self.stop = sampler.may_remask, how.correctors, stop
         self.precision = precision_of(device)
         self.place = torch.arange(L, device=device)
-        self.number = (self.place - denoiser.origin).clamp(min=0) // denoiser.block_len  # (B, L)
+        self.block_ids = (self.place - denoiser.origin).clamp(min=0) // denoiser.block_len  # (B, L)
         self.block = torch.full((B,), -1, device=device)
         self.over = torch.ones_like(self.block, dtype=torch.bool)  # whether the block is finished
         self.done, self.planned = torch.zeros_like(self.block), torch.ones_like(self.block)  # steps
@@ -158,11 +158,11 @@ class Clock:
     def turn(self, state):
         """The next `Turn`; None when every row is finished."""
         L = state.ids.size(1)
-        following = torch.where(state.masked, self.number, L).amin(1)
+        following = torch.where(state.masked, self.block_ids, L).amin(1)
         self.block = torch.where(self.over, following, self.block)
         if not (self.block < L).any():
             return None
-        self.inside = self.number == self.block[:, None]
+        self.inside = self.block_ids == self.block[:, None]
         self.done = torch.where(self.over, 0, self.done)
         self.planned = torch.where(self.over, self.share(state), self.planned)
         # policies that unmask one token a step may take more steps than planned
@@ -202,6 +202,6 @@ class Clock:
         if self.may_remask:
             self.over &= self.done >= self.planned
         if self.stop is not None:
-            finished = state.editable & ~state.masked & (self.number <= self.block[:, None])
+            finished = state.editable & ~state.masked & (self.block_ids <= self.block[:, None])
             ends = (state.ids == self.stop) & finished & (self.place >= self.denoiser.given_until)
             state.fill_up((self.over & ends.any(1))[:, None], self.stop)

@@ -192,7 +192,7 @@ def load(path):
         raise UserError(f"{path}: {error}") from None
 
 
-def save(text, path):
+def save(tokenizer, path):
     """Write the tokenizer file; an unwritable path is a UserError."""
     with cli.replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        file.write(text.to_json())
+        file.write(tokenizer.to_json())

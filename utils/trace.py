@@ -26,7 +26,8 @@ def most_states(row, how, family, mask):
         return masks
     L, window = len(row), family.cfg.seq_len
     length = family.block_len or how.decode_block or (max(1, window // 4) if L > window else L)
-    # the steps of the whole are shared among the blocks, rounded up in each
+    # The steps of the whole are shared among the blocks, rounded up in each. Without a number they
+    # are those of uniform noise, one a position, at most.
     most = (how.steps or L) * (1 + how.correctors) + -(-L // length) - 1
     return most if sampler.may_remask else min(masks, most)
 

@@ -244,8 +244,8 @@ def pictures(frames, tokenizer, title):
     """Yield (PIL.Image, seconds or None) for recorded `frames`: None is the normal time, the last
     picture is held.
 
-    A text of several pages is shown on the page
-    where it is being written, and page by page at the end.
+    A text of several pages is shown on the page that is being generated, and page by page at the
+    end.
     """
     mask = tokenizer.mask
     shown = lambda ids: [

@@ -200,13 +200,13 @@ def order_settings(options):
 
 
 def measure_order(options):
-    """(function from a sampler to when each kind of character is written; what it depends on
+    """(function from a sampler to when each kind of character is unmasked; what it depends on
     besides).
 
     place         mean place in the order of unmasking, 0 (first) to 1, of the tokens that stand
                   for the most frequent quarter of the training text (frequent) and the least
                   frequent quarter (rare)
-    early, all    share of frequent ones among the first tenth that is written, and among all
+    early, all    share of frequent ones among the first tenth that is unmasked, and among all
     correlation   of a token's place with its frequency in the training text: negative where
                   frequent ones come first
     """

@@ -1,7 +1,8 @@
 """Training runs, compared: the comparisons of scripts/lab/ablate.py that train, which runs them.
 
-Each is a function from ablate.py's options to a dict of variants: name -> differences from the
-base, in order. All are judged by the same bound, on the same held-out rows with the same masks.
+The variants of each stand in variants.py; here are the settings of the table, a run a variant and
+seed, and what is measured of a run. All are judged by the same bound, on the same held-out rows
+with the same masks.
 """
 
 import dataclasses
@@ -74,10 +75,10 @@ def train_variants(comparison, options):
         cfg = variant_config(comparison, options, setting["variant"], setting["seed"])
         # what an earlier variant's shapes taught the compiler would make this one's steps slower
         torch._dynamo.reset()
-        with tempfile.TemporaryDirectory() as folder:
+        added = mock.patch.dict(families.FAMILIES, variants.OWN_FAMILIES)
+        with tempfile.TemporaryDirectory() as folder, added:
             try:
-                with mock.patch.dict(families.FAMILIES, variants.OWN_FAMILIES):
-                    report = train.train(dataclasses.replace(cfg, out_dir=folder), quiet=True)
+                report = train.train(dataclasses.replace(cfg, out_dir=folder), quiet=True)
             except UserError as error:
                 if "not finite" not in str(error):
                     raise

@@ -103,7 +103,7 @@ ENOUGH = 10  # % valid, for a mean over the valid ones to be more than noise
 def curves_of(rows):
     """{name of a curve: its rows, by cost}, of rows of the comparison "samplers"."""
     curves = {}
-    for row in sorted(rows, key=cost):
+    for row in rows:
         name = row["sampler"].partition(":")[0] + "".join(
             words.format(row[key])
             for key, words, plain in (
@@ -114,12 +114,14 @@ def curves_of(rows):
             if row[key] != plain
         )
         curves.setdefault(name, []).append(row)
-    return curves
+    return {name: sorted(points, key=cost) for name, points in curves.items()}
 
 
 cost = lambda row: float(row["evaluations"])
 quality = lambda row: 100 * float(row["valid"])
-surplus = lambda row: float(row["log_prob"]) + float(row["entropy"])
+surplus = lambda row: (
+    float(row["log_prob"]) + float(row["entropy"]) if row["log_prob"] else math.nan
+)
 
 
 def quality_against_cost(rows, title, path):
@@ -172,14 +174,7 @@ def over_temperature(rows, title, path):
     `path`."""
     plt = plots.pyplot()
     figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    surplus = lambda row: (
-        float(row["log_prob"]) + float(row["entropy"]) if row["log_prob"] else math.nan
-    )
-    values = (
-        (lambda row: 100 * float(row["valid"])),
-        (lambda row: 100 * float(row["distinct"])),
-        surplus,
-    )
+    values = quality, (lambda row: 100 * float(row["distinct"])), surplus
     for number, name in enumerate(dict.fromkeys(row["sampler"] for row in rows)):
         own = [row for row in rows if row["sampler"] == name]
         for axis, value in zip(axes, values):

@@ -134,11 +134,11 @@ def attention(options, path):
     """Who sees whom: the masks of the four families, for eight tokens."""
     size, cpu = 8, torch.device("cpu")
     everyone = torch.ones(size, size, dtype=torch.bool)
-    own = blocks.block_ids(size, 4, 0, cpu)
+    ids = blocks.block_ids(size, 4, 0, cpu)
     panels = (
         ("masked, uniform\nall see all", everyone),
         ("autoregressive\nwhat is to the left", everyone.tril()),
-        ("blocks of 4, generating\nits block and those before", own[None] <= own[:, None]),
+        ("blocks of 4, generating\nits block and those before", ids[None] <= ids[:, None]),
         ("blocks of 4, training\n[corrupted | clean] twice", blocks.doubled_mask(size, 4, 0, cpu)),
     )
     figure, axes = plots.pyplot().subplots(1, 4, figsize=(11, 3.2), layout="constrained")
