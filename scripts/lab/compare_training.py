@@ -68,27 +68,32 @@ def train_settings(comparison, options):
     ]
 
 
+def run_variant(cfg):
+    """(report, entries of the log) of a training run; None where its loss became infinite."""
+    # what an earlier variant's shapes taught the compiler would make this one's steps slower
+    torch._dynamo.reset()
+    added = mock.patch.dict(families.FAMILIES, variants.OWN_FAMILIES)
+    with tempfile.TemporaryDirectory() as folder, added:
+        try:
+            report = train.train(dataclasses.replace(cfg, out_dir=folder), quiet=True)
+        except UserError as error:
+            if "not finite" not in str(error):
+                raise
+            return None
+        with open(os.path.join(folder, "logs", f"{cfg.name}.jsonl"), encoding="utf-8") as log:
+            return report, [json.loads(line) for line in log]
+
+
 def train_variants(comparison, options):
     """(function from a setting to the figures of its training run; what they depend on besides)."""
 
     def measure(setting):
         cfg = variant_config(comparison, options, setting["variant"], setting["seed"])
-        # what an earlier variant's shapes taught the compiler would make this one's steps slower
-        torch._dynamo.reset()
-        added = mock.patch.dict(families.FAMILIES, variants.OWN_FAMILIES)
-        with tempfile.TemporaryDirectory() as folder, added:
-            try:
-                report = train.train(dataclasses.replace(cfg, out_dir=folder), quiet=True)
-            except UserError as error:
-                if "not finite" not in str(error):
-                    raise
-                return dict.fromkeys(FIGURES, math.nan) | {
-                    "above_exact": None,
-                    "masked_ce": None,
-                    "curve": "",
-                }
-            with open(os.path.join(folder, "logs", f"{cfg.name}.jsonl"), encoding="utf-8") as log:
-                entries = [json.loads(line) for line in log]
+        found = run_variant(cfg)
+        if found is None:
+            nothing = {"above_exact": None, "masked_ce": None, "curve": ""}
+            return dict.fromkeys(FIGURES, math.nan) | nothing
+        report, entries = found
         # minutes of training steps alone, without starting, compiling and evaluating
         minutes = lambda steps: steps * report["seconds_a_step"] / 60
         return {
