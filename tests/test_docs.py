@@ -8,11 +8,13 @@ import re
 import shlex
 import shutil
 import subprocess
+import tomllib
 
 import pytest
 import test_maths
 import torch
 import toy
+import yaml
 from conftest import ROOT, TINY, load, run
 
 import config
@@ -433,3 +435,23 @@ def test_the_check_of_figures_can_fail():
             "See [it](artifacts/a.csv):\n\n* one 1.5\n* [two](artifacts/b.md) 2.5\n\nNo 3.5"
         )
     ] == [["artifacts/a.csv"], ["artifacts/a.csv"], ["artifacts/b.md"], []]
+
+
+# --- tools of the trade ---------------------------------------------------------------------------
+
+
+def test_pyproject_and_requirements_name_the_same_packages():
+    """The one with the numbers that were tested as lower bounds, the other with them alone."""
+    with open(os.path.join(ROOT, "pyproject.toml"), "rb") as file:
+        project = tomllib.load(file)["project"]
+    with open(os.path.join(ROOT, "requirements.txt"), encoding="utf-8") as file:
+        pinned = dict(line.strip().split("==") for line in file)
+    wanted = project["dependencies"] + project["optional-dependencies"]["dev"]
+    assert dict(line.split(">=") for line in wanted) == pinned
+
+
+def test_the_workflow_runs_the_tests_on_three_systems():
+    with open(os.path.join(ROOT, ".github/workflows/test.yml"), encoding="utf-8") as file:
+        job = yaml.safe_load(file)["jobs"]["test"]
+    assert [step["run"] for step in job["steps"] if "run" in step] == ["bash scripts/test.sh"]
+    assert len(job["strategy"]["matrix"]["os"]) == 3
