@@ -1,5 +1,5 @@
-"""README.md and learning.md: every command runs, every example gives what it says, every figure is
-that of its result file."""
+"""README.md, learning.md and the pages of artifacts/: every command runs, every example gives what
+it says, every figure is that of its result file."""
 
 import doctest
 import json
@@ -22,18 +22,15 @@ import diffusion
 import inference
 import train
 from model import Transformer
-from scripts import data, evaluate, export, train_tokenizer
-from scripts.lab import ablate, bench, pictures, variants
+from scripts import data, evaluate, export, report, train_tokenizer
+from scripts.lab import ablate, bench, front, pictures, results, variants
 from utils import corpus, metrics, policies, runtime, settings, tales, texts
 from utils.families import FAMILIES
 
-TEXT = {
-    name: open(os.path.join(ROOT, name), encoding="utf-8").read()
-    for name in ("README.md", "learning.md")
-}
+TEXT = {name: open(os.path.join(ROOT, name), encoding="utf-8").read() for name in report.PAGES}
 MAIN = {"train.py": train.main, "inference.py": inference.main} | {
     f"{script.__name__.replace('.', '/')}.py": script.main
-    for script in (ablate, bench, data, evaluate, export, pictures, train_tokenizer)
+    for script in (ablate, bench, data, evaluate, export, front, pictures, report, train_tokenizer)
 }
 
 
@@ -76,6 +73,8 @@ SHORT = {  # appended to the words of a command: later flags win
     "scripts/evaluate.py": ["--rows", "4", "--device", "cpu"],
     "scripts/data.py": [],
     "scripts/export.py": [],
+    "scripts/lab/front.py": [],
+    "scripts/report.py": ["--check"],
     "scripts/lab/pictures.py": [],
     "scripts/train_tokenizer.py": ["--vocab-size", "400"],
 }
@@ -111,6 +110,7 @@ def folder(tmp_path_factory):
         ("ar", "tales --objective ar"),
         ("tales_256", "tales"),
         ("half_hour", "tales"),
+        ("demo", "tales"),
         ("shakespeare", "shakespeare"),
         ("spelling", "shakespeare --time_conditioning sinusoidal"),
     ):
@@ -253,12 +253,23 @@ def test_comparisons_that_are_there_train_nothing(tmp_path, monkeypatch, capsys)
 @pytest.mark.parametrize("name", TEXT)
 def test_links_lead_somewhere(name):
     """Pictures, tables and files that the text points to are part of the repository."""
-    links = re.findall(r"\]\((?!http|#)([^)#]+)", TEXT[name])
+    links = re.findall(r"(?:\]\(|src=\"|srcset=\")(?!http|#)([^)#\s\"]+)", TEXT[name])
+    links = [os.path.normpath(os.path.join(os.path.dirname(name), link)) for link in links]
     missing = [link for link in links if not os.path.exists(os.path.join(ROOT, link))]
     ignored = subprocess.run(
         ["git", "check-ignore", "--no-index", *links], cwd=ROOT, capture_output=True, text=True
     )
     assert not missing and not ignored.stdout
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_links_into_pages_hit_a_heading(name):
+    """As GitHub makes anchors: small letters, hyphens for spaces, no punctuation."""
+    for page, anchor in re.findall(r"\]\(((?!http)[^)#\s]*)#([^)\s]+)\)", TEXT[name]):
+        page = os.path.normpath(os.path.join(os.path.dirname(name), page)) if page else name
+        headings = re.findall(r"^#+ (.+)$", TEXT[page], re.M)
+        slugs = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+        assert anchor in slugs, (page, anchor)
 
 
 def test_the_course_runs_as_it_stands(monkeypatch):
@@ -305,6 +316,9 @@ def parts(text):
     has the links of the table's head; a list those of the paragraph before it, if that ends with a
     colon."""
     before = []
+    # figures and tables that report.py writes are another test's
+    text = report.FIGURE.sub("", report.TABLE.sub("", text))
+    text = re.sub(r"\]\((?=ablations/|benchmarks/)", "](artifacts/", text)  # of a page in artifacts
     for paragraph in re.split(r"\n\s*\n", re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)):
         head = before if paragraph.startswith(("* ", "- ")) else []
         for number, part in enumerate(re.split(r"\n(?=\||\* |- )", paragraph)):
@@ -317,7 +331,7 @@ def parts(text):
 def numbers(part):
     """(number, unit) of all percentages and numbers with a decimal point or a thousands separator,
     but in code, links and quotation marks."""
-    plain = re.sub(r"`[^`]*`|\]\([^)]*\)|\"[^\"]*\"|arXiv:\S+", " ", part)
+    plain = re.sub(r"`[^`]*`|\]\([^)]*\)|\"[^\"]*\"|arXiv:\S+|<[^>]*>", " ", part)
     return re.findall(
         r"(?<![\w.,])x?(\d+(?:,\d{3})*\.\d+|\d{1,3}(?:,\d{3})+|\d+(?=%))(?![.,]?\d)(%| TFLOP/s|)",
         plain,
@@ -354,15 +368,16 @@ def stands(number, unit, values):
 STATED = {
     "README.md": """
     886,272 11,403,264 12,228,480 10,963,200 6,446,080 135,266,304 268,435,456 84,977,664
-    85,330,944 12,189,696
-    5,000 105,000 300,000 174,000 2,048 1,024 10,000 45,000
-    5.2 10.5 1.51 7.9 2,200 6.7 0.9 3.5 0.02 0.005 10.7 11.4 12.2 2.3 1.8 0.4 5.1 4
+    85,330,944 10,667,520 10,706,304 1,024
     """,
     "learning.md": """
-    10.7 12.2 0.9 6.50 15 19 45 63 0.37 12,228,480 6,446,080 5,000 1,024 10,000 17,400 89,000
-    150,000 1.752
-    0.008 0.999 0.9999999 0.2 0.8 0.3 0.1 0.9 0.6 1.8 0.693 4.17 2.6
-    2.59 2.63 2.73 2.52
+    10.7 0.9 0.4 15 19 45 63 0.37 5,000 1,024 10,000 5.2 10.5 1.51 7.9 2,200 3.5
+    0.008 0.999 0.9999999 0.2 0.8 0.3 0.1 0.6 1.8 0.693 4.17 2.6
+    """,
+    "artifacts/README.md": "2,000 0.98 0.003 0.006 10.9",
+    "artifacts/claims.md": """
+    10.7 12.2 0.9 6.50 12,228,480 6,446,080 5,000 1,024 17,400 0.1 89,000 150,000 2.59 2.63 2.73
+    2.52
     """,
 }
 
@@ -405,7 +420,44 @@ def test_figures_are_those_of_the_result_files(name):
             ):
                 wrong.append((number + unit, part[:100], links))
             checked += bool(links)
-    assert checked > 50 and not wrong, "\n".join(map(str, wrong))
+    checked += len(report.FIGURE.findall(TEXT[name])) + 50 * len(report.TABLE.findall(TEXT[name]))
+    assert checked > 8 and not wrong, "\n".join(map(str, wrong))
+
+
+def test_the_pages_are_what_report_writes(monkeypatch, tmp_path, capsys):
+    """And a figure that was changed by hand, or a result file that changed, is found."""
+    assert report.differing() == {}
+    shutil.copytree(os.path.join(ROOT, "artifacts"), tmp_path / "artifacts")
+    for page in report.PAGES:
+        shutil.copy(os.path.join(ROOT, page), tmp_path / page)
+    for module in (report, results):
+        monkeypatch.setattr(module, "ROOT", str(tmp_path))
+    results.load.cache_clear()
+    page = tmp_path / "README.md"
+    text = page.read_text()
+    page.write_text(text.replace("[1.997](", "[1.887]("))
+    code, _, err = run(report.main, "--check", monkeypatch, capsys)
+    assert code == 2 and "README.md and the result files differ" in err
+    assert run(report.main, "", monkeypatch, capsys)[0] == 0 and page.read_text() == text
+    table = tmp_path / "artifacts/ablations/families.csv"
+    table.write_text(table.read_text().replace("1.997", "1.887"))
+    results.load.cache_clear()
+    assert {"README.md", "artifacts/README.md"} <= report.differing().keys()
+    results.load.cache_clear()
+
+
+def test_every_result_file_says_where_it_comes_from():
+    """artifacts/sources.csv has all files, and no others."""
+    files = subprocess.run(
+        ["git", "ls-files", "artifacts/*.csv", "artifacts/*.json"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    ).stdout.split()
+    listed = [row["file"] for row in results.load("sources.csv")]
+    assert sorted(listed) == sorted(
+        file.removeprefix("artifacts/") for file in files if not file.endswith("sources.csv")
+    )
 
 
 def test_the_check_of_figures_can_fail():

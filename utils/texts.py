@@ -194,7 +194,7 @@ def prepare(path):
         raise UserError(
             f"there is no {path}; make it with: python scripts/data.py --dataset fineweb-edu "
             f"--tokens 10B --tokenizer artifacts/tokenizer/fineweb.json --output {path} (README, "
-            "Large corpora)"
+            "Several GPUs)"
         )
     elif path == "data/stories.txt":
         print(f"streaming 10,000 stories of {STORIES} from the Hugging Face hub to {path}")

@@ -1,0 +1,322 @@
+"""The result files of artifacts/, their cells and their tables: what scripts/report.py fills in."""
+
+import csv
+import functools
+import json
+import os
+import re
+
+from utils import cli
+from utils.cli import UserError
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+# --- result files ---------------------------------------------------------------------------------
+
+
+@functools.cache
+def load(file):
+    """A result file below artifacts/: a list of dicts of str (.csv), or what the .json holds."""
+    path = os.path.join(ROOT, "artifacts", file)
+    try:
+        with open(path, newline="", encoding="utf-8") as stream:
+            return list(csv.DictReader(stream)) if file.endswith(".csv") else json.load(stream)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the results {path}: {cli.reason(error)}") from None
+
+
+def rows_of(file, conditions):
+    """The rows (list of dicts) of a .csv that meet the conditions, as a figure's title has them."""
+    rows = load(file)
+    for condition in filter(None, conditions.split("; ")):
+        column = next((name for name in rows[0] if condition.startswith(f"{name} ")), None)
+        value = condition.removeprefix(f"{column} ")
+        column = column or next(iter(rows[0]))
+        rows = [row for row in rows if row.get(column) == value]
+        if not rows:
+            raise UserError(f"{file} has no row with {condition}")
+    return rows
+
+
+def cell(file, place):
+    """(number or str at a place of a result file, its format): `place` is a figure's title."""
+    where, _, what = place.rpartition(" / ")
+    match = re.fullmatch(r"(.+?) (?:([\d.]+)\* )?([,.]?\d*[a-z%]|,\.\d+f)", what)
+    if not match:
+        raise UserError(f'"{place}" of {file}: expected WHERE / NAME FORMAT')
+    names, factor, form = match[1].split(" ± "), float(match[2] or 1), match[3]
+    if file.endswith(".csv"):
+        rows = rows_of(file, where)
+        if len(rows) > 1:
+            raise UserError(f'"{place}" of {file}: {len(rows)} rows are meant')
+        found = rows[0]
+    else:
+        found = load(file)
+        for key in filter(None, where.split(" / ")):
+            found = found[int(key) if isinstance(found, list) else key]
+    missing = [name for name in names if found.get(name) in (None, "")]
+    if missing:
+        raise UserError(f'"{place}" of {file}: there is no {missing[0]}')
+    values = [found[name] for name in names]
+    if form == "s":
+        return str(values[0])
+    return " ± ".join(format(factor * float(value), form) for value in values)
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def table(head, rows):
+    """Lines of a Markdown table."""
+    lines = (head, ["---"] * len(head), *rows)
+    return ["| " + " | ".join(map(str, line)) + " |" for line in lines]
+
+
+def source(*files):
+    """Lines below a table: which files it is made from, and where these come from."""
+    lines = [""]
+    for file in files:
+        [row] = rows_of("sources.csv", file)
+        link = f"[{os.path.basename(file)}]({file})"
+        commands = ", ".join(f"`{command}`" for command in row["command"].split("; "))
+        lines.append(f"* {link}: {commands}; {row['machine']}, {row['date']}")
+    return lines
+
+
+def best_at_most(rows, limit):
+    """The largest share of valid stories of a setting with at most so much NFE, and its number."""
+    found = [row for row in rows if float(row["evaluations"]) <= limit]
+    if not found:
+        return "–"
+    best = max(found, key=lambda row: float(row["valid"]))
+    number = best["sampler"].partition(":")[2]
+    return f"{float(best['valid']):.1%}" + (f" ({number})" if number else "")
+
+
+def samplers():
+    """Share of valid stories of each sampler, at its best setting of at most so much NFE."""
+    file, groups, limits = "ablations/samplers.csv", {}, (16, 32, 66, 256)
+    for row in load(file):
+        if row["top_p"] == "1.0" and row["cache"] == "none":
+            blocks = f", blocks of {row['decode_block']}" if row["decode_block"] != "0" else ""
+            groups.setdefault(row["sampler"].partition(":")[0] + blocks, []).append(row)
+    rows = [
+        [f"`{name}`", *(best_at_most(rows, limit) for limit in limits)]
+        for name, rows in groups.items()
+    ]
+    return table(["sampler", *(f"{limit} NFE" for limit in limits)], rows) + source(file)
+
+
+def sampled():
+    """The default sampler with the likeliest tokens alone, and in blocks with caches."""
+    file = "ablations/samplers.csv"
+    rows = [row for row in load(file) if row["top_p"] != "1.0"]
+    head = ["default sampler", "NFE", "valid", "log-probability", "different pairs of words"]
+    name = lambda row: ", ".join(
+        filter(
+            None,
+            (
+                f"top-p {row['top_p']}",
+                row["decode_block"] != "0" and f"blocks of {row['decode_block']}",
+                row["cache"] != "none" and f"{row['cache']} cache",
+            ),
+        )
+    )
+    cells = lambda row: (
+        name(row),
+        f"{float(row['evaluations']):.1f}",
+        f"{float(row['valid']):.1%}",
+        row["log_prob"],
+        row["distinct_2"],
+    )
+    return table(head, map(cells, rows)) + source(file)
+
+
+def temperatures():
+    """Valid, different and likely samples over the temperature."""
+    file = "ablations/temperature.csv"
+    head = ["sampler", "temperature", "valid", "different", "log-probability"]
+    cells = lambda row: (
+        f"`{row['sampler']}`",
+        row["temperature"],
+        f"{float(row['valid']):.1%}",
+        f"{float(row['distinct']):.1%}",
+        row["log_prob"],
+    )
+    return table(head, map(cells, load(file))) + source(file)
+
+
+TALES = ("tales_8_minutes", "tales_30_minutes")
+
+
+def tales():
+    """What `tales` learns in a number of minutes."""
+    names = [f"{name}{ending}" for name in TALES for ending in ("", "_float32")]
+    reports = [load(f"benchmarks/{name}.json") for name in names]
+    what = {
+        "steps of the best checkpoint": lambda r: f"{r['step']:,}",
+        "NELBO, nats a token (± s.e. over rows, over masks)": lambda r: (
+            f"{r['bound_nats_per_token']:.4f} (± {r['bound_se_rows']:.4f}, "
+            f"± {r['bound_se_masks']:.4f})"
+        ),
+        "NELBO, nats a story": lambda r: f"{r['bound_nats_per_story']:.2f}",
+        "exact -log p of the same stories": lambda r: f"{r['exact_nats_per_story']:.2f}",
+        "above it": lambda r: f"{r['excess_over_exact']:.1%}",
+        "samples that are whole valid stories": lambda r: f"{r['samples']['valid']:.1%}",
+        "sentences that the grammar has": lambda r: f"{r['samples']['grammatical']:.1%}",
+        "log-probability of the valid samples (truth: -27.13)": lambda r: (
+            f"{r['samples']['log_prob']:.2f}"
+        ),
+        "longest copy of training text, tokens": lambda r: (
+            f"{r['samples']['longest_copy_mean']:.1f}"
+        ),
+        "the same of held-out stories": lambda r: f"{r['reference']['longest_copy_mean']:.1f}",
+    }
+    head = ["", *(name.removeprefix("tales_").replace("_", " ") for name in names)]
+    rows = [[label, *map(cell_of, reports)] for label, cell_of in what.items()]
+    return table(head, rows) + source(*(f"benchmarks/{name}.json" for name in names))
+
+
+def mean(rows, name):
+    """Mean of a column."""
+    return sum(float(row[name]) for row in rows) / len(rows)
+
+
+def nelbo(rows):
+    """Mean bound and its standard error over rows, with three digits behind the point, or four."""
+    digits = 3 if mean(rows, "bound") > 1 else 4
+    return f"{mean(rows, 'bound'):.{digits}f} ± {mean(rows, 'se_rows'):.{digits}f}"
+
+
+def trained(file):
+    """Training runs of a comparison: means over seeds; a column that is the same in all is left
+    out."""
+    groups = {}
+    for row in load(file):
+        groups.setdefault(row["variant"], []).append(row)
+    columns = {
+        "steps": lambda rows: f"{int(rows[0]['steps']):,}",
+        "rows a step": lambda rows: rows[0]["rows_a_step"],
+        "seeds": lambda rows: str(len(rows)),
+        "NELBO, nats a token": nelbo,
+        "bits a character": lambda rows: f"{mean(rows, 'bits_per_character'):.3f}",
+        "above exact": lambda rows: (
+            f"{float(rows[0]['above_exact']):.1%}" if rows[0].get("above_exact") else ""
+        ),
+        "minutes": lambda rows: f"{mean(rows, 'minutes'):.2f}",
+        "parameters": lambda rows: f"{int(rows[0]['parameters']):,}",
+    }
+    found = {name: [of(rows) for rows in groups.values()] for name, of in columns.items()}
+    found = {name: cells for name, cells in found.items() if len(set(cells)) > 1}
+    rows = zip(groups, *found.values())
+    return table(["", *found], rows) + source(file)
+
+
+def others():
+    """All other comparisons of training runs, each behind a line that opens."""
+    lines = []
+    for name in OTHERS:
+        shown = trained(f"ablations/{name}.csv")
+        lines += [f"<details><summary>{name}</summary>", "", *shown, "", "</details>", ""]
+    return lines[:-1]
+
+
+OTHERS = (
+    "optimizer",
+    "weighting",
+    "schedule",
+    "time_conditioning",
+    "batch_size",
+    "ema",
+    "diffusion_steps",
+    "complementary",
+    "time_sampling",
+    "attention",
+    "window",
+    "recipe",
+    "recipe_tales",
+    "recipe_on_stories_847",
+    "weighting_on_stories_847",
+    "long/recipe_on_stories_847",
+    "long/weighting_on_stories_847",
+    "expected_loss",
+)
+
+
+def steps():
+    """Speed of a training step of three shapes."""
+    rows, files = [], [f"benchmarks/train_{name}_cpu.json" for name in SHAPES]
+    for file in files:
+        [report] = load(file)
+        for label, v in report["variants"].items():
+            name = label.replace("the sources' recipe", "the micro-dLLMs' recipe")
+            rows.append(
+                (
+                    f"`{report['preset']}`, {v['rows_a_step']} rows: {name}",
+                    f"{1000 * v['median_step_seconds']:,.0f}",
+                    f"{v['tokens_per_second']:,.0f}",
+                    f"{v['speed_up']:.2f}",
+                    f"{v['share_of_matrix_rate']:.1%}",
+                    f"{v['peak_memory_gb']:.1f}",
+                )
+            )
+    head = ["", "ms a step", "tokens/s", "speed-up", "of the matrix rate", "GB"]
+    return table(head, rows) + source(*files)
+
+
+SHAPES = ("stories", "shakespeare", "tales")
+
+
+def sampling(file):
+    """Speed of sampling, all of a benchmark."""
+    [report] = load(file)
+    head = ["batch", "sampler", "NFE", "seconds", "tokens/s", "speed-up"]
+    rows = [
+        (
+            row["batch"],
+            row["sampler"],
+            row["evaluations"],
+            f"{row['median_seconds']:.2f}",
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['speed_up']:.1f}",
+        )
+        for row in report["rows"]
+    ]
+    return table(head, rows) + source(file)
+
+
+def stories_long():
+    """Validity of the texts of 256 tokens by sampler."""
+    files = [f"benchmarks/tales_256_{name}.json" for name in LONG]
+    rows = []
+    for name, file in LONG.items():
+        report = load(f"benchmarks/tales_256_{name}.json")
+        found = report["samples"] if isinstance(report["samples"], dict) else report
+        nfe = found["evaluations_a_sample"]
+        rows.append((f"`{file}`", f"{nfe:.1f}", found["samples"], f"{found['valid']:.1%}"))
+    return table(["sampler", "NFE", "whole stories", "valid"], rows) + source(*files)
+
+
+LONG = {
+    "entropy_bounded": "entropy_bounded",
+    "local_entropy_64": "local_entropy:64",
+    "local_entropy_48": "local_entropy:48",
+    "local_entropy_32": "local_entropy:32",
+}
+
+TABLES = {
+    "samplers": samplers,
+    "sampled": sampled,
+    "temperatures": temperatures,
+    "tales": tales,
+    "recipe": functools.partial(trained, "ablations/recipe_shakespeare.csv"),
+    "families": functools.partial(trained, "ablations/families.csv"),
+    "families_tales": functools.partial(trained, "ablations/families_tales.csv"),
+    "families_stories": functools.partial(trained, "ablations/families_on_stories_847.csv"),
+    "overfitting": functools.partial(trained, "ablations/ar_vs_diffusion_on_stories_847.csv"),
+    "others": others,
+    "steps": steps,
+    "sampling_long": functools.partial(sampling, "benchmarks/sample_256_cpu.json"),
+    "stories_long": stories_long,
+    "sampling": functools.partial(sampling, "benchmarks/sample_tales_cpu.json"),
+}
