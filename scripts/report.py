@@ -3,10 +3,11 @@
     python scripts/report.py            # writes them into the pages
     python scripts/report.py --check    # writes nothing, and says which page differs
 
-A figure is a link whose title says which cell of which file it is, and how it is written:
+A figure is a link to a file, and a comment that says which cell of it is meant, and how it is
+written:
 
-    [97.5%](artifacts/benchmarks/tales_30_minutes.json "samples / valid .1%")
-    [2.206 ± 0.021](artifacts/ablations/recipe_shakespeare.csv "our recipe / bound ± se_rows .3f")
+    [97.5%](artifacts/benchmarks/tales_30_minutes.json)<!-- samples / valid .1% -->
+    [2.206 ± 0.021](artifacts/ablations/families.csv)<!-- masked / bound ± se_rows .3f -->
 
 Before the last slash stands a path of a .json, or the conditions that one row of a .csv meets, with
 "; " between them: the first cell, or a column and its value. Behind it stand a key or column and a
@@ -35,7 +36,7 @@ class ReportConfig:
 
 # --- pages ----------------------------------------------------------------------------------------
 
-FIGURE = re.compile(r'\[([^\]\[]*)\]\((\S+?\.(?:csv|json)) "([^"]+)"\)')
+FIGURE = re.compile(r"\[([^\]\[]*)\]\((\S+?\.(?:csv|json))\)<!-- ([^>]+?) -->")
 TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.S)
 
 
@@ -45,7 +46,7 @@ def fill(page, text):
     def figure(match):
         folder = os.path.dirname(page)
         file = os.path.relpath(os.path.normpath(os.path.join(folder, match[2])), "artifacts")
-        return f'[{cell(file, match[3])}]({match[2]} "{match[3]}")'
+        return f"[{cell(file, match[3])}]({match[2]})<!-- {match[3]} -->"
 
     def lines(match):
         cli.check_name("table", match[2], TABLES)

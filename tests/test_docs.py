@@ -43,7 +43,8 @@ def commands():
     found = []
     for text in TEXT.values():
         for block, inline, name in re.findall(
-            r"^```\n(.*?)^```$|`((?:python|pytest) [^`]+)`|\[`(\w+(?: --[^`]+)?)`\]\(artifacts/abl",
+            r"^```\n(.*?)^```$|`((?:python|pytest) [^`]+)`"
+            r"|\[`(\w+(?: --[^`]+)?)`\]\((?:artifacts/)?abl",
             re.sub(r"^```python\n.*?^```$", "", text, flags=re.S | re.M),
             re.S | re.M,
         ):
@@ -303,6 +304,13 @@ def test_the_course_runs_as_it_stands(monkeypatch):
             table.update(old)
 
 
+def test_the_example_of_the_claims_runs():
+    name = "artifacts/claims.md"
+    example = doctest.DocTestParser().get_doctest(TEXT[name], {}, name, name, 0)
+    found = doctest.DocTestRunner().run(example)
+    assert found.attempted == 3 and not found.failed
+
+
 def test_quoted_code_is_the_code():
     """Code in learning.md that names its file stands there like that."""
     quotes = re.findall(r"```python\n# (\S+\.py)\n(.*?)```", TEXT["learning.md"], re.S)
@@ -368,13 +376,13 @@ def stands(number, unit, values):
 STATED = {
     "README.md": """
     886,272 11,403,264 12,228,480 10,963,200 6,446,080 135,266,304 268,435,456 84,977,664
-    85,330,944 10,667,520 10,706,304 1,024
+    85,330,944 10,667,520 10,706,304 1,024 3.11
     """,
     "learning.md": """
     10.7 0.9 0.4 15 19 45 63 0.37 5,000 1,024 10,000 5.2 10.5 1.51 7.9 2,200 3.5
     0.008 0.999 0.9999999 0.2 0.8 0.3 0.1 0.6 1.8 0.693 4.17 2.6
     """,
-    "artifacts/README.md": "2,000 0.98 0.003 0.006 10.9",
+    "artifacts/README.md": "2,000 1,501 0.98 0.003 0.006 10.9",
     "artifacts/claims.md": """
     10.7 12.2 0.9 6.50 12,228,480 6,446,080 5,000 1,024 17,400 0.1 89,000 150,000 2.59 2.63 2.73
     2.52

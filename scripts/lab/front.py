@@ -55,7 +55,7 @@ def quality(axis, blue):
             "local_entropy": (x[-1], y[-1], dict(xytext=(-8, 6), ha="right")),
             "random": (x[3], y[3], dict(xytext=(-8, 8), ha="right")),
             "confidence": (x[3], y[3], dict(xytext=(10, -4))),
-            "ancestral": (x[-4], y[-4], dict(xytext=(8, -12))),
+            "ancestral": (x[-4], y[-4], dict(xytext=(-6, -14), ha="center")),
         }[name]
         label(axis, *where[:2], text, colour, **where[2])
     axis.set(xscale="log", xlabel="network evaluations for 66 tokens (NFE)", ylim=(-3, 103))

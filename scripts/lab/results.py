@@ -26,7 +26,7 @@ def load(file):
 
 
 def rows_of(file, conditions):
-    """The rows (list of dicts) of a .csv that meet the conditions, as a figure's title has them."""
+    """The rows (list of dicts) of a .csv that meet the conditions of a figure's comment."""
     rows = load(file)
     for condition in filter(None, conditions.split("; ")):
         column = next((name for name in rows[0] if condition.startswith(f"{name} ")), None)
@@ -39,7 +39,7 @@ def rows_of(file, conditions):
 
 
 def cell(file, place):
-    """(number or str at a place of a result file, its format): `place` is a figure's title."""
+    """(number or str at a place of a result file, its format): `place` is a figure's comment."""
     where, _, what = place.rpartition(" / ")
     match = re.fullmatch(r"(.+?) (?:([\d.]+)\* )?([,.]?\d*[a-z%]|,\.\d+f)", what)
     if not match:
@@ -47,9 +47,10 @@ def cell(file, place):
     names, factor, form = match[1].split(" ± "), float(match[2] or 1), match[3]
     if file.endswith(".csv"):
         rows = rows_of(file, where)
-        if len(rows) > 1:
+        seeds = {row.get("seed") for row in rows}
+        if len(seeds) < len(rows):
             raise UserError(f'"{place}" of {file}: {len(rows)} rows are meant')
-        found = rows[0]
+        found = rows[0] if len(rows) == 1 else {name: mean(rows, name) for name in names}
     else:
         found = load(file)
         for key in filter(None, where.split(" / ")):
@@ -193,7 +194,8 @@ def trained(file):
     out."""
     groups = {}
     for row in load(file):
-        groups.setdefault(row["variant"], []).append(row)
+        name = row["variant"].replace("the sources'", "the micro-dLLMs'")
+        groups.setdefault(name, []).append(row)
     columns = {
         "steps": lambda rows: f"{int(rows[0]['steps']):,}",
         "rows a step": lambda rows: rows[0]["rows_a_step"],
@@ -207,7 +209,8 @@ def trained(file):
         "parameters": lambda rows: f"{int(rows[0]['parameters']):,}",
     }
     found = {name: [of(rows) for rows in groups.values()] for name, of in columns.items()}
-    found = {name: cells for name, cells in found.items() if len(set(cells)) > 1}
+    keep = lambda name: len(set(found[name])) > 1 or name.startswith("NELBO")
+    found = {name: cells for name, cells in found.items() if keep(name)}
     rows = zip(groups, *found.values())
     return table(["", *found], rows) + source(file)
 
