@@ -1416,7 +1416,7 @@ def test_export_and_back(tales_run, monkeypatch, capsys):
 
 
 def test_bench(monkeypatch, capsys):
-    """A training step is timed beside the sources' recipe; compiling is left out, it takes a
+    """A training step is timed beside the micro-dLLMs' recipe; compiling is left out, it takes a
     minute."""
     open("tiny.py", "w").write(
         "config = {'preset': 'tales', 'n_layer': 1, 'n_head': 1, 'n_embd': 8, 'batch_size': 2}"
@@ -1438,7 +1438,9 @@ def test_bench(monkeypatch, capsys):
     assert {bench_training.SOURCE, "float32 eager"} <= set(report["variants"])
     for name, figures in report["variants"].items():
         assert name in out and figures["median_step_seconds"] > 0
-        rows = 64 if name.startswith("the s") else 2  # the sources' recipe has its own
+        rows = (
+            64 if name.startswith("the micro") or name.startswith("the same") else 2
+        )  # the micro-dLLMs' recipe has its own
         assert figures["rows_a_step"] == rows
         assert figures["tokens_per_second"] == pytest.approx(
             rows * 67 / figures["median_step_seconds"]

@@ -1,7 +1,7 @@
 """Time what users wait for. Machines are noisy: everything is timed in turn in one run and given as
 medians.
 
-    # tokens/s of a preset, beside the sources' recipe
+    # tokens/s of a preset, beside the micro-dLLMs' recipe
     python scripts/lab/bench.py train shakespeare
     python scripts/lab/bench.py train tales --rounds 9 --json train.json
     # tokens/s of every sampler, beside the sources' procedure; of some, with a checkpoint

@@ -20,7 +20,7 @@ from model import Transformer
 from utils import cli, encoding, families, optim, ranks, runtime, settings
 from utils.cli import UserError
 
-SOURCE = "the sources' recipe, float32 eager"
+SOURCE = "the micro-dLLMs' recipe, float32 eager"
 
 
 def training_step(cfg, vocab_size, device, dtype=torch.float32, compiled=False, torchs_muon=False):
@@ -207,8 +207,8 @@ def figures_of(variant, vocab_size, rows, rate, speed_up):
 
 
 def bench_train(name, options):
-    """Figures (dict) for one preset: the sources' recipe, and what this machine's own choices give,
-    step by step."""
+    """Figures (dict) for one preset: the micro-dLLMs' recipe, and what this machine's own choices
+    give, step by step."""
     cfg = dataclasses.replace(cli.merge(Config, settings.preset(name)), short_rows=0.0)
     device = runtime.choose_device(options.device)
     dtype = runtime.choose_dtype("auto", device)
@@ -225,8 +225,8 @@ def bench_train(name, options):
     tokens = lambda label: variants[label][1].batch_size * variants[label][1].seq_len
     own, timed = f"{runtime.dtype_name(dtype)} compiled", {}
     for label in [SOURCE, *labels] if device.type == "cuda" else labels:
-        # beside the sources' recipe, since a machine's speed drifts (torch's Muon beside ours, from
-        # which it hardly differs); alone on a GPU, which may lack memory for both
+        # beside the micro-dLLMs' recipe, since a machine's speed drifts (torch's Muon beside ours,
+        # from which it hardly differs); alone on a GPU, which may lack memory for both
         reference = own if label == f"{own}, torch.optim.Muon" and own in figures else SOURCE
         group = [label] if device.type == "cuda" else [reference, label]
         try:

@@ -69,7 +69,7 @@ def speed(axis, blue):
     """Held-out NELBO over minutes of training: the course of one run, and the ends of runs of ours,
     each with its learning rate decayed, all by the estimate of the log."""
     rows = {row["variant"]: row for row in load("ablations/recipe_shakespeare.csv")}
-    theirs = rows["the sources' recipe, 300 steps"]
+    theirs = rows["the micro-dLLMs' recipe, 300 steps"]
     points = [entry.split(":") for entry in theirs["curve"].split()]
     x, y = [float(p[1]) for p in points], [float(p[2]) for p in points]
     axis.plot(x, y, "o-", color=blue, lw=2.5, ms=4)

@@ -194,8 +194,7 @@ def trained(file):
     out."""
     groups = {}
     for row in load(file):
-        name = row["variant"].replace("the sources'", "the micro-dLLMs'")
-        groups.setdefault(name, []).append(row)
+        groups.setdefault(row["variant"], []).append(row)
     columns = {
         "steps": lambda rows: f"{int(rows[0]['steps']):,}",
         "rows a step": lambda rows: rows[0]["rows_a_step"],
@@ -252,10 +251,9 @@ def steps():
     for file in files:
         [report] = load(file)
         for label, v in report["variants"].items():
-            name = label.replace("the sources' recipe", "the micro-dLLMs' recipe")
             rows.append(
                 (
-                    f"`{report['preset']}`, {v['rows_a_step']} rows: {name}",
+                    f"`{report['preset']}`, {v['rows_a_step']} rows: {label}",
                     f"{1000 * v['median_step_seconds']:,.0f}",
                     f"{v['tokens_per_second']:,.0f}",
                     f"{v['speed_up']:.2f}",

@@ -31,7 +31,7 @@ def other_lengths(rows, steps):
 
 # our recipe without each of its parts, and with what it leaves out
 OTHER_PARTS = {
-    "the sources' optimizer: AdamW 3e-4, constant": {
+    "the micro-dLLMs' optimizer: AdamW 3e-4, constant": {
         name: config.MICRO[name]
         for name in "optimizer lr beta1 beta2 weight_decay warmup_iters lr_decay".split()
     },
@@ -61,8 +61,8 @@ OTHER_PARTS = {
 
 
 def recipe(options):
-    """The sources' recipe and ours; ours shorter and longer, without each of its parts, and with
-    what it leaves out. What a base has already is left out of its table."""
+    """The micro-dLLMs' recipe and ours; ours shorter and longer, without each of its parts, and
+    with what it leaves out. What a base has already is left out of its table."""
     base = cli.merge(Config, base_config(options))
     loss = "full" if base.tokenizer == "char" else "pooled"  # as in the two micro-dLLMs
     yardstick = config.MICRO | {
@@ -72,7 +72,7 @@ def recipe(options):
         "compile": "off",
     }
     variants = {
-        f"the sources' recipe, {options.yardstick_iters} steps": yardstick
+        f"the micro-dLLMs' recipe, {options.yardstick_iters} steps": yardstick
         | {"max_iters": options.yardstick_iters}
     }
     variants |= other_lengths(base.batch_size, options.iters) | OTHER_PARTS
