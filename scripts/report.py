@@ -11,8 +11,8 @@ written:
 
 Before the last slash stands a path of a .json, or the conditions that one row of a .csv meets, with
 "; " between them: the first cell, or a column and its value. Behind it stand a key or column and a
-format of Python's, perhaps with a factor (60* .0f). A table stands between `<!-- table NAME -->`
-and `<!-- end -->`: a function of TABLES (scripts/lab/results.py) makes its lines.
+format of Python's. A table stands between `<!-- table NAME -->` and `<!-- end -->`: a function of
+TABLES (scripts/lab/results.py) makes its lines.
 """
 
 import os

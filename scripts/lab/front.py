@@ -35,12 +35,13 @@ def label(axis, x, y, text, colour, **where):
 
 def quality(axis, blue):
     """Share of valid stories over NFE."""
-    for name, colour, text in (
-        ("entropy_bounded", ORANGE, "entropy_bounded"),
-        ("local_entropy", RED, "local_entropy"),
-        ("random", blue, "random"),
-        ("ancestral", GREEN, "ancestral"),
-        ("confidence", PINK, "confidence"),
+    left, right = dict(xytext=(-8, 6), ha="right"), dict(xytext=(10, -4))
+    for name, colour, point, where in (  # the point that the name stands beside
+        ("entropy_bounded", ORANGE, -2, left),
+        ("local_entropy", RED, -1, left),
+        ("random", blue, 3, left),
+        ("ancestral", GREEN, -4, dict(xytext=(-6, -14), ha="center")),
+        ("confidence", PINK, 3, right),
     ):
         rows = [
             (float(row["evaluations"]), 100 * float(row["valid"]))
@@ -50,14 +51,7 @@ def quality(axis, blue):
         ]
         x, y = zip(*sorted(rows))
         axis.plot(x, y, "o-", color=colour, lw=2.5, ms=5)
-        where = {
-            "entropy_bounded": (x[-2], y[-2], dict(xytext=(-8, 6), ha="right")),
-            "local_entropy": (x[-1], y[-1], dict(xytext=(-8, 6), ha="right")),
-            "random": (x[3], y[3], dict(xytext=(-8, 8), ha="right")),
-            "confidence": (x[3], y[3], dict(xytext=(10, -4))),
-            "ancestral": (x[-4], y[-4], dict(xytext=(-6, -14), ha="center")),
-        }[name]
-        label(axis, *where[:2], text, colour, **where[2])
+        label(axis, x[point], y[point], name, colour, **where)
     axis.set(xscale="log", xlabel="network evaluations for 66 tokens (NFE)", ylim=(-3, 103))
     axis.set_ylabel("valid stories, %")
     axis.set_xticks([4, 8, 16, 32, 64], [4, 8, 16, 32, 64])
