@@ -40,7 +40,6 @@ def quality(axis, blue):
         ("entropy_bounded", ORANGE, -2, left),
         ("local_entropy", RED, -1, left),
         ("random", blue, 3, left),
-        ("ancestral", GREEN, -4, dict(xytext=(-6, -14), ha="center")),
         ("confidence", PINK, 3, right),
     ):
         rows = [
