@@ -59,8 +59,8 @@ class Config:
     seq_len: int = field(256, "tokens in a window", low=2, high=LONGEST, alias="block_size")
     dropout: float = field(0.0, "share of activations dropped in training", low=0, below=1)
     tie_embeddings: bool = field(True, "one matrix for embedding and head: better for BPE")
-    init: str = field("normal", "normal: N(0, 0.02) as in the sources; zero: projections and head "
-        "start at zero", choices=("normal", "zero"))
+    init: str = field("normal", "normal: N(0, 0.02) as in GPT-2; zero: projections and head start "
+        "at zero", choices=("normal", "zero"))
     time_conditioning: str = field("none", "how the network is told the mask ratio",
         choices=("none", "table", "sinusoidal", "adaln"))
     rope_base: float = field(100.0, "of rotary positions; with a small one a network finds its "
@@ -219,8 +219,8 @@ class SampleConfig:
                 refuse(self, names, why)
 
 
-# The recipe of the two micro-dLLMs, the yardstick of all comparisons (they, the notes and the guide
-# are "the sources" of this repository): discrete times, a table of them, AdamW as PyTorch has it.
+# The published recipe of the two micro-dLLMs, to compare with (artifacts/claims.md says what they,
+# the notes and the guide are): discrete times, a table of them, AdamW as PyTorch has it.
 # Their sampler is repaired, and row 0 of the table is for clean text only: theirs asks the network
 # for the last tokens at row 0, which was never trained.
 MICRO = dict(

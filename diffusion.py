@@ -42,11 +42,11 @@ class Schedule(NamedTuple):
     time: Callable  # m -> t
 
 
-_S = 0.008  # the offset of Nichol & Dhariwal (arXiv:2102.09672), copied by the notes
+_S = 0.008  # the offset of Nichol & Dhariwal (arXiv:2102.09672)
 _PHI0 = _S / (1 + _S) * pi / 2
 
 SCHEDULES = {
-    # MDLM, LLaDA, the guide
+    # MDLM, LLaDA
     "linear": Schedule(lambda t: t, lambda m: m),
     # the micro-dLLMs' documents, alpha = cos(pi t / 2); 2 sin^2(x / 2) is 1 - cos(x), but exact
     "cos": Schedule(
@@ -133,7 +133,7 @@ def count_masks(cfg, u, n, generator, density=None, maskable=None):
 
 
 def bernoulli_masks(cfg, u, n, generator, density=None, maskable=None):
-    """Each token by itself, as in the sources. The ELBO weighs m'(t) / m(t), or T (m_k - m_{k-1}) /
+    """Each token by itself, by a coin. The ELBO weighs m'(t) / m(t), or T (m_k - m_{k-1}) /
     m_k in T discrete times 1/T, ..., 1 (MDLM, arXiv:2406.07524)."""
     T = cfg.diffusion_steps
     t = (u * T).floor() / T + 1 / T if T else u.clamp(min=1e-9)
@@ -152,7 +152,7 @@ WEIGHTINGS = {
     "elbo": lambda elbo, masked: elbo,  # the NELBO, whatever the schedule
     "flat": lambda elbo, masked: torch.ones_like(elbo),  # less weight on nearly clean rows
     "clip": lambda elbo, masked: elbo.clamp(max=5.0),
-    # the sources' mean over all masked tokens of the batch
+    # of much public code: the mean over all masked tokens of the batch
     "pooled": lambda elbo, masked: torch.ones_like(elbo) * masked.numel() / masked.sum().clamp(1),
 }
 

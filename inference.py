@@ -77,9 +77,9 @@ def generate(loaded, how):
     """Generate all that how (SampleConfig) asks for; returns (results, frames of the first row,
     NFE, seconds).
 
-    A result is a dict: text, seed, sampler, evaluations (NFE), tokens, confidence and step (when
-    each token settled; 0: given) of its own row; seconds and tokens_per_second are those of the
-    rows that are generated together with it, up to the texts' ends, without the time of viewers.
+    A result is a dict: text, seed, sampler, nfe (network evaluations), tokens, confidence and step
+    (when each token settled; 0: given) of its own row; seconds and tokens_per_second are those of
+    the rows that are generated together with it, up to the texts' ends, without viewers' time.
     """
     family, tokenizer, device = loaded.family, loaded.tokenizer, loaded.hardware.device
     rows = canvas.rows_of(how, family, tokenizer)
@@ -109,7 +109,7 @@ def generate(loaded, how):
                 "text": canvas.finished(tokenizer, ids[r], rows[i][0], not how.no_stop),
                 "seed": rows[i][1],
                 "sampler": family.procedure or how.sampler,
-                "evaluations": int(last.row_nfe[r]),
+                "nfe": int(last.row_nfe[r]),
                 "seconds": watch.seconds,
                 "tokens_per_second": generated / watch.seconds,
                 "tokens": tokenizer.pieces(ids[r]),
@@ -135,7 +135,7 @@ def follow(steps, masked, quiet):
 
 def write_traces(loaded, how, frames, procedure):
     """The files of --viz-video, --viz-gif and --viz-html."""
-    how_it_was = f"{procedure} · temperature {how.temperature:g} · {frames[-1].nfe} evaluations"
+    how_it_was = f"{procedure} · temperature {how.temperature:g} · {frames[-1].nfe} NFE"
     title = f"{loaded.name} · {how_it_was}"
     for target, write in ((how.viz_video, video.write_mp4), (how.viz_gif, video.write_gif)):
         if target:
@@ -156,7 +156,7 @@ def run(positional, overrides):
     procedure = loaded.family.procedure or how.sampler
     print(
         f"{loaded.name} on {loaded.hardware.device.type} | {procedure}, temperature "
-        f"{how.temperature:g} | {nfe} network evaluations, {seconds:.1f} s",
+        f"{how.temperature:g} | {nfe} network evaluations (NFE), {seconds:.1f} s",
         file=sys.stderr,
     )
     if frames:

@@ -1,13 +1,11 @@
 #!/usr/bin/env bash
-# The whole thing in one command: sets everything up (once, in .venv), trains on the built-in tales for eight
-# minutes, writes a story from a prompt, and an MP4 and a GIF in which it appears out of masks.
-set -euo pipefail
-cd "$(dirname "$0")/.."
-[ -x .venv/bin/python ] || python3 -m venv .venv
-.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-.venv/bin/python train.py tales --name demo --max_minutes 8
-.venv/bin/python inference.py --prompt "Once upon a time" \
+# The whole thing in one command: sets everything up (once, in .venv), trains on the built-in tales
+# for eight minutes, writes a story from a prompt, and an MP4 and a GIF in which it appears out of
+# masks.
+source "$(dirname "$0")/setup.sh"
+"$python" train.py tales --name demo --max_minutes 8
+"$python" inference.py --prompt "Once upon a time" \
     --viz-video artifacts/media/trace.mp4 --viz-gif artifacts/media/trace.gif
 echo
 echo "Three stories without a prompt:"
-.venv/bin/python inference.py --num-samples 3
+"$python" inference.py --num-samples 3

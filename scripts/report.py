@@ -16,6 +16,7 @@ TABLES (scripts/lab/results.py) makes its lines.
 """
 
 import os
+import posixpath
 import re
 import sys
 from dataclasses import dataclass
@@ -38,20 +39,23 @@ class ReportConfig:
 
 FIGURE = re.compile(r"\[([^\]\[]*)\]\((\S+?\.(?:csv|json))\)<!-- ([^>]+?) -->")
 TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.S)
+MARK = re.compile(r"<!--.*?-->", re.S)
 
 
 def fill(page, text):
     """The text of a page with its figures and tables as the result files have them."""
 
     def figure(match):
-        folder = os.path.dirname(page)
-        file = os.path.relpath(os.path.normpath(os.path.join(folder, match[2])), "artifacts")
+        folder = posixpath.join(posixpath.dirname(page), match[2])
+        file = posixpath.relpath(posixpath.normpath(folder), "artifacts")
         return f"[{cell(file, match[3])}]({match[2]})<!-- {match[3]} -->"
 
     def lines(match):
         cli.check_name("table", match[2], TABLES)
         return match[1] + "\n".join(["", *TABLES[match[2]](), "", match[3]])
 
+    if stray := MARK.search(FIGURE.sub("", TABLE.sub("", text))):
+        raise UserError(f"{page}: {stray[0]} marks neither a figure nor a table")
     return TABLE.sub(lines, FIGURE.sub(figure, text))
 
 
@@ -83,6 +87,6 @@ def run(positional, overrides):
         print("every figure and table is that of its result file")
 
 
-main = cli.command(ReportConfig, run, __doc__)
+main = cli.command(ReportConfig, run, __doc__, unexpected="It writes all pages, or none")
 if __name__ == "__main__":
     cli.run(main)

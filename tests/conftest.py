@@ -9,6 +9,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 
 import functools  # noqa: E402
+import signal  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -95,7 +96,7 @@ def interrupt(monkeypatch, step, number):
         def batch(here, rows):
             asked.append(here)
             if here == step and asked.count(step) == 1:
-                os.kill(os.getpid(), number)
+                signal.raise_signal(number)
             return data.batch(here, rows)
 
         return data._replace(batch=batch)

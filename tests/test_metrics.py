@@ -265,13 +265,13 @@ def test_live_shows_the_noise_level(bpe):
     step = canvas_steps(bpe)[1]
     step.t = torch.tensor([0.4])
     shown = live([step], bpe, COLUMNS="80")
-    assert "2 evaluations, noise level 0.40" in shown and "masks left" not in shown
+    assert "2 NFE, noise level 0.40" in shown and "masks left" not in shown
 
 
 def test_live_terminal(bpe):
     shown = live(canvas_steps(bpe), bpe)
     assert shown.startswith("\x1b[?1049h\x1b[?25l") and shown.endswith("\x1b[?25h\x1b[?1049l")
-    assert "░" in shown and "\x1b[1;30;43m" in shown and "2 evaluations, 0 of" in shown
+    assert "░" in shown and "\x1b[1;30;43m" in shown and "2 NFE, 0 of" in shown
     assert f"\x1b[4;34m{bpe.pieces(canvas_steps(bpe)[0].ids[0].tolist())[2]}\x1b[0m" in shown, (
         "given"
     )
@@ -542,7 +542,7 @@ def test_change_rate_of_known_samplers():
     )
     assert (
         figures["change_rate"] == pytest.approx(1 / 16)
-        and figures["evaluations_a_sample"] == 16
+        and figures["nfe_a_sample"] == 16
         and rows.shape == (3, 16)
     )
     _, figures = samples.generate_rows(

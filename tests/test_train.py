@@ -7,7 +7,6 @@ import math
 import multiprocessing
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -399,6 +398,8 @@ def test_another_text_is_no_way_to_go_on(tmp_path):
 def forkserver():
     """Processes that start in milliseconds: forked from one that has imported torch and this
     project, and no more."""
+    if os.name == "nt":
+        pytest.skip("needs fork and kill -9")
     os.environ["PYTHONPATH"] = os.pathsep.join([ROOT, os.path.join(ROOT, "tests")])
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "train", "test_train"])
@@ -477,6 +478,7 @@ def test_a_run_that_is_killed_again_and_again(tmp_path):
 def test_a_full_disk_leaves_the_last_checkpoint(monkeypatch):
     """Files may not grow beyond 100 kB after step 3: the checkpoint (200 kB) cannot be written;
     then not even the log."""
+    resource = pytest.importorskip("resource", reason="Windows has no such limits")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     draw = train.draw_batch
 
@@ -808,6 +810,8 @@ def test_shards_go_on_after_an_interruption(stories, monkeypatch, capsys):
 def write_and_measure(pipe):
     """Shards from two .jsonl, in a process of its own; sends by how many kB the second one made its
     peak memory grow."""
+    import resource
+
     for name in ("some", "many"):  # the first also pays for imports, threads and buffers
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         data_script.main(f"--dataset {name}.jsonl {WRITE} {name}.bin".split())

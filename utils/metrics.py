@@ -107,9 +107,9 @@ def levels_of(model, family, data, device):
     `held_out`: {"levels": list of dicts of loss (nats), entropy of its distribution (nats),
     accuracy of its likeliest token}, and their means.
 
-    At what is corrupted as the family's `probes` say. For masks also the sources' "perplexity", the
-    exponential of the mean cross entropy of all masked tokens under the training schedule: no
-    likelihood, and another number with every schedule.
+    At what is corrupted as the family's `probes` say. For masks also what much public code calls
+    "perplexity", the exponential of the mean cross entropy of all masked tokens under the training
+    schedule: no likelihood, and another number with every schedule.
     """
     rows = data.held_out[: family.cfg.final_rows].to(device)
     levels, generator = {}, torch.Generator().manual_seed(0)

@@ -47,7 +47,7 @@ def generate_rows(model, family, tokenizer, count, device, how):
     generated = count * canvas.build(tokenizer, [None], family.cfg.seq_len).count(tokenizer.mask)
     return rows, {
         "change_rate": (changes / nfe).mean().item(),
-        "evaluations_a_sample": nfe.float().mean().item(),
+        "nfe_a_sample": nfe.float().mean().item(),
         "tokens_per_second": generated / (time.perf_counter() - start),
     }
 

@@ -39,7 +39,7 @@ def live(steps, tokenizer, given, frame_ms=0, out=None):
             started, left = time.perf_counter(), int(step.masked[0].sum())
             total = total or left + int(step.fresh[0].sum())
             noise = 0.0 if left else float(step.t[0])  # of uniform noise, which has no masks
-            status = f"step {number}, {int(step.row_nfe[0])} evaluations, " + (
+            status = f"step {number}, {int(step.row_nfe[0])} NFE, " + (
                 f"noise level {noise:.2f}" if noise else f"{left} of {total} masks left"
             )
             if plain:

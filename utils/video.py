@@ -191,7 +191,7 @@ def _draw_token(pen, box, size, look):
 def _draw_header(pen, title, frame, counts, number, page, pages):
     pen.text((MARGIN, 28), title, font=font(22, "-Bold"), fill=INK)
     left = counts[number]
-    status = f"evaluation {frame.nfe}   {left} mask{'s' * (left != 1)} left of {counts[0]}"
+    status = f"NFE {frame.nfe}   {left} mask{'s' * (left != 1)} left of {counts[0]}"
     pen.text(
         (MARGIN, 62),
         status + (f"   page {page + 1} of {pages}" if pages > 1 else ""),

@@ -47,7 +47,7 @@ class AblateConfig:
     iters: int = field(
         300, "steps of each training run; with other batch sizes as many rows", low=1
     )
-    yardstick_iters: int = field(5000, "steps of the micro-dLLMs' recipe (recipe)", low=1)
+    published_iters: int = field(5000, "steps of the micro-dLLMs' recipe (recipe)", low=1)
     seeds: int = field(
         1, "training runs of each variant, with the seeds 1, 2, ...", low=1, high=1000
     )

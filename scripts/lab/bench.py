@@ -4,7 +4,7 @@ medians.
     # tokens/s of a preset, beside the micro-dLLMs' recipe
     python scripts/lab/bench.py train shakespeare
     python scripts/lab/bench.py train tales --rounds 9 --json train.json
-    # tokens/s of every sampler, beside the sources' procedure; of some, with a checkpoint
+    # tokens/s of every sampler, beside the micro-dLLMs' procedure; of some, with a checkpoint
     python scripts/lab/bench.py sample stories --batches 1,16
     python scripts/lab/bench.py sample artifacts/models/tales.best.pt --samplers confidence,factor
     # seconds to encode 256 tokens x 100 steps as MP4
@@ -32,7 +32,7 @@ from utils import checkpoint, cli, families, policies, runtime, settings, tales,
 from utils import tokenizer as tokenizers
 from utils.cli import UserError, field
 
-SOURCE = "source procedure, float32"  # what samplers are compared with
+SOURCE = "the micro-dLLMs' procedure, float32"  # what samplers are compared with
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def bench_sample(name, options):
             {
                 "batch": batch,
                 "sampler": label,
-                "evaluations": nfe,
+                "nfe": nfe,
                 "median_seconds": statistics.median(seconds),
                 "tokens_per_second": batch * (cfg.seq_len - 1) / statistics.median(seconds),
                 "speed_up": statistics.median(b / s for b, s in zip(base, seconds)),
@@ -174,7 +174,7 @@ def show_sample(report):
     )
     for row in report["rows"]:
         print(
-            f"  batch {row['batch']:<3} {row['sampler']:<42} {row['evaluations']:4} evaluations "
+            f"  batch {row['batch']:<3} {row['sampler']:<42} {row['nfe']:4} NFE "
             f"{row['median_seconds']:8.2f} s {row['tokens_per_second']:10,.0f} tokens/s  "
             f"x{row['speed_up']:.2f}  {row['peak_memory_gb']:.2f} GB"
         )

@@ -237,15 +237,16 @@ def bench_train(name, options):
             failed = error
             print(f"left out: {error}", file=sys.stderr)
             continue
-        timed |= {one: rows for one, rows in answers.items() if one not in timed}
+        for one, rows in answers.items():
+            timed.setdefault(one, []).extend(rows)
         base = answers.get(reference) or timed.get(reference)
         known = 1.0 if reference == SOURCE else figures[reference]["speed_up"]
         for one, rows in answers.items():
-            if one in figures:  # shown as it was beside the first
-                continue
             ratio = base and statistics.median(a[0] / b[0] for a, b in zip(base, rows))
             speed_up = ratio and known and known * ratio * tokens(one) / tokens(reference)
-            figures[one] = figures_of(variants[one], vocab_size, rows, rate, speed_up)
+            speed_up = figures[one]["speed_up"] if one in figures else speed_up
+            # of the reference: over all its pairs
+            figures[one] = figures_of(variants[one], vocab_size, timed[one], rate, speed_up)
     if not figures:
         raise failed
     return {

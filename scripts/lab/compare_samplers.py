@@ -166,7 +166,7 @@ def judge_samplers(options):
         ]
         figures = samples.judge_tales(stories) | samples.diversity(stories)
         return (
-            {"evaluations": nfe.float().mean().item()}
+            {"nfe": nfe.float().mean().item()}
             | figures
             | {"entropy": tales.entropy(), "seconds_a_sample": seconds / one.count}
         )
@@ -333,7 +333,7 @@ def measure_spelling(options):
         words = [word for text in texts for word in words_of(text)[1:-1]]
         speakers = [speaker for text in texts for speaker in speakers_of(text)]
         return {
-            "evaluations": nfe.float().mean().item(),
+            "nfe": nfe.float().mean().item(),
             "words": share(words, known_words),
             "speakers": share(speakers, known_speakers),
             "speaker_lines": len(speakers),

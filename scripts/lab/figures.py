@@ -117,7 +117,7 @@ def curves_of(rows):
     return {name: sorted(points, key=cost) for name, points in curves.items()}
 
 
-cost = lambda row: float(row["evaluations"])
+cost = lambda row: float(row["nfe"])
 quality = lambda row: 100 * float(row["valid"])
 surplus = lambda row: (
     float(row["log_prob"]) + float(row["entropy"]) if row["log_prob"] else math.nan
@@ -148,7 +148,7 @@ def quality_against_cost(rows, title, path):
         for row in leads[-1:] if len(name) < 25 else ():
             at = dict(xytext=(-6, 2), textcoords="offset points", ha="right")
             axes[0].annotate(name, (cost(row), quality(row)), **at, color=colour, weight="bold")
-    nfe = "network evaluations a sample"
+    nfe = "network evaluations (NFE) a sample"
     axes[0].set(xlabel=nfe, ylabel="% of samples that are valid stories", ylim=(-2, 104))
     axes[1].set(xlabel=nfe, ylabel="log-probability of valid samples + entropy, nats")
     axes[1].axhline(0, color="#1d1d1f", lw=1)

@@ -195,7 +195,7 @@ def samplers_at_work(options, path):
                 state[where[0].cpu()] = torch.tensor(colours[kind])
             states.append(state)
         axis.imshow(torch.stack(states).numpy(), aspect="auto", interpolation="nearest")
-        axis.set_title(f"{name}: {int(step.row_nfe[0])} evaluations", fontsize=9)
+        axis.set_title(f"{name}: {int(step.row_nfe[0])} NFE", fontsize=9)
         axis.set(xticks=[], yticks=[])
     axes[0, 0].set(ylabel="steps, downwards", xlabel="tokens")
     handles = [

@@ -38,23 +38,23 @@ def rows_of(file, conditions):
 
 
 def cell(file, place):
-    """A number of a result file, as a figure's comment `place` names and formats it (str)."""
+    """A number of a result file, as a figure's comment `place` names and formats it (str): of rows
+    that differ in their seeds the mean."""
     where, _, what = place.rpartition(" / ")
     names, _, form = what.rpartition(" ")
     names = names.split(" ± ")
-    if file.endswith(".csv"):
-        rows = rows_of(file, where)
-        seeds = {row.get("seed") for row in rows}
-        if len(seeds) < len(rows):
-            raise UserError(f'"{place}" of {file}: {len(rows)} rows are meant')
-        found = rows[0] if len(rows) == 1 else {name: mean(rows, name) for name in names}
-    else:
-        found = load(file)
-        for key in filter(None, where.split(" / ")):
-            found = found[int(key)] if isinstance(found, list) else found.get(key, {})
     try:
+        if file.endswith(".csv"):
+            rows = rows_of(file, where)
+            if len({row.get("seed") for row in rows}) < len(rows):
+                raise UserError(f'"{place}" of {file}: {len(rows)} rows are meant')
+            found = {name: mean(rows, name) for name in names}
+        else:
+            found = load(file)
+            for key in filter(None, where.split(" / ")):
+                found = found[int(key)] if isinstance(found, list) else found[key]
         return " ± ".join(format(float(found[name]), form) for name in names)
-    except (KeyError, TypeError, ValueError):
+    except (IndexError, KeyError, TypeError, ValueError):
         raise UserError(f'"{place}" of {file}: no such number, or no format of one') from None
 
 
@@ -80,7 +80,7 @@ def source(*files):
 
 def best_at_most(rows, limit):
     """The largest share of valid stories of a setting with at most so much NFE, and its number."""
-    found = [row for row in rows if float(row["evaluations"]) <= limit]
+    found = [row for row in rows if float(row["nfe"]) <= limit]
     if not found:
         return "–"
     best = max(found, key=lambda row: float(row["valid"]))
@@ -105,21 +105,17 @@ def samplers():
 def sampled():
     """The default sampler with the likeliest tokens alone, and in blocks with caches."""
     file = "ablations/samplers.csv"
-    rows = [row for row in load(file) if row["top_p"] != "1.0"]
+    rows = rows_of(file, "entropy_bounded:0.1; top_p 1.0; decode_block 0; cache none")
+    rows = rows + [row for row in load(file) if row["top_p"] != "1.0"]
     head = ["default sampler", "NFE", "valid", "log-probability", "different pairs of words"]
-    name = lambda row: ", ".join(
-        filter(
-            None,
-            (
-                f"top-p {row['top_p']}",
-                row["decode_block"] != "0" and f"blocks of {row['decode_block']}",
-                row["cache"] != "none" and f"{row['cache']} cache",
-            ),
-        )
+    name = lambda row: (
+        f"top-p {float(row['top_p']):g}"
+        + (f", blocks of {row['decode_block']}" if row["decode_block"] != "0" else "")
+        + (f", {row['cache']} cache" if row["cache"] != "none" else "")
     )
     cells = lambda row: (
         name(row),
-        f"{float(row['evaluations']):.1f}",
+        f"{float(row['nfe']):.1f}",
         f"{float(row['valid']):.1%}",
         row["log_prob"],
         row["distinct_2"],
@@ -137,6 +133,35 @@ def temperatures():
         f"{float(row['valid']):.1%}",
         f"{float(row['distinct']):.1%}",
         row["log_prob"],
+    )
+    return table(head, map(cells, load(file))) + source(file)
+
+
+def spelling():
+    """Share of words and speakers that the training text has, by sampler."""
+    file = "ablations/spelling.csv"
+    head = ["sampler", "steps", "temperature", "top-p", "NFE", "words", "different words"]
+    cells = lambda row: (
+        row["sampler"],
+        row["steps"],
+        f"{float(row['temperature']):g}",
+        f"{float(row['top_p']):g}",
+        f"{float(row['nfe']):.0f}",
+        f"{float(row['words']):.1%}",
+        row["distinct_1"],
+    )
+    return table(head, map(cells, load(file))) + source(file)
+
+
+def order():
+    """Whether the most frequent tokens are unmasked first."""
+    file = "ablations/order.csv"
+    head = ["sampler", "temperature", "of the first tenth", "of all"]
+    cells = lambda row: (
+        row["sampler"],
+        f"{float(row['temperature']):g}",
+        f"{float(row['early']):.1%}",
+        f"{float(row['all']):.1%}",
     )
     return table(head, map(cells, load(file))) + source(file)
 
@@ -183,12 +208,12 @@ def nelbo(rows):
 
 
 def trained(file):
-    """Training runs of a comparison: means over seeds; a column that is the same in all is left
-    out."""
+    """Training runs of a comparison: means over seeds; what is the same in all stands above."""
     groups = {}
     for row in load(file):
         groups.setdefault(row["variant"], []).append(row)
     columns = {
+        "window": lambda rows: rows[0].get("block_size", ""),
         "steps": lambda rows: f"{int(rows[0]['steps']):,}",
         "rows a step": lambda rows: rows[0]["rows_a_step"],
         "seeds": lambda rows: str(len(rows)),
@@ -201,10 +226,11 @@ def trained(file):
         "parameters": lambda rows: f"{int(rows[0]['parameters']):,}",
     }
     found = {name: [of(rows) for rows in groups.values()] for name, of in columns.items()}
-    keep = lambda name: len(set(found[name])) > 1 or name.startswith("NELBO")
-    found = {name: cells for name, cells in found.items() if keep(name)}
-    rows = zip(groups, *found.values())
-    return table(["", *found], rows) + source(file)
+    same = {name: cells[0] for name, cells in found.items() if len(set(cells)) == 1}
+    found = {name: cells for name, cells in found.items() if name not in same}
+    above = ", ".join(f"{name} {value}" for name, value in same.items() if value)
+    lines = table(["", *found], zip(groups, *found.values()))
+    return [f"In all rows: {above}.", "", *lines, *source(file)] if above else lines + source(file)
 
 
 def others():
@@ -212,7 +238,9 @@ def others():
     lines = []
     for name in OTHERS:
         shown = trained(f"ablations/{name}.csv")
-        lines += [f"<details><summary>{name}</summary>", "", *shown, "", "</details>", ""]
+        picture = f"![NELBO over rows and minutes](ablations/{name}.png)"
+        lines += [f"<details><summary>{name}</summary>", "", *shown, "", picture]
+        lines += ["", "</details>", ""]
     return lines[:-1]
 
 
@@ -232,7 +260,6 @@ OTHERS = (
     "recipe_tales",
     "recipe_on_stories_847",
     "weighting_on_stories_847",
-    "long/recipe_on_stories_847",
     "long/weighting_on_stories_847",
     "expected_loss",
 )
@@ -269,7 +296,7 @@ def sampling(file):
         (
             row["batch"],
             row["sampler"],
-            row["evaluations"],
+            row["nfe"],
             f"{row['median_seconds']:.2f}",
             f"{row['tokens_per_second']:,.0f}",
             f"{row['speed_up']:.1f}",
@@ -285,7 +312,7 @@ def stories_long():
     rows = []
     for name, file in zip(LONG, files):
         found = load(file)["samples"]
-        nfe = f"{found['evaluations_a_sample']:.1f}"
+        nfe = f"{found['nfe_a_sample']:.1f}"
         rows.append((f"`{name}`", nfe, found["samples"], f"{found['valid']:.1%}"))
     return table(["sampler", "NFE", "whole stories", "valid"], rows) + source(*files)
 
@@ -296,6 +323,8 @@ TABLES = {
     "samplers": samplers,
     "sampled": sampled,
     "temperatures": temperatures,
+    "spelling": spelling,
+    "order": order,
     "tales": tales,
     "recipe": functools.partial(trained, "ablations/recipe_shakespeare.csv"),
     "families": functools.partial(trained, "ablations/families.csv"),

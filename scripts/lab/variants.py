@@ -65,15 +65,15 @@ def recipe(options):
     with what it leaves out. What a base has already is left out of its table."""
     base = cli.merge(Config, base_config(options))
     loss = "full" if base.tokenizer == "char" else "pooled"  # as in the two micro-dLLMs
-    yardstick = config.MICRO | {
+    published = config.MICRO | {
         "rows": base.rows,
         "loss_weighting": loss,
         "dtype": "float32",
         "compile": "off",
     }
     variants = {
-        f"the micro-dLLMs' recipe, {options.yardstick_iters} steps": yardstick
-        | {"max_iters": options.yardstick_iters}
+        f"the micro-dLLMs' recipe, {options.published_iters} steps": published
+        | {"max_iters": options.published_iters}
     }
     variants |= other_lengths(base.batch_size, options.iters) | OTHER_PARTS
     return {
