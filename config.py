@@ -9,17 +9,16 @@ in a file of its own:
     config = {"preset": "shakespeare", "n_layer": 4}
 """
 
-import os
 from dataclasses import dataclass
 
-from utils.cli import check, field, refuse
+from utils import checks
+from utils.cli import field
 
 VERSION = 2  # of what a checkpoint stores
 
 # far above any real use: a slip of the finger ends in one line, not in a machine without memory
 SEEDS = 2**62 - 1
 LONGEST = 2**17  # tokens of a text or a window
-MOST_TOKENS = 2**27  # in a training step, of all devices together: a gigabyte of ids
 DEVICES, DTYPES = ("auto", "cpu", "cuda", "mps"), ("auto", "float32", "bfloat16", "float16")
 
 # fmt: off
@@ -44,6 +43,7 @@ class Config:
 
     data: str = field("data/stories.txt", "tales (built in), a .txt, .jsonl or .parquet file, or a "
         "folder of shards (scripts/data.py --tokens)", "data")
+    held_out: str = field("", "a file that is held out (default: a tenth of data)")
     tokenizer: str = field("bpe", "char, bpe (trained on the corpus), or the path of a "
         "tokenizer.json; shards have their own")
     vocab_size: int = field(2048, "for a bpe trained here, MASK included; char has as many as the "
@@ -108,44 +108,7 @@ class Config:
     final_samples: int = field(64, "texts that the final metrics judge", low=0, high=10**5)
 
     def __post_init__(self):
-        check(self)
-        plain, bos = self.block_len in (0, self.seq_len), int(self.rows == "document")
-        tokens, head_dim = self.batch_size * self.seq_len, self.n_embd / self.n_head
-        importance, pairs = self.time_sampling == "importance", self.complementary
-        unweighted = self.loss_weighting in ("pooled", "full")
-        for wrong, names, why in (
-            (os.path.basename(self.name) != self.name or self.name.endswith(".best"), ("name",),
-             "must not be a path (--out_dir says where to write) nor end in .best"),
-            (tokens > MOST_TOKENS, ("batch_size", "seq_len"),
-             f"{tokens:,} tokens a step, more than {MOST_TOKENS:,}; make one of them smaller"),
-            (self.final_samples * self.seq_len > MOST_TOKENS, ("final_samples", "seq_len"),
-             f"more than {MOST_TOKENS:,} tokens; make one of them smaller"),
-            (self.n_embd < 4 and self.time_conditioning in ("sinusoidal", "adaln"),
-             ("n_embd", "time_conditioning"), "two waves need 4 channels"),
-            (head_dim % 2, ("n_embd", "n_head"), "channels of a head must be an even whole number"),
-            (self.diffusion_steps and self.corruption == "count", ("diffusion_steps", "corruption"),
-             "discrete times need corruption=bernoulli"),
-            (self.time_conditioning == "table" and not self.diffusion_steps,
-             ("time_conditioning", "diffusion_steps"),
-             "a table needs diffusion_steps rows; use sinusoidal, or diffusion_steps=100"),
-            (pairs and (self.corruption != "count" or self.schedule != "linear"
-                        or self.batch_size % 2),
-             ("complementary", "corruption", "schedule", "batch_size"),
-             "pairs of rows need counts, the linear schedule and an even batch"),
-            (self.micro_batch and self.batch_size % self.micro_batch, ("micro_batch", "batch_size"),
-             "one must divide the other"),
-            (pairs and self.micro_batch % 2, ("micro_batch", "complementary"),
-             "it must be even, since complementary rows are pairs"),
-            (not self.max_iters and not self.max_minutes, ("max_iters", "max_minutes"),
-             "the run would never end; set one of them"),
-            (not plain and (self.seq_len - bos) % self.block_len, ("block_len", "seq_len"),
-             "blocks must fill the window" + " but for the <|endoftext|> before them" * bos),
-            (importance and (self.diffusion_steps or pairs or unweighted),
-             ("time_sampling", "diffusion_steps", "complementary", "loss_weighting"),
-             "importance sampling needs continuous time, no pairs, and elbo, flat or clip"),
-        ):
-            if wrong:
-                refuse(self, names, why)
+        checks.training(self)
 
     @property
     def rows_at_once(self):  # of a pass without gradients
@@ -202,21 +165,7 @@ class SampleConfig:
     json: bool = field(False, "print one JSON object a sample instead of text")
 
     def __post_init__(self):
-        check(self)
-        given = self.prompt or self.suffix or self.prompt_file
-        cached = self.cache in ("prefix", "dual")
-        for wrong, names, why in (
-            (self.infill and (given or self.gen_len), ("infill",),
-             "it says itself what is given and how much to generate; leave out --prompt, --suffix, "
-             "--prompt-file and --gen-len"),
-            (self.prompt_file and self.prompt, ("prompt_file", "prompt"), "give one of them"),
-            (cached and not self.decode_block, ("cache", "decode_block"),
-             "a cache keeps what is around a block; set --decode-block, 32 say"),
-            (cached and self.guidance, ("cache", "guidance"), "one or the other"),
-            (self.live and self.json, ("live", "json"), "one or the other"),
-        ):
-            if wrong:
-                refuse(self, names, why)
+        checks.sampling(self)
 
 
 # The published recipe of the two micro-dLLMs, to compare with (artifacts/claims.md says what they,
@@ -254,6 +203,10 @@ PRESETS = {
     # TinyStories, or any text of one's own: python scripts/data.py, then this.
     "stories": dict(
         data="data/stories.txt", tokenizer="artifacts/tokenizer/tokenizer.json", max_iters=5000),
+    # The same for two CPU cores, in an hour: a story a row.
+    "stories_small": dict(
+        data="data/stories.txt", rows="document", seq_len=257, n_layer=6, n_head=4, n_embd=256,
+        batch_size=16, max_iters=0, max_minutes=60.0),
     # The character micro-dLLM: 10,706,304 parameters with Tiny Shakespeare's 65 characters, loss at
     # all positions. Its mean mask ratio is 0.368.
     "micro_char": MICRO | dict(

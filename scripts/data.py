@@ -8,6 +8,10 @@
     # a local .txt, .jsonl or .parquet file; the built-in grammar
     python3 scripts/data.py --dataset my.jsonl --output data/mine.txt
     python3 scripts/data.py --dataset tales --output data/tales.txt
+    # WikiText-2, the word-level files, to data/wikitext2.txt and data/wikitext2.test.txt
+    python3 scripts/data.py --dataset wikitext2
+    python3 scripts/data.py --dataset wikitext2 --split test
+    python3 scripts/data.py --dataset wiki.valid.tokens.txt --articles --output data/wiki.txt
     # token shards for corpora larger than memory; the same again goes on
     python3 scripts/data.py --dataset fineweb-edu --tokens 10B --tokenizer T.json \\
         --output data/fineweb_edu.bin
@@ -33,8 +37,8 @@ from utils.cli import UserError, field
 class DataConfig:
     dataset: str = field(
         texts.STORIES,
-        "name on the Hugging Face hub, a local file, fineweb-edu, synth, shakespeare, text8, "
-        "enwik8 or tales",
+        "name on the Hugging Face hub, a local file, fineweb-edu, synth, wikitext2, shakespeare, "
+        "text8, enwik8 or tales",
         "from",
     )
     split: str = field("train", "of a hub dataset")
@@ -54,6 +58,7 @@ class DataConfig:
         "", "write token shards instead, of at least so many tokens: 500M, 10B; not shuffled"
     )
     tokenizer: str = field("", "tokenizer file of the shards (scripts/train_tokenizer.py)")
+    articles: bool = field(False, "its documents are lines of WikiText: write articles, in order")
     separator: str = field(
         "", "between documents, \\n for a line break (default: a line <|endoftext|>)"
     )
@@ -69,6 +74,7 @@ SOURCES = {
         dataset="HuggingFaceFW/fineweb-edu", config="sample-10BT", text_column="text"
     ),
     "synth": dict(dataset="PleIAs/SYNTH", text_column="synthetic_answer"),
+    "wikitext2": dict(dataset="Salesforce/wikitext", config="wikitext-2-v1", articles=True),
 }
 
 
@@ -140,10 +146,20 @@ def documents(cfg):
     if cfg.dataset in texts.DOWNLOADS:
         return iter([texts.download(cfg.dataset)])
     if cfg.dataset.endswith(".txt"):
-        return iter(texts.read_documents(cfg.dataset))
-    return texts.stream_dataset(
-        cfg.dataset, cfg.split, cfg.config, cfg.text_column, cfg.seed, cfg.shuffle_buffer
-    )
+        found = iter(texts.read_documents(cfg.dataset))
+    else:
+        found = texts.stream_dataset(
+            cfg.dataset,
+            cfg.split,
+            cfg.config,
+            cfg.text_column,
+            None if cfg.articles else cfg.seed,  # lines must stay in order
+            cfg.shuffle_buffer,
+        )
+    if cfg.articles:
+        lines = (line for text in found for line in text.removesuffix("\n").split("\n"))
+        return texts.articles(lines)
+    return found
 
 
 def run(positional, overrides):
@@ -161,6 +177,8 @@ def run(positional, overrides):
     usual = {DataConfig.dataset: "data/stories.txt"} | {
         name: f"data/{name}.txt" for name in texts.DOWNLOADS
     }
+    part = "" if cfg.split == "train" else f".{cfg.split}"
+    usual |= {SOURCES["wikitext2"]["dataset"]: f"data/wikitext2{part}.txt"}
     output = cfg.output or usual.get(cfg.dataset)
     if not output:
         raise UserError(f"dataset={cfg.dataset} needs --output FILE: where to write it")

@@ -8,6 +8,7 @@ number with its unit.
     python scripts/evaluate.py --data my.txt
     # its samples, scored by an autoregressive model
     python scripts/evaluate.py --judge artifacts/models/ar.best.pt
+    python scripts/evaluate.py --judge hf:gpt2-large
     # two models on the same rows, where they compare
     python scripts/evaluate.py --against artifacts/models/ar.best.pt
 """
@@ -32,12 +33,12 @@ from utils import (
     corpus,
     encoding,
     families,
+    judges,
     metrics,
     plots,
     policies,
     ranks,
     runtime,
-    samples,
     texts,
 )
 from utils.cli import UserError, field
@@ -62,7 +63,11 @@ class EvaluateConfig:
     left_to_right: int = field(
         0, "rows whose exact likelihood is computed, from left to right: one NFE a token", low=0
     )
-    judge: str = field("", "autoregressive checkpoint that scores the samples too")
+    judge: str = field(
+        "",
+        "autoregressive model that scores the samples too: a checkpoint, or hf:NAME of the Hugging "
+        "Face hub, hf:gpt2-large say",
+    )
     against: str = field("", "a checkpoint to compare with, on the same held-out text")
     json: str = field("", "write the report to this file too")
     plot: str = field("", "write loss, entropy and accuracy over the noise level to this PNG")
@@ -120,7 +125,7 @@ def load(path, options, device):
         if cfg.data == "tales" or os.path.exists(cfg.data):
             with contextlib.suppress(UserError):
                 training = corpus.load(cfg, tokenizer).training
-        cfg = dataclasses.replace(cfg, data=options.data)
+        cfg = dataclasses.replace(cfg, data=options.data, held_out="")
         rows = encoding.held_out_rows(texts.read_documents(options.data), tokenizer, cfg)
         return loaded._replace(
             cfg=cfg, data=encoding.Corpus(None, rows, tokenizer, 0, "", training)
@@ -180,18 +185,6 @@ def compare(first, second, device):
     return lines
 
 
-def load_judge(path, options, device):
-    """`samples.Judge` of the checkpoint at `path`."""
-    model, tokenizer, cfg = checkpoint.restore(checkpoint.read(path), device, path)
-    dtype = runtime.dtype_of_run(options.dtype, cfg.dtype, device, path)
-    judge = samples.Judge(model, families.family_of(cfg), tokenizer, dtype)
-    if not judge.family.exact:
-        raise UserError(
-            f"{path} has objective={cfg.objective}; a judge must give exact likelihoods: ar"
-        )
-    return judge
-
-
 def sampling(loaded, family, options):
     """How the samples are generated: (SampleConfig, a line that says so)."""
     asked = {name: getattr(options, name) for name in HOW}
@@ -223,7 +216,7 @@ def evaluate(loaded, options, device):
     """The report (dict) on a checkpoint (`Loaded`)."""
     family = families.family_of(loaded.cfg)
     cli.check_needs(family, options)
-    judge = load_judge(options.judge, options, device) if options.judge else None
+    judge = judges.load(options.judge, device, options.dtype) if options.judge else None
     how, in_words = sampling(loaded, family, options)
     count = loaded.cfg.final_samples if options.num_samples is None else options.num_samples
     report = {

@@ -14,8 +14,22 @@ from toy import settings
 
 from config import Config, SampleConfig
 from model import Transformer
-from utils import encoding, metrics, plots, runtime, samples, tales, terminal, trace, video
+from utils import (
+    checkpoint,
+    encoding,
+    judges,
+    metrics,
+    plots,
+    runtime,
+    samples,
+    tales,
+    terminal,
+    trace,
+    video,
+)
 from utils import page as pages
+from utils.cli import UserError
+from utils.encoding import Corpus
 from utils.families import FAMILIES, family_of
 from utils.settings import family_defaults
 from utils.tokenizer import train_bpe, train_char
@@ -603,9 +617,38 @@ def test_a_judge_counts_nats_per_character():
     chars = train_char(["abcdefgh"], documents=False)
     cfg, model = tiny_model("ar")
     torch.nn.init.zeros_(model.head.weight)
-    nats = samples.judge_texts(
-        ["abcdefgh" * 5, "", "aa"],
-        samples.Judge(model, family_of(cfg), chars, torch.float32),
-        torch.device("cpu"),
-    )
-    assert nats == pytest.approx(math.log(8), abs=1e-5)
+    state = checkpoint.snapshot(cfg, Corpus(None, None, chars, 0, "", None), model, 1, 1.0)
+    checkpoint.save("ar.pt", state)
+    judge = judges.load("ar.pt", torch.device("cpu"))
+    found = judges.score(["abcdefgh" * 5, "", "aa"], judge)
+    assert found["judge_nats_per_character"] == pytest.approx(math.log(8), abs=1e-5)
+    assert found["judge_perplexity"] == pytest.approx(8, abs=1e-3)
+
+
+def test_a_judge_of_the_hub_counts_its_own_tokens():
+    """A GPT-2 in a folder as `transformers` writes it: its perplexity is of its own tokens, its
+    nats are of characters, and windows are cut."""
+    transformers = pytest.importorskip("transformers")
+    cfg = transformers.GPT2Config(vocab_size=300, n_positions=8, n_embd=8, n_layer=1, n_head=2)
+    transformers.GPT2LMHeadModel(cfg).save_pretrained("judge")
+    tokenizer = train_bpe(["a red kite, a red boat"] * 9, 300)
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.tokenizer, eos_token="<|endoftext|>", bos_token="<|endoftext|>"
+    ).save_pretrained("judge")
+    judge, text = judges.load("hf:judge", torch.device("cpu")), "a red kite, and a boat, a blue one"
+    found, [ids] = judges.score([text, ""], judge), judge.encode([text])
+    assert ids == tokenizer.encode([text])[0] and len(ids) > judge.window
+    rows = torch.tensor(ids).split(7)
+    with torch.no_grad():
+        nats = sum(
+            torch.nn.functional.cross_entropy(
+                judge.model(torch.cat((torch.tensor(judge.begin), row))[None]).logits[0, :-1],
+                row,
+                reduction="sum",
+            ).item()
+            for row in rows
+        )
+    assert found["judge_nats_per_character"] == pytest.approx(nats / len(text), rel=1e-5)
+    assert found["judge_perplexity"] == pytest.approx(math.exp(nats / len(ids)), rel=1e-4)
+    with pytest.raises(UserError, match="cannot load the judge nowhere/at-all"):
+        judges.load("hf:nowhere/at-all", torch.device("cpu"))

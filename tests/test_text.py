@@ -260,6 +260,58 @@ def test_tokenizer_never_sees_held_out_text(tmp_path):
     )
 
 
+def test_a_file_that_is_held_out(tmp_path):
+    """All of data is trained on, and the other file judged; its characters are known too."""
+    train, held = str(tmp_path / "a.txt"), str(tmp_path / "b.txt")
+    texts.write_documents(train, ["abcd " * 50, "dcba " * 50])
+    texts.write_documents(held, ["xyz" * 40])
+    data = corpus.load(small(data=train, held_out=held, tokenizer="char"))
+    end = data.tokenizer.end
+    assert data.tokens == 2 * 250 + 3
+    assert (
+        data.tokenizer.decode(data.held_out.flatten().tolist())
+        == ("xyz" * 40)[: data.held_out.numel() - 1]
+    )
+    assert data.held_out[0, 0] == end and not (data.batch(0, slice(None)) > end).any()
+    with pytest.raises(UserError, match="held_out=b.txt with tales: only a text file"):
+        corpus.load(small(data="tales", held_out="b.txt"))
+    (tmp_path / "b.txt").write_text("xy")
+    with pytest.raises(UserError, match="b.txt has 4 tokens, less than one window"):
+        corpus.load(small(data=train, held_out=held, tokenizer="char"))
+
+
+WIKI = [
+    " ",
+    " = A <unk> = ",
+    " ",
+    " The first line , of 2 @.@ 5 sentences . ",
+    " = Not a title = ",
+    " ",
+    " = = A section = = ",
+    " ",
+    " Its text . ",
+    " ",
+    " = Another = ",
+    " ",
+    " More . ",
+]
+
+
+def test_articles_of_wikitext(bpe):
+    """A title stands alone; the lines are all kept; and their words are counted as the literature
+    counts them, also where windows cut them."""
+    found = list(texts.articles(WIKI))
+    assert len(found) == 2 and "\n".join(found) == "\n".join(WIKI)
+    assert found[1].startswith(" = Another = \n \n More")
+    assert list(texts.articles([])) == []
+    words = sum(len(line.split()) + 1 for line in WIKI)
+    ids = encoding.token_stream(found, bpe)
+    assert encoding.words(ids[None], bpe) == words
+    assert encoding.words(ids[: len(ids) // 7 * 7].view(-1, 7), bpe) in (words - 1, words)
+    chars = tokenizer.train_char(found, documents=False)
+    assert encoding.words(encoding.token_stream(found[:1], chars)[None], chars) == words - 8
+
+
 @pytest.mark.parametrize(
     "content, message",
     (

@@ -73,11 +73,13 @@ def latest(batch, cfg, steps, limit):
 def load(cfg, tokenizer=None):
     """Corpus of cfg.data. tokenizer: that of a checkpoint to go on with; None: cfg.tokenizer
     decides."""
-    if cfg.max_documents and (cfg.data == "tales" or os.path.isdir(cfg.data)):
-        raise UserError(
-            f"max_documents={cfg.max_documents} with {cfg.data}: only a text file is cut to its "
-            "first documents"
-        )
+    if cfg.data == "tales" or os.path.isdir(cfg.data):
+        for name, what in (
+            ("max_documents", "is cut to its first documents"),
+            ("held_out", "goes with a held-out file"),
+        ):
+            if value := getattr(cfg, name):
+                raise UserError(f"{name}={value} with {cfg.data}: only a text file {what}")
     if cfg.data == "tales":
         return load_tales(cfg, tokenizer)
     if not os.path.exists(cfg.data):
@@ -90,7 +92,11 @@ def load(cfg, tokenizer=None):
             f"max_documents={cfg.max_documents} with {cfg.data}: it is one document; separate "
             f"documents by a line {tokenizers.END}"
         )
-    train, held_out = texts.split(documents)
+    if cfg.held_out:
+        train, held_out = documents, texts.read_documents(cfg.held_out)
+        documents = train + held_out
+    else:
+        train, held_out = texts.split(documents)
     if tokenizer is None:
         tokenizer = make_tokenizer(
             cfg, documents if cfg.tokenizer == "char" else train, documents=len(documents) > 1

@@ -112,10 +112,24 @@ def windows(ids, cfg):
     rows = len(ids) // cfg.seq_len
     if not rows:
         raise UserError(
-            f"the held-out part of {cfg.data} has {len(ids)} tokens, less than one window of "
-            f"seq_len={cfg.seq_len}; use more text or a smaller --seq_len"
+            f"{cfg.held_out or f'the held-out part of {cfg.data}'} has {len(ids)} tokens, less "
+            f"than one window of seq_len={cfg.seq_len}; use more text or a smaller --seq_len"
         )
     return ids[: rows * cfg.seq_len].view(rows, cfg.seq_len).long()
+
+
+def words(rows, tokenizer):
+    """How many words the rows (R, L) stand for, one after the other, as results on WikiText and the
+    Penn Treebank count them: what white space separates, and an `<eos>` for the end of each line
+    (empty ones too) and of each document."""
+    count, document = 0, []
+    for i in [*rows.flatten().tolist(), tokenizer.end]:
+        if i != tokenizer.end:
+            document.append(i)
+        elif document:
+            lines = tokenizer.decode(document).split("\n")
+            count, document = count + sum(len(line.split()) + 1 for line in lines), []
+    return count
 
 
 def row_lengths(rows, tokenizer):

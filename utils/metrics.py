@@ -19,7 +19,7 @@ def final(model, family, data, hardware, steps, count, how, judge=None):
 
     steps     of the run, which say what it was trained on where that has no end
     how       SampleConfig of the samples
-    judge     `Judge` that scores the samples too
+    judge     of `utils.judges`, which scores the samples too
     """
     with hardware.autocast():
         report = levels_of(model, family, data, hardware.device)
@@ -30,13 +30,7 @@ def final(model, family, data, hardware, steps, count, how, judge=None):
         )
     # what it was trained on need not be at hand
     searched = data.training(steps, SEARCHED) if data.training else None
-    rest = dict(
-        tokenizer=data.tokenizer,
-        cfg=family.cfg,
-        training=searched,
-        judge=judge,
-        device=hardware.device,
-    )
+    rest = dict(tokenizer=data.tokenizer, cfg=family.cfg, training=searched, judge=judge)
     return report | {
         "samples": samples.judge_rows(rows, **rest) | figures,
         "reference": samples.judge_rows(
@@ -51,6 +45,7 @@ def held_out(model, family, data, device):
     floats).
 
     `<|endoftext|>` counts in nats and not in characters: a model also has to say where a text ends.
+    Words are counted as `encoding.words` says, so that its perplexity stands beside published ones.
     On tales the exact -log_prob of the same stories stands beside the bound. Of an autoregressive
     model the "bound" is exact.
     """
@@ -59,6 +54,7 @@ def held_out(model, family, data, device):
     lengths = encoding.row_lengths(rows, data.tokenizer)
     mean, se_rows, se_masks = mean_and_errors(family.nelbo(model, rows, cfg.final_masks))
     nats, exact = mean * rows.numel(), family.exact
+    words = encoding.words(rows, data.tokenizer)
     report = {
         "bound_nats_per_token": mean,
         "bound_se_rows": se_rows,
@@ -66,6 +62,8 @@ def held_out(model, family, data, device):
         "bound_bits_per_character": nats / math.log(2) / lengths[:, 0].sum().item(),
         "bound_bits_per_byte": nats / math.log(2) / lengths[:, 1].sum().item(),
         "perplexity_of_bound": perplexity(mean),
+        "bound_nats_per_word": nats / words,
+        "perplexity_of_bound_per_word": perplexity(nats / words),
         "held_out_rows": len(rows),
         "masks_a_row": 0 if exact else cfg.final_masks,
     }

@@ -4,12 +4,11 @@ NLL."""
 import math
 import time
 from collections import Counter
-from typing import NamedTuple
 
 import torch
 
 import diffusion
-from utils import canvas, runtime, tales
+from utils import canvas, judges, runtime, tales
 from utils import tokenizer as tokenizers
 
 
@@ -70,9 +69,9 @@ def reference_rows(held_out, tokenizer, count):
     return torch.stack([flat[start : start + L] for start in starts[:count]])
 
 
-def judge_rows(rows, *, tokenizer, cfg, training, judge, device):
+def judge_rows(rows, *, tokenizer, cfg, training, judge):
     """Figures (dict) of samples or real text, rows (R, L) long: diversity, copies from the
-    `training` rows (N, L), validity on tales, and the judge's nats per character."""
+    `training` rows (N, L), validity on tales, and what the judge says (`judges.score`)."""
     between = f"\n{tokenizers.END}\n"  # documents of a stream
     texts = [
         canvas.finished(tokenizer, row, stop=cfg.rows == "document").replace(between, "\n")
@@ -92,7 +91,7 @@ def judge_rows(rows, *, tokenizer, cfg, training, judge, device):
             [story for row in rows.tolist() for story in canvas.documents(tokenizer, row, cfg.rows)]
         )
     if judge:
-        report["judge_nats_per_character"] = judge_texts(texts, judge, device)
+        report |= judges.score(texts, judge)
     return report
 
 
@@ -104,34 +103,6 @@ def without_filling(rows, tokenizer, cfg):
         for row in rows:
             row[canvas.end(tokenizer, row.tolist()) + 1 :] = -1
     return rows
-
-
-class Judge(NamedTuple):
-    """An autoregressive checkpoint that scores texts."""
-
-    model: torch.nn.Module
-    family: object
-    tokenizer: tokenizers.Tokenizer
-    dtype: torch.dtype
-
-
-@torch.no_grad()
-def judge_texts(texts, judge, device):
-    """Nats per character of texts (list of str) under an autoregressive model: generative NLL.
-    Texts are cut in windows."""
-    model, family, tokenizer, dtype = judge
-    total, characters, window = 0.0, 0, family.cfg.seq_len
-    begin = [] if tokenizer.end is None else [tokenizer.end]
-    for ids in tokenizer.encode([t for t in texts if t], "the samples"):
-        for start in range(0, len(ids), window - len(begin)):
-            piece = begin + ids[start : start + window - len(begin)]
-            row = torch.tensor([piece], device=device)
-            index = torch.arange(len(begin), len(piece), device=device)
-            with runtime.autocast(device, dtype):
-                logits = family.logits(model, row, index)
-            total += diffusion.token_nll(logits, row[0, index]).sum().item()
-            characters += len(tokenizer.decode(piece[len(begin) :]))
-    return total / max(1, characters)
 
 
 def judge_tales(texts):

@@ -16,7 +16,7 @@ import logging
 import os
 import re
 import zipfile
-from itertools import islice
+from itertools import chain, islice
 
 from utils import cli
 from utils import tokenizer as tokenizers
@@ -117,6 +117,29 @@ def stream_dataset(
     if seed is not None:
         dataset = dataset.shuffle(seed=seed, buffer_size=shuffle_buffer)
     yield from documents_of(dataset, name, column)
+
+
+_TITLE = re.compile(r" = (?!= ).* = ?")
+
+
+def articles(lines):
+    """The lines (iterable of str) of a WikiText file as articles (iterator of str): each begins
+    with its title ` = Title = `, between empty lines. Together they have all lines, empty ones
+    too."""
+    article, before = [], ""
+    lines = chain(lines, [None])
+    line = next(lines)
+    for following in lines:
+        title = _TITLE.fullmatch(line) and not before.strip() and not (following or "").strip()
+        if title and any(map(str.strip, article)):
+            yield "\n".join(article)
+            article = []
+        article.append(line)
+        before, line = line, following
+    if line is not None:
+        article.append(line)
+    if article:
+        yield "\n".join(article)
 
 
 def download(name):

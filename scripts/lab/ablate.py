@@ -25,7 +25,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspa
 
 
 from config import DEVICES, DTYPES
-from scripts.lab import compare_samplers, compare_training, figures, variants
+from scripts.lab import compare_samplers, compare_stories, compare_training, figures, variants
 from utils import cli
 from utils.cli import UserError, field
 
@@ -35,6 +35,7 @@ class AblateConfig:
     checkpoint: str = field(
         "", "of the comparisons that need a trained model (default: the newest run's best)", "what"
     )
+    judge: str = field("", "autoregressive model that scores stories: a checkpoint, or hf:NAME")
     num_samples: int = field(200, "samples of each setting, seeds 0, 1, ...", low=2, high=10**5)
     base: str = field(
         "",
@@ -46,6 +47,9 @@ class AblateConfig:
     )
     iters: int = field(
         300, "steps of each training run; with other batch sizes as many rows", low=1
+    )
+    minutes: float = field(
+        0.0, "minutes of each training run, instead of a number of steps", low=0, high=10**6
     )
     published_iters: int = field(5000, "steps of the micro-dLLMs' recipe (recipe)", low=1)
     seeds: int = field(
@@ -80,6 +84,9 @@ COMPARISONS = {
         compare_samplers.temperature_settings,
         compare_samplers.judge_samplers,
         figures.over_temperature,
+    ),
+    "stories": Comparison(
+        compare_stories.story_settings, compare_stories.judge_stories, figures.stories
     ),
     "order": Comparison(
         compare_samplers.order_settings,

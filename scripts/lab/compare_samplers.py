@@ -77,9 +77,9 @@ def sampler_settings(options):
     ]
 
 
-def masked_model(path, device):
+def masked_model(path, device, blocks=False):
     """(model, Tokenizer, Config, checkpoint dict) of a masked model of the whole window, whose
-    sampler is a choice.
+    sampler is a choice, or (blocks=True) of one of blocks.
 
     path "": the newest run's best. A UserError refuses other families.
     """
@@ -87,7 +87,7 @@ def masked_model(path, device):
     state = checkpoint.read(path)
     model, tokenizer, cfg = checkpoint.restore(state, device, path)
     family = families.family_of(cfg)
-    if family.block_len or family.procedure:
+    if family.block_len and not blocks or family.procedure:
         raise UserError(
             f"{path} generates {family.procedure or 'block by block'}; samplers are compared with "
             "a masked model of the whole window"
@@ -114,10 +114,10 @@ class Trained(NamedTuple):
             )
 
 
-def trained(options):
-    """The checkpoint that is meant, as `Trained`."""
+def trained(options, blocks=False):
+    """The checkpoint that is meant, as `Trained`; blocks: as `masked_model`."""
     device = runtime.choose_device(options.device)
-    model, tokenizer, cfg, state = masked_model(options.checkpoint, device)
+    model, tokenizer, cfg, state = masked_model(options.checkpoint, device, blocks)
     path = options.checkpoint or "the newest checkpoint"
     dtype = runtime.dtype_of_run(options.dtype, cfg.dtype, device, path)
     family, hardware = families.family_of(cfg), ranks.Hardware(device, dtype)

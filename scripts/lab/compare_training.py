@@ -30,7 +30,8 @@ def rounded(value):
 def variant_config(comparison, options, variant, seed):
     changes = variants.TRAINED[comparison](options)[variant]
     cfg = cli.merge(Config, variants.base_config(options), changes, {"seed": seed})
-    return dataclasses.replace(cfg, eval_interval=max(1, cfg.max_iters // 15), save_interval=10**9)
+    points = max(1, cfg.max_iters // 15) if cfg.max_iters else cfg.eval_interval
+    return dataclasses.replace(cfg, eval_interval=points, save_interval=10**9)
 
 
 TABLES = {"seq_len": "block_size"}  # as the tables that are there call it
@@ -99,6 +100,7 @@ def train_variants(comparison, options):
         return {
             "bound": report["bound_nats_per_token"],
             "bits_per_character": report["bound_bits_per_character"],
+            "bits_per_byte": report["bound_bits_per_byte"],
             "se_rows": report["bound_se_rows"],
             "se_masks": report["bound_se_masks"],
             "last_bound": entries[-1]["bound"],
@@ -132,6 +134,7 @@ def train_variants(comparison, options):
 FIGURES = (
     "bound",
     "bits_per_character",
+    "bits_per_byte",
     "se_rows",
     "se_masks",
     "last_bound",
@@ -174,6 +177,7 @@ def over_seeds(rows):
                     ("se_seeds", spread),
                     ("se_rows", mean("se_rows")),
                     ("bits_per_character", mean("bits_per_character")),
+                    ("bits_per_byte", mean("bits_per_byte")),
                     ("above_exact", mean("above_exact")),
                     ("last_bound", mean("last_bound")),
                     ("training_loss", mean("loss")),

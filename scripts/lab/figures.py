@@ -168,6 +168,38 @@ def quality_against_cost(rows, title, path):
     plt.close(figure)
 
 
+def stories(rows, title, path):
+    """Generative NLL and unigram entropy over NFE, each beside that of held-out text; rows are
+    those of scripts/lab/ablate.py stories (dicts of str). A PNG at `path`."""
+    plt = plots.pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
+    drawn = [row for row in rows if row["sampler"] != "held-out text"]
+    kind = lambda row: (
+        row["sampler"].partition(":")[0]
+        + (f", blocks of {row['decode_block']}" if row["decode_block"] != "0" else "")
+    )
+    styles = [(colour, marker) for marker in "osD^" for colour in plots.OKABE_ITO]
+    for name, (colour, marker) in zip(dict.fromkeys(map(kind, drawn)), styles):
+        own = sorted((row for row in drawn if kind(row) == name), key=cost)
+        for axis, what in zip(axes, ("judge_nats_per_character", "unigram_entropy")):
+            values = [float(row[what]) for row in own]
+            axis.plot(list(map(cost, own)), values, marker, label=name, color=colour)
+    for axis, what, words in zip(
+        axes,
+        ("judge_nats_per_character", "unigram_entropy"),
+        ("judge's NLL, nats a character", "unigram entropy of the samples, nats"),
+    ):
+        for row in rows:
+            if row["sampler"] == "held-out text":
+                axis.axhline(float(row[what]), color="#1d1d1f", lw=1, label="held-out text")
+        axis.set(xscale="log", xlabel="network evaluations (NFE) a sample", ylabel=words)
+        axis.grid(alpha=0.3)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
+    figure.suptitle(title)
+    plots.save(figure, path)
+    plt.close(figure)
+
+
 def over_temperature(rows, title, path):
     """Share of valid samples, of different ones, and what valid ones are worth, over the
     temperature; rows are those of scripts/lab/ablate.py temperature (dicts of str). A PNG at

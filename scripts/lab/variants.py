@@ -163,6 +163,38 @@ def window(options):
     }
 
 
+def small(options):
+    """A small network on a small machine: shapes, vocabularies, rows, and what helps when a text is
+    read many times; for a number of --minutes each."""
+    base = cli.merge(Config, base_config(options))
+    bos = diffusion.bos_tokens(base)
+    window = max(16, base.seq_len // 16 * 16)  # blocks fill it
+    variants = {
+        "as it is": {},
+        "windows anywhere": {"rows": "stream", "seq_len": window},
+        "vocabulary 1,024": {"vocab_size": 1024},
+        "vocabulary 4,096": {"vocab_size": 4096},
+        "4 layers": {"n_layer": 4},
+        "8 layers": {"n_layer": 8},
+        "width 192": {"n_embd": 192},
+        "width 384": {"n_embd": 384, "n_head": 6},
+        "8 rows": {"batch_size": 8},
+        "32 rows": {"batch_size": 32},
+        "window half as long": {"seq_len": window // 2 + bos},
+        "dropout 0.1": {"dropout": 0.1},
+        "the bound as loss": {"loss_weighting": "elbo"},
+        "rotary base 10,000": {"rope_base": 10_000.0},
+        "embeddings of their own": {"tie_embeddings": False},
+        "weight decay 0.1": {"weight_decay": 0.1},
+        "averaged weights": {"ema": 0.999, "lr_decay": "constant"},
+        "blocks of 16": {"block_len": 16},
+        "blocks of 8": {"block_len": 8},
+        "autoregressive": {"objective": "ar"},
+        "autoregressive, dropout 0.1": {"objective": "ar", "dropout": 0.1},
+    }
+    return {name: {"seq_len": window + bos} | changes for name, changes in variants.items()}
+
+
 def expected_loss(options):
     """The beginnings of the guide's and the notes' runs, whose documents say which loss to expect
     when, at the base's shape, and ours. Their learning rates do not decay yet; their losses are
@@ -251,6 +283,7 @@ TRAINED = {
     },
     "window": window,
     "expected_loss": expected_loss,
+    "small": small,
     "families": families,
     "ar_vs_diffusion": ar_vs_diffusion,
 }
@@ -266,7 +299,8 @@ def base_config(options):
         | base
         | data
         | {
-            "max_iters": options.iters,
+            "max_iters": 0 if options.minutes else options.iters,
+            "max_minutes": options.minutes,
             "device": options.device,
             "dtype": options.dtype,
             "compile": options.compile,
