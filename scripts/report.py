@@ -46,8 +46,8 @@ def fill(page, text):
     """The text of a page with its figures and tables as the result files have them."""
 
     def figure(match):
-        folder = posixpath.join(posixpath.dirname(page), match[2])
-        file = posixpath.relpath(posixpath.normpath(folder), "artifacts")
+        path = posixpath.join(posixpath.dirname(page), match[2])
+        file = posixpath.relpath(posixpath.normpath(path), "artifacts")
         return f"[{cell(file, match[3])}]({match[2]})<!-- {match[3]} -->"
 
     def lines(match):

@@ -38,6 +38,12 @@ MAIN = {"train.py": train.main, "inference.py": inference.main} | {
 # --- commands -------------------------------------------------------------------------------------
 
 
+def tracked(*patterns):
+    """Files of the repository (list of str)."""
+    words = ["git", "ls-files", *patterns]
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True).stdout.split()
+
+
 def commands():
     """Command lines, in order: lines of blocks without a language, `python ...` within the text,
     and names of comparisons that link to their tables."""
@@ -276,18 +282,12 @@ def test_links_lead_somewhere(name):
 
 
 def test_every_picture_is_on_a_page():
-    pictures = subprocess.run(
-        ["git", "ls-files", "artifacts/*.png", "artifacts/*.gif"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    ).stdout.split()
     shown = {
         posixpath.normpath(posixpath.join(posixpath.dirname(name), link))
         for name, text in TEXT.items()
         for link in re.findall(r"(?:\]\(|src=\"|srcset=\")([^)\s\"]+\.(?:png|gif))", text)
     }
-    assert shown == set(pictures)
+    assert shown == set(tracked("artifacts/*.png", "artifacts/*.gif"))
 
 
 @pytest.mark.parametrize("name", TEXT)
@@ -492,12 +492,7 @@ def test_the_pages_are_what_report_writes(monkeypatch, tmp_path, capsys, request
 
 def test_every_result_file_says_where_it_comes_from():
     """artifacts/sources.csv has all files, and no others."""
-    files = subprocess.run(
-        ["git", "ls-files", "artifacts/*.csv", "artifacts/*.json"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    ).stdout.split()
+    files = tracked("artifacts/*.csv", "artifacts/*.json")
     listed = [row["file"] for row in results.load("sources.csv")]
     assert sorted(listed) == sorted(
         file.removeprefix("artifacts/") for file in files if not file.endswith("sources.csv")
@@ -538,10 +533,7 @@ def test_the_check_of_figures_can_fail():
 
 def test_nothing_that_users_run_imports_the_laboratory():
     """But report.py, which fills these pages from its results."""
-    files = subprocess.run(
-        ["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.split()
-    house = [file for file in files if not file.startswith(("scripts/lab/", "tests/"))]
+    house = [file for file in tracked("*.py") if not file.startswith(("scripts/lab/", "tests/"))]
     reaching = [
         file
         for file in house

@@ -92,15 +92,11 @@ def load(cfg, tokenizer=None):
             f"max_documents={cfg.max_documents} with {cfg.data}: it is one document; separate "
             f"documents by a line {tokenizers.END}"
         )
-    if cfg.held_out:
-        train, held_out = documents, texts.read_documents(cfg.held_out)
-        documents = train + held_out
-    else:
-        train, held_out = texts.split(documents)
+    train, held_out = parts(cfg, documents)
     if tokenizer is None:
-        tokenizer = make_tokenizer(
-            cfg, documents if cfg.tokenizer == "char" else train, documents=len(documents) > 1
-        )
+        sample = train + held_out if cfg.tokenizer == "char" else train
+        several = len(documents) > 1 or bool(cfg.held_out)
+        tokenizer = make_tokenizer(cfg, sample, documents=several)
     rows, train = held_out_rows(held_out, tokenizer, cfg), train[: cfg.max_documents or None]
     if cfg.rows == "document":
         pool = document_rows(train, tokenizer, cfg.seq_len)
@@ -115,6 +111,13 @@ def load(cfg, tokenizer=None):
         )
     batch, first = partial(stream_batch, ids, cfg), lambda steps, limit: ids[None, :limit]
     return Corpus(batch, rows, tokenizer, len(ids), fingerprint(ids), first)
+
+
+def parts(cfg, documents):
+    """(training, held-out) documents (lists of str) of those of cfg.data."""
+    if cfg.held_out:
+        return documents, texts.read_documents(cfg.held_out)
+    return texts.split(documents)
 
 
 def load_tales(cfg, tokenizer=None):

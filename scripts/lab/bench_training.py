@@ -242,10 +242,11 @@ def bench_train(name, options):
         base = answers.get(reference) or timed.get(reference)
         known = 1.0 if reference == SOURCE else figures[reference]["speed_up"]
         for one, rows in answers.items():
-            ratio = base and statistics.median(a[0] / b[0] for a, b in zip(base, rows))
-            speed_up = ratio and known and known * ratio * tokens(one) / tokens(reference)
-            speed_up = figures[one]["speed_up"] if one in figures else speed_up
-            # of the reference: over all its pairs
+            if one in figures:  # the reference, shown over all its pairs
+                speed_up = figures[one]["speed_up"]
+            else:
+                ratio = base and statistics.median(a[0] / b[0] for a, b in zip(base, rows))
+                speed_up = ratio and known and known * ratio * tokens(one) / tokens(reference)
             figures[one] = figures_of(variants[one], vocab_size, timed[one], rate, speed_up)
     if not figures:
         raise failed

@@ -12,7 +12,7 @@ from scripts.lab.stories import Checker
 from utils import canvas, corpus, judges, metrics, samples, texts
 from utils.cli import UserError
 
-DEFAULT = {"steps": "", "decode_block": 0, "temperature": 1.0, "top_p": SampleConfig.top_p}
+DEFAULT = dict(sampler="", steps="", decode_block=0, temperature=1.0, top_p=SampleConfig.top_p)
 
 
 def story_settings(options):
@@ -36,9 +36,7 @@ def story_settings(options):
         for sampler in ("entropy_bounded:0.1", "first_hitting")
         for size in (8, 16, 32, 64)
     ]
-    return [
-        row | {name: value for name, value in DEFAULT.items() if name not in row} for row in rows
-    ]
+    return [DEFAULT | row for row in rows]
 
 
 def judge_stories(options):
@@ -53,7 +51,7 @@ def judge_stories(options):
         raise UserError("stories needs a --judge: an autoregressive checkpoint, or hf:gpt2-large")
     judge = judges.load(options.judge, one.hardware.device)
     data = corpus.load(cfg, tokenizer)
-    checker = Checker(texts.split(texts.read_documents(cfg.data))[0])
+    checker = Checker(corpus.parts(cfg, texts.read_documents(cfg.data))[0])
     training = data.training(one.step, metrics.SEARCHED)
 
     def measure(setting):

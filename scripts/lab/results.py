@@ -4,6 +4,7 @@ import csv
 import functools
 import json
 import os
+from operator import itemgetter
 
 from utils import cli
 from utils.cli import UserError
@@ -102,68 +103,58 @@ def samplers():
     return table(["sampler", *(f"{limit} NFE" for limit in limits)], rows) + source(file)
 
 
+def listed(file, columns, rows=None):
+    """A line for each row of the file; columns: {heading: function from a row to its cell}."""
+    cells = [[of(row) for of in columns.values()] for row in (rows or load(file))]
+    return table(list(columns), cells) + source(file)
+
+
+def share(name):
+    """A column that is a share, in percent."""
+    return lambda row: f"{float(row[name]):.1%}"
+
+
 def sampled():
     """The default sampler with the likeliest tokens alone, and in blocks with caches."""
     file = "ablations/samplers.csv"
     rows = rows_of(file, "entropy_bounded:0.1; top_p 1.0; decode_block 0; cache none")
-    rows = rows + [row for row in load(file) if row["top_p"] != "1.0"]
-    head = ["default sampler", "NFE", "valid", "log-probability", "different pairs of words"]
     name = lambda row: (
         f"top-p {float(row['top_p']):g}"
         + (f", blocks of {row['decode_block']}" if row["decode_block"] != "0" else "")
         + (f", {row['cache']} cache" if row["cache"] != "none" else "")
     )
-    cells = lambda row: (
-        name(row),
-        f"{float(row['nfe']):.1f}",
-        f"{float(row['valid']):.1%}",
-        row["log_prob"],
-        row["distinct_2"],
-    )
-    return table(head, map(cells, rows)) + source(file)
+    columns = {
+        "default sampler": name,
+        "NFE": lambda row: f"{float(row['nfe']):.1f}",
+        "valid": share("valid"),
+        "log-probability": itemgetter("log_prob"),
+        "different pairs of words": itemgetter("distinct_2"),
+    }
+    return listed(file, columns, rows + [row for row in load(file) if row["top_p"] != "1.0"])
 
 
-def temperatures():
-    """Valid, different and likely samples over the temperature."""
-    file = "ablations/temperature.csv"
-    head = ["sampler", "temperature", "valid", "different", "log-probability"]
-    cells = lambda row: (
-        f"`{row['sampler']}`",
-        row["temperature"],
-        f"{float(row['valid']):.1%}",
-        f"{float(row['distinct']):.1%}",
-        row["log_prob"],
-    )
-    return table(head, map(cells, load(file))) + source(file)
-
-
-def spelling():
-    """Share of words and speakers that the training text has, by sampler."""
-    file = "ablations/spelling.csv"
-    head = ["sampler", "steps", "temperature", "top-p", "NFE", "words", "different words"]
-    cells = lambda row: (
-        row["sampler"],
-        row["steps"],
-        f"{float(row['temperature']):g}",
-        f"{float(row['top_p']):g}",
-        f"{float(row['nfe']):.0f}",
-        f"{float(row['words']):.1%}",
-        row["distinct_1"],
-    )
-    return table(head, map(cells, load(file))) + source(file)
-
-
-def order():
-    """Whether the most frequent tokens are unmasked first."""
-    file = "ablations/order.csv"
-    head = ["sampler", "temperature", "of the first tenth", "of all"]
-    cells = lambda row: (
-        row["sampler"],
-        f"{float(row['temperature']):g}",
-        f"{float(row['early']):.1%}",
-        f"{float(row['all']):.1%}",
-    )
-    return table(head, map(cells, load(file))) + source(file)
+TEMPERATURES = {  # valid, different and likely samples over the temperature
+    "sampler": lambda row: f"`{row['sampler']}`",
+    "temperature": itemgetter("temperature"),
+    "valid": share("valid"),
+    "different": share("distinct"),
+    "log-probability": itemgetter("log_prob"),
+}
+SPELLING = {  # share of words that the training text has, by sampler
+    "sampler": itemgetter("sampler"),
+    "steps": itemgetter("steps"),
+    "temperature": lambda row: f"{float(row['temperature']):g}",
+    "top-p": lambda row: f"{float(row['top_p']):g}",
+    "NFE": lambda row: f"{float(row['nfe']):.0f}",
+    "words": share("words"),
+    "different words": itemgetter("distinct_1"),
+}
+ORDER = {  # whether the most frequent tokens are unmasked first
+    "sampler": itemgetter("sampler"),
+    "temperature": lambda row: f"{float(row['temperature']):g}",
+    "of the first tenth": share("early"),
+    "of all": share("all"),
+}
 
 
 TALES = ("tales_8_minutes", "tales_30_minutes")
@@ -322,9 +313,9 @@ LONG = ("entropy_bounded", "local_entropy:64", "local_entropy:48", "local_entrop
 TABLES = {
     "samplers": samplers,
     "sampled": sampled,
-    "temperatures": temperatures,
-    "spelling": spelling,
-    "order": order,
+    "temperatures": functools.partial(listed, "ablations/temperature.csv", TEMPERATURES),
+    "spelling": functools.partial(listed, "ablations/spelling.csv", SPELLING),
+    "order": functools.partial(listed, "ablations/order.csv", ORDER),
     "tales": tales,
     "recipe": functools.partial(trained, "ablations/recipe_shakespeare.csv"),
     "families": functools.partial(trained, "ablations/families.csv"),
