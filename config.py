@@ -126,6 +126,8 @@ class SampleConfig:
     prompt_file: str = field("", "a file with a prompt on each line; one result each")
     gen_len: int = field(None, "tokens to generate (default: to the end of the window); may go "
         "beyond it", low=1, high=LONGEST)
+    min_len: int = field(0, "tokens to generate at least: no <|endoftext|> among them", low=0,
+        high=LONGEST)
     no_stop: bool = field(False, "generate all tokens asked for, beyond <|endoftext|> too")
     num_samples: int = field(1, "how many of each", low=1, high=10**5)
     seed: int = field(1337, "of the first sample; the next has the next number", low=0, high=SEEDS)

@@ -363,17 +363,17 @@ def sample(family, model, canvas, how, *, window=None, stop=None, seeds=None, to
 
     how     SampleConfig: sampler, steps, schedule, temperature, top_k, top_p, and the rest
     window  most positions that the network takes; a longer canvas is denoised block by block
-    stop    token id: a row that has it in a finished block, after all given tokens, ends: the rest
-            of it becomes that token
+    stop    token id: a row that has it in a finished block, after all that is given, ends: the
+            rest becomes that token; not among the first how.min_len that are generated
     seeds   one integer a row (default 0, 1, ...): a row gets the same text whatever its batch
     top     how many of the likeliest tokens to keep for viewers, in Step.top
 
-    Given tokens never change, no MASK is left, and MASK is never drawn: the network has no logit
-    for it; a canvas without MASK yields nothing. Of a finished row nothing is open, so nothing is
-    asked, and the denoiser leaves it out of its call. (asked, unmask, remask: (B, L) bool.)
+    Given tokens never change; no MASK is left or drawn: it has no logit. A canvas without MASK
+    yields nothing; a finished row asks nothing. (asked, unmask, remask: (B, L) bool.)
     """
     check_needs(family, how)
     sampler, denoiser = family.sampler(how), family.denoiser(model, canvas, how, window)
+    denoiser.bar(stop, how.min_len)
     noise, grid = denoiser.noise, sampler.grid or partial(mask_ratio, how.schedule)
     seeds = range(len(canvas)) if seeds is None else seeds
     uniforms = draws.uniforms_of(seeds, canvas.size(1), canvas.device)

@@ -799,3 +799,31 @@ def test_given_tokens_under_uniform_noise():
     loss = kind.loss(model, x0, drawn)
     assert (loss[given.all(1)] == 0).all() and (loss[~given.all(1)] > 0).all()
     assert (kind.nelbo(model, x0, 2, given)[given.all(1)] == 0).all()
+
+
+@pytest.mark.parametrize(
+    "changes, options",
+    (
+        ({}, {}),
+        ({}, {"decode_block": 4, "window": 12}),
+        ({}, {"decode_block": 4, "cache": "dual", "window": 12}),
+        ({"block_len": 4}, {"window": 12}),
+        ({"objective": "ar"}, {"window": 12}),
+        ({"objective": "uniform"}, {}),
+    ),
+)
+def test_no_text_ends_before_its_least_length(changes, options):
+    """Wherever its first token is generated, whatever the window; the tokens behind are free."""
+    if changes.get("objective") == "uniform":
+        changes = family_defaults("uniform", FAMILIES) | changes
+    canvas = torch.full((8, 20), 5)
+    canvas[:, 0], canvas[4:, :4] = 1, torch.tensor([1, 2, 3, 4])
+
+    def generated(min_len):
+        model = toy.network(6, 5, seq_len=20, **changes)
+        *_, last = sample(model, canvas, seq_len=20, stop=0, min_len=min_len, **changes, **options)
+        return [row[mask] for row, mask in zip(last.ids, canvas == 5)]
+
+    assert any(0 in row[:10] for row in generated(0))
+    ids = generated(10)
+    assert not any(0 in row[:10] for row in ids) and any(0 in row[10:] for row in ids)

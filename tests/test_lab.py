@@ -1,12 +1,21 @@
-"""The laboratory: what it says of stories."""
+"""The laboratory: what it says of stories, and of how a step grows."""
 
+import json
 import os
 
 import pytest
 from conftest import TINY, load, run
 
 import train
-from scripts.lab import ablate, compare_stories
+from scripts.lab import (
+    ablate,
+    bench,
+    bench_growth,
+    bench_training,
+    compare_stories,
+    pictures,
+    results,
+)
 from scripts.lab import stories as checks
 from utils import tales, texts
 
@@ -45,6 +54,9 @@ def test_what_breaks_a_story_is_seen(checker):
     assert checker.pronouns_agree("Lily saw Mom, and he went. Lily and Tom saw her.") == []
     figures = checker.figures([lily[:-1], "Zorg blipped."])
     assert figures["ended"] == 0.5 and figures["known_words"] < 1
+    both = checker.along(f"{lily} {tom}", 2)
+    assert [part["first_name"] for part in both] == [True, False]
+    assert [part["new_names"] for part in both] == [1, 1] and both[0]["repeated"] > 0.5
     rates = checks.error_rates(checker, STORIES)
     assert rates["names_stay"] == rates["pronouns_agree"] == 1
     assert rates["names_stay_in_halves_of_two"] < 0.3 and rates["pronouns_agree_swapped"] == 0
@@ -74,6 +86,54 @@ def test_samplers_write_stories_that_are_judged(monkeypatch, capsys):
     assert float(real["known_words"]) > 0.8 and float(real["judge_perplexity"]) > 1
     assert float(written["nfe"]) > 1 and os.path.getsize("out/stories.png") > 10_000
     assert float(real["nfe"]) == 0 and real["judge"] == "artifacts/models/judge.best.pt"
+    monkeypatch.setattr(compare_stories, "LONG", 200)
+    monkeypatch.setitem(
+        ablate.COMPARISONS,
+        "long_stories",
+        ablate.COMPARISONS["long_stories"]._replace(
+            settings=lambda options: compare_stories.long_settings(options)[:2]
+        ),
+    )
+    code, out, err = run(
+        ablate.main, words.replace("stories", "long_stories", 1), monkeypatch, capsys
+    )
+    real, written = ablate.read_table("out/long_stories.csv")
+    assert code == 0 and os.path.getsize("out/long_stories.png") > 10_000, err
+    assert float(real["first_name_1"]) == 1 and float(real["new_names_1"]) >= 1
+    assert float(real["judge_4"]) > 0 and float(written["nfe"]) > 1
 
 
 CHOSEN = ("held-out text", "local_entropy:64")
+
+
+def test_growth_is_measured_and_shown(monkeypatch, capsys):
+    """Exponents of what grows exactly; a step on shards is real."""
+
+    def together(variants, vocabulary, device, products, options):
+        steps = {}
+        for label, (_, cfg, dtype, *_) in variants.items():
+            name, value = label.split()
+            if name == "data" and value == "1000":
+                step, _ = bench_training.training_step(cfg, vocabulary, device, dtype)
+                assert step() > 0
+            steps[label] = [(int(value) ** 1.5, 8, 100, 2**30 * int(value) ** 0.5)] * 3
+        return steps, 1e12
+
+    monkeypatch.setattr(bench_training, "time_together", together)
+    monkeypatch.setitem(bench_growth.VALUES, "data", (1000, 2000, 4000))
+    monkeypatch.setattr(bench_growth.shards, "SHARD_TOKENS", 1500)
+    open("tiny.py", "w").write(
+        "config = {'preset': 'stories_small', 'n_layer': 1, 'n_embd': 8, 'seq_len': 16}"
+    )
+    words = "growth tiny.py --device cpu --json artifacts/benchmarks/growth_cpu.json"
+    code, out, err = run(bench.main, words, monkeypatch, capsys)
+    assert code == 0 and "grows with n_embd: seconds as its power 1.50" in out, err
+    [report] = json.load(open("artifacts/benchmarks/growth_cpu.json"))
+    for found in report["exponents"].values():
+        assert found == {"seconds_a_step": pytest.approx(1.5), "peak_memory_gb": pytest.approx(0.5)}
+    assert {row["setting"] for row in report["rows"]} == set(bench_growth.VALUES)
+    results.load.cache_clear()
+    monkeypatch.setattr(results, "ROOT", ".")
+    pictures.growth(None, "growth.png")
+    assert os.path.getsize("growth.png") > 10_000
+    results.load.cache_clear()

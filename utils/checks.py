@@ -59,6 +59,7 @@ def sampling(how):
         (how.infill and (given or how.gen_len), ("infill",),
          "it says itself what is given and how much to generate; leave out --prompt, --suffix, "
          "--prompt-file and --gen-len"),
+        (how.no_stop and how.min_len, ("no_stop", "min_len"), "one or the other"),
         (how.prompt_file and how.prompt, ("prompt_file", "prompt"), "give one of them"),
         (cached and not how.decode_block, ("cache", "decode_block"),
          "a cache keeps what is around a block; set --decode-block, 32 say"),

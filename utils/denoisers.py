@@ -5,6 +5,7 @@ that counts its calls in `nfe` and says in `nfe_a_row` what one costs a row: `Pl
 one of kv_cache.py.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -72,10 +73,17 @@ class Denoiser:
         # all that is given ends before it, (B, 1)
         self.given_until = torch.where(canvas == noise.mask, 0, place + 1).amax(1, keepdim=True)
         self.row_nfe = torch.zeros(len(canvas), dtype=torch.long, device=canvas.device)
+        self.generated, self.barred = canvas == noise.mask, None
 
     @property
     def nfe(self):
         return self.network.nfe
+
+    def bar(self, token, number):
+        """Give the token no probability at the first `number` positions of each row that are
+        generated."""
+        if token is not None and number:
+            self.barred = token, self.generated & (self.generated.cumsum(1) <= number)
 
     def __call__(self, ids, asked, turn):
         """Logits (N, V) at the asked (B, L) positions of ids (B, L). Rows that ask nothing, those
@@ -84,6 +92,7 @@ class Denoiser:
         if not len(rows):
             return torch.empty(0, self.noise.mask, device=ids.device)
         x, asked, start = ids[rows], asked[rows], turn.start[rows]
+        wanted = asked
         columns, shift = None, torch.zeros_like(start)
         if self.width < L:
             columns, shift = self.columns(start, rows, L)
@@ -94,7 +103,11 @@ class Denoiser:
         self.row_nfe = self.row_nfe.index_add(
             0, rows, torch.full_like(rows, self.network.nfe_a_row)
         )
-        return at_least_float32(logits)
+        logits = at_least_float32(logits)
+        if self.barred:
+            token, where = self.barred
+            logits[where[rows][wanted], token] = -math.inf
+        return logits
 
     def columns(self, start, rows, L):
         """(positions (b, W) of a canvas of L that the network sees when rows (b,) denoise blocks

@@ -12,18 +12,18 @@ from utils import canvas, judges, runtime, tales
 from utils import tokenizer as tokenizers
 
 
-def sample_rows(generate, family, tokenizer, count, device):
-    """`count` unconditional samples (count, seq_len) with the seeds 0, 1, ..., and what else
-    generate returns for each (count,), all on the CPU.
+def sample_rows(generate, family, tokenizer, count, device, length=None):
+    """`count` unconditional samples (count, L) with the seeds 0, 1, ..., and what else generate
+    returns for each (count,), all on the CPU. L: length, or (None) the window's.
 
-    generate(blank (b, seq_len), seeds (list of b)) returns the ids and the rest for 50 rows at a
-    time, or as many as fit.
+    generate(blank (b, L), seeds (list of b)) returns the ids and the rest for 50 rows at a time, or
+    as many as fit.
     """
-    parts, window = [], family.cfg.seq_len
+    parts, length = [], length or family.cfg.seq_len
     for seeds in torch.arange(count).split(
-        min(50, runtime.rows_that_fit(family, tokenizer.vocab_size, window, device))
+        min(50, runtime.rows_that_fit(family, tokenizer.vocab_size, length, device))
     ):
-        blank = torch.tensor([canvas.build(tokenizer, [None], window)] * len(seeds), device=device)
+        blank = torch.tensor([canvas.build(tokenizer, [None], length)] * len(seeds), device=device)
         parts.append([part.cpu() for part in generate(blank, seeds.tolist())])
     return tuple(map(torch.cat, zip(*parts)))
 

@@ -88,6 +88,9 @@ COMPARISONS = {
     "stories": Comparison(
         compare_stories.story_settings, compare_stories.judge_stories, figures.stories
     ),
+    "long_stories": Comparison(
+        compare_stories.long_settings, compare_stories.judge_long, figures.along_the_text
+    ),
     "order": Comparison(
         compare_samplers.order_settings,
         compare_samplers.measure_order,

@@ -7,6 +7,8 @@ medians.
     # tokens/s of every sampler, beside the micro-dLLMs' procedure; of some, with a checkpoint
     python scripts/lab/bench.py sample stories --batches 1,16
     python scripts/lab/bench.py sample artifacts/models/tales.best.pt --samplers confidence,factor
+    # seconds and memory of a step over the window, the rows, the width and the corpus
+    python scripts/lab/bench.py growth --json growth.json
     # seconds to encode 256 tokens x 100 steps as MP4
     python scripts/lab/bench.py video
 """
@@ -27,7 +29,7 @@ import torch
 import diffusion
 from config import DEVICES, LONGEST, Config, SampleConfig
 from model import Transformer
-from scripts.lab import bench_training, yardstick
+from scripts.lab import bench_growth, bench_training, yardstick
 from utils import checkpoint, cli, families, policies, runtime, settings, tales, trace, video
 from utils import tokenizer as tokenizers
 from utils.cli import UserError, field
@@ -221,14 +223,15 @@ BENCHES = {
     "train": (bench_training.bench_train, bench_training.show_train, "tales"),
     "sample": (bench_sample, show_sample, "stories"),
     "video": (bench_video, show_video, "tales"),
+    "growth": (bench_growth.bench_growth, bench_growth.show_growth, "stories_small"),
 }
 
 
 def run(positional, overrides):
     if not positional or positional[0] not in BENCHES:
         raise UserError(
-            "say what to time: python scripts/lab/bench.py train [preset ...], sample [preset ...] "
-            "or video"
+            "say what to time: python scripts/lab/bench.py train [preset ...], sample "
+            "[preset ...], growth or video"
         )
     options, reports = cli.merge(BenchConfig, overrides), []
     bench, show, default = BENCHES[positional[0]]

@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import math
 import multiprocessing
+import os
 import statistics
 import sys
 import time
@@ -17,15 +18,16 @@ import diffusion
 import train
 from config import Config
 from model import Transformer
-from utils import cli, encoding, families, optim, ranks, runtime, settings
+from utils import cli, corpus, encoding, families, optim, ranks, runtime, settings
 from utils.cli import UserError
 
 SOURCE = "the micro-dLLMs' recipe, float32 eager"
 
 
 def training_step(cfg, vocab_size, device, dtype=torch.float32, compiled=False, torchs_muon=False):
-    """(function that does one training step of `cfg` on random tokens, with train.py's code,
-    optimizer included, and returns how many positions are scored; parameters)."""
+    """(function that does one training step of `cfg`, with train.py's code, optimizer included, and
+    returns how many positions are scored; parameters). On random tokens, but where cfg.data is a
+    folder of shards."""
     torch.manual_seed(0)
     model = Transformer(cfg, vocab_size).to(device).train()
     family = families.family_of(cfg)
@@ -33,8 +35,11 @@ def training_step(cfg, vocab_size, device, dtype=torch.float32, compiled=False, 
     numbers = itertools.count()
     if torchs_muon:
         optimizers[1] = torch.optim.Muon(optimizers[1].param_groups[0]["params"], cfg.muon_lr)
-    x0 = torch.randint(vocab_size - 1, (cfg.batch_size, cfg.seq_len))
-    data = encoding.Corpus(lambda step, rows: x0[rows], None, None, 0, "", None)
+    if os.path.isdir(cfg.data):
+        data = corpus.load(cfg)
+    else:
+        x0 = torch.randint(vocab_size - 1, (cfg.batch_size, cfg.seq_len))
+        data = encoding.Corpus(lambda step, rows: x0[rows], None, None, 0, "", None)
 
     def step(network, token_nll=diffusion.token_nll):
         batch = train.draw_batch(family, data, next(numbers), hardware)
@@ -44,9 +49,9 @@ def training_step(cfg, vocab_size, device, dtype=torch.float32, compiled=False, 
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         runtime.synchronise(device)
-        return (
-            x0.numel() if cfg.loss_weighting == "full" else sum(len(c.index) for _, c in batch[0])
-        )
+        if cfg.loss_weighting == "full":
+            return cfg.batch_size * cfg.seq_len
+        return sum(len(corruption.index) for _, corruption in batch[0])
 
     if compiled:
         compiled = runtime.compile_network(model, diffusion.token_nll, device, step)
@@ -140,6 +145,11 @@ def model_flops(cfg, vocab_size, scored):
     return (6 * blocks + attention) * tokens + 6 * cfg.n_embd * (vocab_size - 1) * scored
 
 
+def matrices(device, dtype):
+    """(dtype, size) of the matrix products that a training step is measured against."""
+    return dtype, 8192 if device.type == "cuda" else 2048
+
+
 def training_variants(cfg, dtype):
     """Label -> (whether memory is kept, Config, dtype, whether compiled, whether with
     torch.optim.Muon), in order."""
@@ -166,7 +176,7 @@ def training_variants(cfg, dtype):
     return variants
 
 
-def time_together(variants, vocab_size, device, matrices, options):
+def time_together(variants, vocab_size, device, products, options):
     """(label -> list of answers of `serve`, one a round; median FLOP/s of matrix products), all in
     turn, each for the rows of the largest step."""
     processes = [
@@ -177,7 +187,7 @@ def time_together(variants, vocab_size, device, matrices, options):
     most = max(cfg.batch_size for _, cfg, *_ in variants.values())
     try:
         for number in range(options.rounds + options.warm_up):
-            rates.append(matrix_rate(device, *matrices))
+            rates.append(matrix_rate(device, *products))
             for process in processes:
                 answers[process.label].append(
                     process.turn(most // variants[process.label][1].batch_size)
@@ -215,7 +225,7 @@ def bench_train(name, options):
     # of Tiny Shakespeare, or what BPE is trained to
     vocab_size = 66 if cfg.tokenizer == "char" else cfg.vocab_size
     variants, figures = training_variants(cfg, dtype), {}
-    matrices = dtype, 8192 if device.type == "cuda" else 2048
+    products = matrices(device, dtype)
     labels = [label for label in variants if label != SOURCE and options.variants in label]
     if not labels:
         raise UserError(
@@ -231,7 +241,7 @@ def bench_train(name, options):
         group = [label] if device.type == "cuda" else [reference, label]
         try:
             answers, rate = time_together(
-                {one: variants[one] for one in group}, vocab_size, device, matrices, options
+                {one: variants[one] for one in group}, vocab_size, device, products, options
             )
         except UserError as error:  # a GPU's memory that is too small for one may do for the others
             failed = error
@@ -259,7 +269,7 @@ def bench_train(name, options):
         "vocab_size": vocab_size,
         "rounds": options.rounds,
         "matrix_product_dtype": runtime.dtype_name(dtype),
-        "matrix_product_size": matrices[1],
+        "matrix_product_size": products[1],
         "variants": figures,
     }
 

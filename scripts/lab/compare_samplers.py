@@ -77,9 +77,9 @@ def sampler_settings(options):
     ]
 
 
-def masked_model(path, device, blocks=False):
+def masked_model(path, device, any_family=False):
     """(model, Tokenizer, Config, checkpoint dict) of a masked model of the whole window, whose
-    sampler is a choice, or (blocks=True) of one of blocks.
+    sampler is a choice; or, with any_family, of another.
 
     path "": the newest run's best. A UserError refuses other families.
     """
@@ -87,7 +87,7 @@ def masked_model(path, device, blocks=False):
     state = checkpoint.read(path)
     model, tokenizer, cfg = checkpoint.restore(state, device, path)
     family = families.family_of(cfg)
-    if family.block_len and not blocks or family.procedure:
+    if (family.block_len or family.procedure) and not any_family:
         raise UserError(
             f"{path} generates {family.procedure or 'block by block'}; samplers are compared with "
             "a masked model of the whole window"
@@ -106,18 +106,18 @@ class Trained(NamedTuple):
     count: int  # samples of each setting
     common: dict  # what figures of it depend on, whatever the setting
 
-    def rows(self, generate):
+    def rows(self, generate, length=None):
         """`samples.sample_rows` of a function that generates."""
         with self.hardware.autocast():
             return samples.sample_rows(
-                generate, self.family, self.tokenizer, self.count, self.hardware.device
+                generate, self.family, self.tokenizer, self.count, self.hardware.device, length
             )
 
 
-def trained(options, blocks=False):
-    """The checkpoint that is meant, as `Trained`; blocks: as `masked_model`."""
+def trained(options, any_family=False):
+    """The checkpoint that is meant, as `Trained`; any_family: as `masked_model`."""
     device = runtime.choose_device(options.device)
-    model, tokenizer, cfg, state = masked_model(options.checkpoint, device, blocks)
+    model, tokenizer, cfg, state = masked_model(options.checkpoint, device, any_family)
     path = options.checkpoint or "the newest checkpoint"
     dtype = runtime.dtype_of_run(options.dtype, cfg.dtype, device, path)
     family, hardware = families.family_of(cfg), ranks.Hardware(device, dtype)
@@ -129,10 +129,10 @@ def trained(options, blocks=False):
     return Trained(model, family, tokenizer, state["step"], hardware, options.num_samples, common)
 
 
-def generate(model, family, setting, blank, seeds):
-    """Ids and NFE of each row of blank (B, L) generated with the options of `diffusion.sample` in
-    setting (dict), or by the micro-dLLMs' procedure ("source"), or with a wrong clock ("notes,
-    misled")."""
+def generate(model, family, setting, blank, seeds, **more):
+    """Ids and NFE of each row of blank (B, L) generated with the SampleConfig in setting (dict), or
+    by the micro-dLLMs' procedure ("source"), or with a wrong clock ("notes, misled"); more: of
+    `diffusion.sample`."""
     how = setting | {"steps": setting["steps"] or None}
     if how["sampler"] == "source":
         return yardstick.sampler(model, blank, how["steps"], seeds[0]), torch.full(
@@ -140,7 +140,7 @@ def generate(model, family, setting, blank, seeds):
         )
     if how["sampler"] == "notes, misled":
         model, how["sampler"] = misled(model, how["steps"]), "notes"
-    *_, last = diffusion.sample(family, model, blank, SampleConfig(**how), seeds=seeds)
+    *_, last = diffusion.sample(family, model, blank, SampleConfig(**how), seeds=seeds, **more)
     return last.ids, last.row_nfe
 
 

@@ -1,15 +1,16 @@
-"""How well the samplers of one network write stories that no grammar can judge: the comparison
-`stories` of scripts/lab/ablate.py, which runs it."""
+"""How well the samplers of one network write stories that no grammar can judge: the comparisons
+`stories` and `long_stories` of scripts/lab/ablate.py, which runs them."""
 
+import math
 import time
 from functools import partial
 
 import torch
 
 from config import SampleConfig
-from scripts.lab.compare_samplers import generate, trained
+from scripts.lab.compare_samplers import generate, masked_model, trained
 from scripts.lab.stories import Checker
-from utils import canvas, corpus, judges, metrics, samples, texts
+from utils import canvas, corpus, families, judges, metrics, samples, texts
 from utils.cli import UserError
 
 DEFAULT = dict(sampler="", steps="", decode_block=0, temperature=1.0, top_p=SampleConfig.top_p)
@@ -39,20 +40,26 @@ def story_settings(options):
     return [DEFAULT | row for row in rows]
 
 
+def prepared(options, name):
+    """(`Trained`, its judge, its corpus, the checker of stories) of what the comparison `name`
+    measures."""
+    one = trained(options, any_family=True)
+    if not options.judge:
+        raise UserError(f"{name} needs a --judge: an autoregressive checkpoint, or hf:gpt2-large")
+    judge = judges.load(options.judge, one.hardware.device)
+    data, cfg = corpus.load(one.family.cfg, one.tokenizer), one.family.cfg
+    return one, judge, data, Checker(corpus.parts(cfg, texts.read_documents(cfg.data))[0])
+
+
 def judge_stories(options):
     """(function from a setting to what its samples are like; what that depends on besides).
 
-    Beside `samples.diversity` and `Checker.figures`: the judge's NLL, the longest copy of training
+    Judged is the story that each sample begins with, to the window's end if it does not end before:
+    beside `samples.diversity` and `Checker.figures` the judge's NLL, the longest copy of training
     text, tokens of a story, seconds.
     """
-    one = trained(options, blocks=True)
-    tokenizer, cfg = one.tokenizer, one.family.cfg
-    if not options.judge:
-        raise UserError("stories needs a --judge: an autoregressive checkpoint, or hf:gpt2-large")
-    judge = judges.load(options.judge, one.hardware.device)
-    data = corpus.load(cfg, tokenizer)
-    checker = Checker(corpus.parts(cfg, texts.read_documents(cfg.data))[0])
-    training = data.training(one.step, metrics.SEARCHED)
+    one, judge, data, checker = prepared(options, "stories")
+    tokenizer, training = one.tokenizer, data.training(one.step, metrics.SEARCHED)
 
     def measure(setting):
         start, nfe = time.perf_counter(), torch.zeros(1)
@@ -61,19 +68,79 @@ def judge_stories(options):
         else:
             rows, nfe = one.rows(partial(generate, one.model, one.family, setting))
         seconds = time.perf_counter() - start
-        stories = [
-            story for row in rows.tolist() for story in canvas.documents(tokenizer, row, cfg.rows)
-        ]
-        own = samples.without_filling(rows, tokenizer, cfg)
+        stories = [canvas.finished(tokenizer, row) for row in rows.tolist()]
+        for row in rows:  # what follows the story is not judged
+            row[canvas.end(tokenizer, row.tolist()) + 1 :] = -1
         return (
             {"nfe": nfe.float().mean().item(), "seconds_a_sample": seconds / one.count}
             | judges.score(stories, judge)
             | checker.figures(stories)
             | samples.diversity(stories)
             | {
-                "longest_copy": samples.longest_copies(own, training).float().mean().item(),
-                "tokens": (own >= 0).sum(1).float().mean().item(),
+                "longest_copy": samples.longest_copies(rows, training).float().mean().item(),
+                "tokens": (rows >= 0).sum(1).float().mean().item(),
             }
         )
+
+    return measure, one.common | {"judge": options.judge}
+
+
+LONG, PARTS = 1000, 4  # tokens, and parts that are judged by themselves
+
+
+def long_settings(options):
+    """Held-out stories one after the other; the default sampler in blocks of several sizes, or the
+    model's own; one token at a time; colder."""
+    *_, cfg, _ = masked_model(options.checkpoint, torch.device("cpu"), any_family=True)
+    sizes = (0,) if families.family_of(cfg).block_len else (8, 16, 32, 64)
+    rows = [{"sampler": "held-out text"}]
+    rows += [{"sampler": SampleConfig.sampler, "decode_block": size} for size in sizes]
+    usual = {"decode_block": sizes[len(sizes) // 2]}
+    rows += [usual | {"sampler": "first_hitting"}]
+    rows += [usual | {"sampler": SampleConfig.sampler, "temperature": 0.8}]
+    return [DEFAULT | row for row in rows]
+
+
+def mean_of(values):
+    """Mean of those that are not None."""
+    values = [value for value in values if value is not None]
+    return sum(values) / len(values) if values else math.nan
+
+
+def judge_long(options):
+    """(function from a setting to what becomes of texts of LONG tokens, in which nothing may end;
+    what that depends on besides). A figure for each of PARTS equal parts: the judge's NLL of the
+    part by itself, words that end repeated four, whether the first name is still named, names that
+    are new."""
+    one, judge, data, checker = prepared(options, "long_stories")
+    cfg, tokenizer = one.family.cfg, one.tokenizer
+
+    def measure(setting):
+        nfe = torch.zeros(1)
+        if setting["sampler"] == "held-out text":
+            flat = data.held_out.flatten()
+            real = flat[flat != tokenizer.end]
+            written = real[: len(real) // LONG * LONG].view(-1, LONG)[: one.count]
+        else:
+            least = setting | {"min_len": LONG}
+            more = dict(window=cfg.seq_len, stop=tokenizer.end)
+            write = partial(generate, one.model, one.family, least, **more)
+            written, nfe = one.rows(write, LONG + 1)
+            written = written[:, 1:]
+        parts = [[tokenizer.decode(p) for p in row.view(PARTS, -1).tolist()] for row in written]
+        along = [checker.along("".join(texts), PARTS) for texts in parts]
+        figures = {"nfe": nfe.float().mean().item()}
+        for number in range(PARTS):
+            here = [found[number] for found in along]
+            mean = lambda name: mean_of(found[name] for found in here)
+            figures |= {
+                f"judge_{number + 1}": judges.score([texts[number] for texts in parts], judge)[
+                    "judge_nats_per_character"
+                ],
+                f"repeated_{number + 1}": mean("repeated"),
+                f"first_name_{number + 1}": mean("first_name"),
+                f"new_names_{number + 1}": mean("new_names"),
+            }
+        return figures
 
     return measure, one.common | {"judge": options.judge}

@@ -200,6 +200,40 @@ def stories(rows, title, path):
     plt.close(figure)
 
 
+def along_the_text(rows, title, path):
+    """What becomes of long texts, part by part; rows are those of scripts/lab/ablate.py
+    long_stories (dicts of str). A PNG at `path`."""
+    plt = plots.pyplot()
+    words = {
+        "judge": "judge's NLL, nats a character",
+        "repeated": "words that end four repeated ones",
+        "first_name": "texts that name the first name",
+        "new_names": "new names",
+    }
+    figure, axes = plt.subplots(1, len(words), figsize=(15, 4), layout="constrained")
+    parts = [name for name in rows[0] if name.startswith("judge_")]
+    for row, colour in zip(rows, plots.OKABE_ITO):
+        label = ", ".join(
+            part
+            for part, plain in (
+                (row["sampler"], ""),
+                (f"blocks of {row['decode_block']}", "blocks of 0"),
+                (f"temperature {row['temperature']}", "temperature 1.0"),
+            )
+            if part != plain
+        )
+        for axis, (what, name) in zip(axes, words.items()):
+            values = [float(row[f"{what}_{number + 1}"]) for number in range(len(parts))]
+            axis.plot(range(1, len(parts) + 1), values, "o-", color=colour, label=label)
+            axis.set(xlabel="part of the text", ylabel=name, xticks=range(1, len(parts) + 1))
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.suptitle(title)
+    plots.save(figure, path)
+    plt.close(figure)
+
+
 def over_temperature(rows, title, path):
     """Share of valid samples, of different ones, and what valid ones are worth, over the
     temperature; rows are those of scripts/lab/ablate.py temperature (dicts of str). A PNG at

@@ -1,4 +1,5 @@
-"""The pictures of learning.md, into artifacts/plots: each a function and an entry of PICTURES.
+"""The pictures of learning.md, and those of the results page that no comparison draws, into
+artifacts/plots: each a function and an entry of PICTURES.
 
 # all; some; with a checkpoint
 python scripts/lab/pictures.py
@@ -17,7 +18,7 @@ import torch
 import diffusion
 from config import DEVICES, SampleConfig
 from model import waves
-from scripts.lab import compare_samplers
+from scripts.lab import compare_samplers, results
 from utils import blocks, canvas, cli, families, plots, policies, runtime, tales
 from utils.cli import field
 
@@ -206,6 +207,30 @@ def samplers_at_work(options, path):
     plots.save(figure, path)
 
 
+def growth(options, path):
+    """Seconds and memory of a training step over window, rows, width and corpus, as scripts/lab/
+    bench.py growth measured them."""
+    [report] = results.load("benchmarks/growth_cpu.json")
+    figure, axes = plots.pyplot().subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    names = dict(seq_len="window", batch_size="rows", n_embd="width", data="tokens of the corpus")
+    for number, (setting, exponents) in enumerate(report["exponents"].items()):
+        rows = [row for row in report["rows"] if row["setting"] == setting]
+        times = [row["value"] / rows[0]["value"] for row in rows]
+        for axis, what in zip(axes, ("seconds_a_step", "peak_memory_gb")):
+            axis.plot(
+                times,
+                [row[what] for row in rows],
+                "o-",
+                color=plots.OKABE_ITO[number],
+                label=f"{names[setting]}, from {rows[0]['value']:,}: {exponents[what]:.2f}",
+            )
+    for axis, what in zip(axes, ("seconds a step", "GB at most")):
+        axis.set(xlabel="times the smallest value", ylabel=what, xscale="log", yscale="log")
+        axis.grid(alpha=0.3, which="both")
+        axis.legend(title="exponent", fontsize=8)
+    plots.save(figure, path)
+
+
 PICTURES = {
     picture.__name__: picture
     for picture in (
@@ -216,6 +241,7 @@ PICTURES = {
         attention,
         time_embedding,
         samplers_at_work,
+        growth,
     )
 }
 

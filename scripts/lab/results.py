@@ -279,6 +279,31 @@ def steps():
 SHAPES = ("stories", "shakespeare", "tales")
 
 
+def growth():
+    """How a step grows, and the exponents."""
+    file = "benchmarks/growth_cpu.json"
+    [report] = load(file)
+    names = dict(seq_len="window", batch_size="rows", n_embd="width", data="corpus, tokens")
+    rows = [
+        (
+            names[row["setting"]],
+            f"{row['value']:,}",
+            f"{1000 * row['seconds_a_step']:,.0f}",
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['share_of_matrix_rate']:.1%}",
+            f"{row['peak_memory_gb']:.2f}",
+        )
+        for row in report["rows"]
+    ]
+    exponents = [
+        (names[setting], f"{found['seconds_a_step']:.2f}", f"{found['peak_memory_gb']:.2f}")
+        for setting, found in report["exponents"].items()
+    ]
+    head = ["", "value", "ms a step", "tokens/s", "of the matrix rate", "GB"]
+    lines = table(["exponent over the last three", "of seconds", "of memory"], exponents)
+    return [*table(head, rows), "", *lines, *source(file)]
+
+
 def sampling(file):
     """Speed of sampling, all of a benchmark."""
     [report] = load(file)
@@ -324,6 +349,7 @@ TABLES = {
     "overfitting": functools.partial(trained, "ablations/ar_vs_diffusion_on_stories_847.csv"),
     "others": others,
     "steps": steps,
+    "growth": growth,
     "sampling_long": functools.partial(sampling, "benchmarks/sample_256_cpu.json"),
     "stories_long": stories_long,
     "sampling": functools.partial(sampling, "benchmarks/sample_tales_cpu.json"),

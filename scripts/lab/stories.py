@@ -84,6 +84,30 @@ class Checker:
                 agree.append(gender == known)
         return agree
 
+    def along(self, text, parts):
+        """A dict for each of so many equal parts of a text: the share of its words that end four
+        words which stood in the text before, whether it has the text's first name (None without
+        names), and how many names it has that did not stand before."""
+        words, seen, known, found = WORD.findall(text), set(), set(), []
+        first = next((word for word in words if word in self.names), None)
+        bounds = [len(words) * part // parts for part in range(parts + 1)]
+        for start, end in zip(bounds, bounds[1:]):
+            fours = [tuple(words[max(0, i - 3) : i + 1]) for i in range(start, end)]
+            repeated = 0
+            for four in fours:
+                repeated += four in seen
+                seen.add(four)
+            names = self.names.intersection(words[start:end])
+            found.append(
+                {
+                    "repeated": repeated / max(1, end - start),
+                    "first_name": None if first is None else first in names,
+                    "new_names": len(names - known),
+                }
+            )
+            known |= names
+        return found
+
     def figures(self, stories):
         """Shares (dict) of the stories (list of str): of words that the training stories have, of
         stories that end with a sentence, of those with names whose names stay, and of sentences

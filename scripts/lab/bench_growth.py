@@ -1,0 +1,131 @@
+"""How seconds and memory of a training step grow: `scripts/lab/bench.py growth`, which runs it."""
+
+import dataclasses
+import os
+import statistics
+import tempfile
+
+import numpy as np
+import torch
+
+from config import Config
+from scripts.lab import bench_training
+from utils import cli, runtime, settings, shards
+from utils import tokenizer as tokenizers
+
+# setting of config.py -> its values; all others are the preset's. Heads of 64 channels.
+VALUES = {
+    "seq_len": (64, 128, 256, 512, 1024),
+    "batch_size": (4, 8, 16, 32, 64),
+    "n_embd": (64, 128, 256, 512, 1024),
+    "data": (10**6, 10**7, 10**8),  # tokens, as shards
+}
+LAST = 3  # values that an exponent is fitted to: small ones are all overhead
+
+
+def random_shards(folder, tokens, tokenizer):
+    """A folder of shards of that many random tokens, as `shards.write_shards` lays them out."""
+    index = shards.begin_index(folder, tokenizer, {})
+    sizes = [min(shards.SHARD_TOKENS, tokens - at) for at in range(0, tokens, shards.SHARD_TOKENS)]
+    for number, size in enumerate(sizes):
+        shard = {"name": f"{number:05d}.bin", "train": size, "held_out": 10**4}
+        for part in ("train", "held_out"):
+            ids = np.random.default_rng(number).integers(tokenizer.mask, size=shard[part])
+            ids.astype(index["dtype"]).tofile(os.path.join(folder, f"{part}_{shard['name']}"))
+        index["shards"].append(shard)
+    runtime.write_json(os.path.join(folder, "index.json"), index | {"tokens": tokens})
+    return folder
+
+
+def growth_configs(cfg, folder, tokenizer):
+    """(setting, value) -> Config."""
+    configs = {}
+    for name, values in VALUES.items():
+        for value in values:
+            if name == "data":
+                path = os.path.join(folder, str(value))
+                changes = {"data": random_shards(path, value, tokenizer)}
+            else:
+                changes = {name: value} | ({"n_head": value // 64} if name == "n_embd" else {})
+            configs[name, value] = dataclasses.replace(cfg, **changes)
+    return configs
+
+
+def exponent(values, costs):
+    """p of the power law cost = c * value^p through the last LAST points, by least squares of the
+    logarithms."""
+    x, y = np.log(values[-LAST:]), np.log(costs[-LAST:])
+    return float(np.polyfit(x, y, 1)[0])
+
+
+def bench_growth(name, options):
+    """Figures (dict) for one preset: seconds of a training step and the peak memory of its process,
+    compiled, over the window, the rows of a step, the width, and the size of the corpus. All
+    settings are timed in turn, each in a process of its own."""
+    cfg = cli.merge(Config, settings.preset(name))
+    cfg = dataclasses.replace(cfg, short_rows=0.0, rows="stream", final_rows=16, eval_rows=16)
+    device = runtime.choose_device(options.device)
+    dtype = runtime.choose_dtype("auto", device)
+    tokenizer = tokenizers.train_bpe(["a"], 258)  # of bytes: the tokens are random anyway
+    with tempfile.TemporaryDirectory() as folder:
+        configs = growth_configs(cfg, folder, tokenizer)
+        variants = {
+            f"{setting} {value}": (True, one, dtype, True, False)
+            for (setting, value), one in configs.items()
+        }
+        answers, rate = bench_training.time_together(
+            variants, cfg.vocab_size, device, bench_training.matrices(device, dtype), options
+        )
+    rows = []
+    for (setting, value), one in configs.items():
+        timed = answers[f"{setting} {value}"]
+        seconds = statistics.median(answer[0] for answer in timed)
+        flops = bench_training.model_flops(one, cfg.vocab_size, timed[-1][1]) / seconds
+        rows.append(
+            {
+                "setting": setting,
+                "value": value,
+                "seconds_a_step": seconds,
+                "tokens_per_second": one.batch_size * one.seq_len / seconds,
+                "share_of_matrix_rate": flops / rate,
+                "peak_memory_gb": timed[-1][3] / 2**30,
+            }
+        )
+    return {
+        "preset": name,
+        "device": bench_training.device_name(device),
+        "dtype": runtime.dtype_name(dtype),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "rounds": options.rounds,
+        "rows": rows,
+        "exponents": {setting: exponents(rows, setting) for setting in VALUES},
+    }
+
+
+def exponents(rows, setting):
+    """{figure: its exponent} of the rows of one setting."""
+    own = [row for row in rows if row["setting"] == setting]
+    values = [row["value"] for row in own]
+    return {
+        what: exponent(values, [row[what] for row in own])
+        for what in ("seconds_a_step", "peak_memory_gb")
+    }
+
+
+def show_growth(report):
+    print(
+        f"{report['preset']} on {report['device']} {report['dtype']} compiled, "
+        f"{report['threads']} threads"
+    )
+    for row in report["rows"]:
+        print(
+            f"  {row['setting']:<10} {row['value']:11,} {1000 * row['seconds_a_step']:8.0f} ms "
+            f"{row['tokens_per_second']:10,.0f} tokens/s {row['share_of_matrix_rate']:6.1%} of the "
+            f"matrix rate {row['peak_memory_gb']:6.2f} GB"
+        )
+    for setting, found in report["exponents"].items():
+        print(
+            f"  grows with {setting}: seconds as its power {found['seconds_a_step']:.2f}, memory "
+            f"{found['peak_memory_gb']:.2f}"
+        )
