@@ -205,10 +205,10 @@ PRESETS = {
     # TinyStories, or any text of one's own: python scripts/data.py, then this.
     "stories": dict(
         data="data/stories.txt", tokenizer="artifacts/tokenizer/tokenizer.json", max_iters=5000),
-    # The same for two CPU cores, in an hour: a story a row.
+    # The same for two CPU cores, in an hour.
     "stories_small": dict(
-        data="data/stories.txt", rows="document", seq_len=257, n_layer=6, n_head=4, n_embd=256,
-        batch_size=16, max_iters=0, max_minutes=60.0),
+        data="data/stories.txt", vocab_size=4096, n_layer=4, n_head=4, n_embd=256, batch_size=16,
+        max_iters=0, max_minutes=60.0),
     # The character micro-dLLM: 10,706,304 parameters with Tiny Shakespeare's 65 characters, loss at
     # all positions. Its mean mask ratio is 0.368.
     "micro_char": MICRO | dict(

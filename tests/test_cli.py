@@ -106,13 +106,52 @@ def test_older_names_of_settings(tales_run):
     assert checkpoint.restore(state, torch.device("cpu"))[2].seq_len == 67
 
 
-def test_the_default_preset_is_stories_once_they_are_prepared():
+def test_the_default_preset_is_stories_once_they_are_prepared(monkeypatch):
     cfg, why = load([])
     assert cfg.name == "tales" and "no data/stories.txt" in why
     os.makedirs("data")
     open("data/stories.txt", "w").write("x")
+    cfg, why = load(["--device", "cpu"])
+    assert cfg.name == "stories_small" and "has been prepared, for a cpu" in why
+    monkeypatch.setattr(runtime, "choose_device", lambda name: torch.device("cuda"))
     cfg, why = load([])
-    assert cfg.name == "stories" and "has been prepared" in why
+    assert cfg.name == "stories" and "for a cuda" in why
+
+
+def test_own_text_gets_what_suits_its_length_and_the_machine(monkeypatch):
+    """An essay, a novel, what is longer; and what the user names comes first."""
+    small, found = config.PRESETS["stories_small"], {}
+    for name, size in (("essay", 20_000), ("novel", 500_000), ("library", 5_000_000)):
+        with open(f"{name}.txt", "w") as file:
+            file.truncate(size)
+        cfg, why = load(["--data", f"{name}.txt", "--device", "cpu"])
+        assert cfg.name == name and cfg.max_minutes == 30 and f"{size:,} bytes" in why
+        assert "30 minutes" in why and "--max_minutes 120" in why and "cpu" in why
+        found[name] = cfg
+    essay, novel, library = found.values()
+    assert (library.n_embd, library.vocab_size) == (small["n_embd"], small["vocab_size"])
+    assert essay.tokenizer == "char" and "characters" in load(["--data", "essay.txt"])[1]
+    assert essay.n_embd < library.n_embd and novel.vocab_size < library.vocab_size
+    assert 0 < essay.max_iters < novel.max_iters and library.max_iters == 0
+    monkeypatch.setattr(runtime, "choose_device", lambda name: torch.device("cuda"))
+    cfg, why = load(["--data", "library.txt"])
+    assert (cfg.n_embd, cfg.batch_size) == (384, 64) and "cuda" in why
+    cfg, _ = load(["--data", "essay.txt", "--max_minutes", "120"])
+    assert (cfg.max_minutes, cfg.max_iters) == (120, 0)
+    cfg, _ = load(["--data", "library.txt", "--max_iters", "5", "--n_layer", "1"])
+    assert (cfg.max_minutes, cfg.max_iters, cfg.n_layer) == (0, 5, 1)
+
+
+@pytest.mark.parametrize("characters", (40, 300, 5_000))
+def test_any_text_that_holds_a_window_trains(characters, monkeypatch, capsys):
+    """However short; the window is such that something can be held out."""
+    open("my.txt", "w").write(("To be, or not to be: that is the question.\n" * 200)[:characters])
+    words = "--data my.txt --max_iters 1 --n_layer 1 --n_embd 8 --final_samples 0 --compile off"
+    code, _, err = run(train.main, words, monkeypatch, capsys)
+    if characters == 40:
+        assert code == 2 and "less than one window" in err and err.count("\n") == 1
+    else:
+        assert code == 0, err
 
 
 def test_an_experiment_file_is_a_preset():
@@ -146,7 +185,7 @@ def test_an_experiment_file_is_a_preset():
         ("--time_conditioning table", "diffusion_steps=0"),
         ("--batch_size 0", "batch_size=0"),
         ("--dropout 1.5", "dropout=1.5"),
-        ("--max_iters 0", "max_minutes=0"),
+        ("--max_iters 0 --max_minutes 0", "max_minutes=0"),
         ("missing.py", "there is no file missing.py"),
         ("--schedule cosine", "there is no schedule cosine"),
         ("--data none.txt", "there is no file"),
@@ -172,7 +211,7 @@ def test_an_experiment_file_is_a_preset():
         ("--data letter.txt --rows document", "a single character"),
         ("--batch_size 1000000000", "tokens a step"),
         (
-            "--tokenizer char --device cpu --batch_size 500000",
+            "--tokenizer char --device cpu --batch_size 500000 --seq_len 256",
             "a pass of 500000 rows of 256 tokens (micro_batch=0, batch_size=500000, seq_len=256) "
             "needs at least",
         ),

@@ -1,10 +1,13 @@
-"""From names of presets, experiment files and flags to a Config."""
+"""From names of presets, experiment files and flags to a Config; and what suits a text of the
+user's own."""
 
 import dataclasses
+import math
 import os
 import runpy
 
 from config import PRESETS, Config
+from utils import runtime
 from utils.cli import UserError, merge, nearest, reason
 
 
@@ -48,31 +51,72 @@ def preset(name, families=()):
     )
 
 
+OWN_MINUTES = 30.0  # of a run on a text of the user's own
+# Such a text below so many bytes -> what suits it; scripts/lab/ablate.py own_text compares. passes:
+# over the text, with which it is learned by heart.
+SHORT_TEXTS = (
+    (100_000, dict(tokenizer="char", n_layer=2, n_head=2, n_embd=128), 200),
+    (2_000_000, dict(vocab_size=1024), 100),
+)
+
+
+def own_text(path, device, overrides):
+    """(settings (dict) for a text of the user's own, a file or a folder of shards; what was chosen
+    and how to get more): shape and rows of the preset for this device, smaller for a short text,
+    for half an hour at most. overrides: what the user has named."""
+    base = "stories_small" if device.type == "cpu" else "stories"
+    size = os.path.getsize(path) if os.path.isfile(path) else math.inf  # or it is not here yet
+    found = PRESETS[base] | {"tokenizer": "bpe", "max_iters": 0, "max_minutes": OWN_MINUTES}
+    found["name"] = os.path.splitext(os.path.basename(os.path.normpath(path)))[0]
+    for limit, changes, passes in SHORT_TEXTS:
+        if size < limit:
+            found |= changes | ({"tokenizer": "bpe"} if "vocab_size" in overrides else {})
+            cfg = merge(Config, found, overrides)
+            tokens = size if cfg.tokenizer == "char" else size / 4
+            # the held-out tenth has two windows at least
+            found["seq_len"] = min(cfg.seq_len, 2 ** max(4, int(math.log2(max(1, tokens) / 20))))
+            seq_len = overrides.get("seq_len", found["seq_len"])
+            found["max_iters"] = math.ceil(passes * tokens / (cfg.batch_size * seq_len))
+            break
+    cfg = merge(Config, found, overrides)
+    shown = "" if size == math.inf else f", {size:,} bytes"
+    kind = "characters" if cfg.tokenizer == "char" else f"BPE of {cfg.vocab_size:,}"
+    limit = f"{OWN_MINUTES:g} minutes" + (f" or {cfg.max_iters:,} steps" if cfg.max_iters else "")
+    return found, (
+        f"your own data{shown}, on a {device.type}: {kind}, {cfg.n_layer} layers of {cfg.n_embd}, "
+        f"{cfg.batch_size} rows a step, {limit} unless told otherwise: --max_minutes 120, say, or "
+        f"a preset (train.py shakespeare --data {path})"
+    )
+
+
 def load(positional, overrides, families):
     """Command line of train.py (preset, flags) -> Config and one line that says what was chosen and
     why; families: `families.FAMILIES`."""
     if len(positional) > 1:
         raise UserError(f"one preset at a time, got {' '.join(positional)}")
     if positional:
-        chosen, why = positional[0], "as asked"
-    elif "data" in overrides and overrides["data"] != "tales":
-        chosen, why = "", "your own data, with the defaults of config.py"
-    elif os.path.exists(PRESETS["stories"]["data"]):
-        chosen, why = "stories", f"{PRESETS['stories']['data']} has been prepared"
+        base, why = preset(positional[0], families), f"preset {positional[0]}: as asked"
     else:
-        chosen = "tales"
-        why = f"the built-in corpus; no {PRESETS['stories']['data']} has been prepared"
-    base = (
-        preset(chosen, families)
-        if chosen
-        else {"name": os.path.splitext(os.path.basename(overrides["data"]))[0]}
-    )
+        base, why = default(overrides)
     layers = [
         base,
         family_defaults(overrides["objective"], families) if "objective" in overrides else {},
         overrides,
     ]
-    if overrides.get("max_minutes") and "max_iters" not in overrides:
-        # a time that the user names replaces the preset's number of steps
-        layers.append({"max_iters": 0})
-    return merge(Config, *layers), f"preset {chosen}: {why}" if chosen else why
+    # a time that the user names replaces the preset's number of steps, and the other way round
+    for named, replaced in (("max_minutes", "max_iters"), ("max_iters", "max_minutes")):
+        if overrides.get(named) and replaced not in overrides:
+            layers.append({replaced: 0})
+    return merge(Config, *layers), why
+
+
+def default(overrides):
+    """(settings (dict), what was chosen and why) of a command line without a preset."""
+    device = runtime.choose_device(overrides.get("device", "auto"))
+    if "data" in overrides and overrides["data"] != "tales":
+        return own_text(overrides["data"], device, overrides)
+    stories = PRESETS["stories"]["data"]
+    if not os.path.exists(stories):
+        return preset("tales"), f"preset tales: the built-in corpus; no {stories} has been prepared"
+    chosen = "stories_small" if device.type == "cpu" else "stories"
+    return preset(chosen), f"preset {chosen}: {stories} has been prepared, for a {device.type}"

@@ -167,32 +167,52 @@ def small(options):
     """A small network on a small machine: shapes, vocabularies, rows, and what helps when a text is
     read many times; for a number of --minutes each."""
     base = cli.merge(Config, base_config(options))
-    bos = diffusion.bos_tokens(base)
-    window = max(16, base.seq_len // 16 * 16)  # blocks fill it
-    variants = {
+    rows, window = base.batch_size, base.seq_len
+    return {
         "as it is": {},
-        "windows anywhere": {"rows": "stream", "seq_len": window},
+        "a document a row": {"rows": "document", "seq_len": window + 1},
         "vocabulary 1,024": {"vocab_size": 1024},
+        "vocabulary 2,048": {"vocab_size": 2048},
         "vocabulary 4,096": {"vocab_size": 4096},
-        "4 layers": {"n_layer": 4},
+        "vocabulary 8,192": {"vocab_size": 8192},
+        "6 layers": {"n_layer": 6},
         "8 layers": {"n_layer": 8},
         "width 192": {"n_embd": 192},
         "width 384": {"n_embd": 384, "n_head": 6},
-        "8 rows": {"batch_size": 8},
-        "32 rows": {"batch_size": 32},
-        "window half as long": {"seq_len": window // 2 + bos},
+        "half the rows": {"batch_size": rows // 2},
+        "twice the rows": {"batch_size": 2 * rows},
+        "half the window, twice the rows": {"seq_len": window // 2, "batch_size": 2 * rows},
+        "twice the window, half the rows": {"seq_len": 2 * window, "batch_size": rows // 2},
+        "learning rates 0.6 times": {"lr": 0.6 * base.lr, "muon_lr": 0.6 * base.muon_lr},
+        "learning rates 1.7 times": {"lr": 1.7 * base.lr, "muon_lr": 1.7 * base.muon_lr},
         "dropout 0.1": {"dropout": 0.1},
         "the bound as loss": {"loss_weighting": "elbo"},
+        "no short rows": {"short_rows": 0.0},
         "rotary base 10,000": {"rope_base": 10_000.0},
-        "embeddings of their own": {"tie_embeddings": False},
+        "embeddings of their own": {"tie_embeddings": False, "init": "zero"},
         "weight decay 0.1": {"weight_decay": 0.1},
         "averaged weights": {"ema": 0.999, "lr_decay": "constant"},
-        "blocks of 16": {"block_len": 16},
+        "blocks of 4": {"block_len": 4},
         "blocks of 8": {"block_len": 8},
+        "blocks of 16": {"block_len": 16},
         "autoregressive": {"objective": "ar"},
         "autoregressive, dropout 0.1": {"objective": "ar", "dropout": 0.1},
     }
-    return {name: {"seq_len": window + bos} | changes for name, changes in variants.items()}
+
+
+def own_text(options):
+    """What suits a text of its length: characters or a BPE, and the size of the network; for a
+    number of --minutes each, judged at their best."""
+    shapes = {"2 x 128": (2, 2, 128), "4 x 128": (4, 2, 128), "4 x 256": (4, 4, 256)}
+    texts = {"characters": {"tokenizer": "char"}} | {
+        f"BPE of {size:,}": {"tokenizer": "bpe", "vocab_size": size}
+        for size in (512, 1024, 2048, 4096)
+    }
+    return {
+        f"{kind}, {shape}": changes | dict(zip(("n_layer", "n_head", "n_embd"), sizes))
+        for kind, changes in texts.items()
+        for shape, sizes in shapes.items()
+    }
 
 
 def expected_loss(options):
@@ -284,6 +304,7 @@ TRAINED = {
     "window": window,
     "expected_loss": expected_loss,
     "small": small,
+    "own_text": own_text,
     "families": families,
     "ar_vs_diffusion": ar_vs_diffusion,
 }
