@@ -71,6 +71,11 @@ def rotate(x, cos, sin):
     return (x * cos + swapped * sin).to(x.dtype)
 
 
+def chosen(x, select):
+    """x (B, L, C) at the flat positions select (N,), (N, C); all of it where that is None."""
+    return x if select is None else x.flatten(0, 1)[select]
+
+
 class Attention(nn.Module):
     def __init__(self, cfg):
         super().__init__()
@@ -81,7 +86,7 @@ class Attention(nn.Module):
         self.v = nn.Linear(cfg.n_embd, cfg.n_embd, bias=False)
         self.proj = nn.Linear(cfg.n_embd, cfg.n_embd, bias=False)
 
-    def forward(self, x, cos, sin, attention, cache):
+    def forward(self, x, cos, sin, attention, cache, select=None):
         B, L, C = x.shape
         q, k, v = (linear(x).view(B, L, self.n_head, -1) for linear in (self.q, self.k, self.v))
         q, k = rotate(norm(q), cos, sin), rotate(norm(k), cos, sin)
@@ -103,7 +108,7 @@ class Attention(nn.Module):
             full = torch.promote_types(v.dtype, torch.float32)
             with torch.autocast("cpu", enabled=False):
                 y = attend(q.to(full), k.to(full), v.to(full))
-        return self.proj(y.transpose(1, 2).reshape(B, L, C))
+        return self.proj(chosen(y.transpose(1, 2).reshape(B, L, C), select))
 
 
 class MLP(nn.Module):
@@ -126,13 +131,15 @@ class Block(nn.Module):
             nn.Linear(cfg.n_embd, 4 * cfg.n_embd) if cfg.time_conditioning == "adaln" else None
         )
 
-    def forward(self, x, cos, sin, attention, condition, cache):
+    def forward(self, x, cos, sin, attention, condition, cache, select=None):
         read1 = read2 = norm
         if self.modulation is not None:
-            shift1, scale1, shift2, scale2 = self.modulation(F.silu(condition)).chunk(4, dim=-1)
+            shift1, scale1, *second = self.modulation(F.silu(condition)).chunk(4, dim=-1)
+            shift2, scale2 = (chosen(part.expand_as(x), select) for part in second)
             read1 = lambda x: norm(x) * (1 + scale1) + shift1
             read2 = lambda x: norm(x) * (1 + scale2) + shift2
-        x = x + self.dropout(self.attn(read1(x), cos, sin, attention, cache))
+        y = self.attn(read1(x), cos, sin, attention, cache, select)
+        x = chosen(x, select) + self.dropout(y)
         return x + self.dropout(self.mlp(read2(x)))
 
 
@@ -251,13 +258,15 @@ class Transformer(nn.Module):
         cos, sin = rotary_table(positions, self.cfg.n_embd // self.cfg.n_head, self.cfg.rope_base)
         x, condition = self.embed(self.embedding(ids), noise_level)
         for layer, block in enumerate(self.blocks):
+            # nobody reads what the last block writes at the other positions
+            last = (select,) if layer == len(self.blocks) - 1 else ()
             run = (
                 partial(checkpoint, block, use_reentrant=False)
                 if self.cfg.activation_checkpointing
                 else block
             )
-            x = run(x, cos, sin, attention, condition, cache and partial(cache, layer))
-        return self.unembed(x, select)
+            x = run(x, cos, sin, attention, condition, cache and partial(cache, layer), *last)
+        return self.unembed(x)
 
     def embed(self, x, noise_level):
         """What the first block reads, (B, L, C), and what adaLN is told, (B, 1 or L, C) or None."""
@@ -273,14 +282,11 @@ class Transformer(nn.Module):
                 x = x + condition
         return self.dropout(norm(x)), condition
 
-    def unembed(self, x, select):
+    def unembed(self, x):
         """Logits of what the last block wrote."""
-        x = norm(x)
-        if select is not None:
-            x = x.flatten(0, 1)[select]
         # cut after the product: a GPU is fast where the width is round, and it is vocab_size that
         # users choose
-        logits = F.linear(x, self.head.weight)[..., :-1]
+        logits = F.linear(norm(x), self.head.weight)[..., :-1]
         return (
             self.cfg.softcap * torch.tanh(logits.float() / self.cfg.softcap)
             if self.cfg.softcap

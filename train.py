@@ -5,7 +5,7 @@ to compare.
     python train.py shakespeare --max_iters 500      a preset, with changes
     python train.py shakespeare --block_len 16       another family: blocks
     python train.py shakespeare --objective ar       another family: autoregressive, or uniform
-    python train.py --data my.txt --name mine        your own text
+    python train.py --data my.txt                    your own text
     python train.py my_experiment.py                 config = {"preset": "tales", "n_layer": 6}
     python train.py --resume auto                    go on with the newest run
     torchrun --standalone --nproc_per_node=8 train.py speedrun      on several GPUs
