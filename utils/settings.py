@@ -8,6 +8,7 @@ import runpy
 
 from config import PRESETS, Config
 from utils import runtime
+from utils import tokenizer as tokenizers
 from utils.cli import UserError, merge, nearest, reason
 
 
@@ -75,8 +76,8 @@ def own_text(path, device, overrides):
             tokens = size if cfg.tokenizer == "char" else size / 4
             # the held-out tenth has two windows at least
             found["seq_len"] = min(cfg.seq_len, 2 ** max(4, int(math.log2(max(1, tokens) / 20))))
-            seq_len = overrides.get("seq_len", found["seq_len"])
-            found["max_iters"] = math.ceil(passes * tokens / (cfg.batch_size * seq_len))
+            cfg = merge(Config, found, overrides)
+            found["max_iters"] = math.ceil(passes * tokens / (cfg.batch_size * cfg.seq_len))
             break
     cfg = merge(Config, found, overrides)
     shown = "" if size == math.inf else f", {size:,} bytes"
@@ -112,11 +113,15 @@ def load(positional, overrides, families):
 
 def default(overrides):
     """(settings (dict), what was chosen and why) of a command line without a preset."""
-    device = runtime.choose_device(overrides.get("device", "auto"))
+    named = {name: value for name, value in overrides.items() if name == "device"}
+    device = runtime.choose_device(merge(Config, named).device)  # one that config.py knows
     if "data" in overrides and overrides["data"] != "tales":
         return own_text(overrides["data"], device, overrides)
     stories = PRESETS["stories"]["data"]
     if not os.path.exists(stories):
         return preset("tales"), f"preset tales: the built-in corpus; no {stories} has been prepared"
     chosen = "stories_small" if device.type == "cpu" else "stories"
-    return preset(chosen), f"preset {chosen}: {stories} has been prepared, for a {device.type}"
+    why = f"preset {chosen}: {stories} has been prepared, for a {device.type}"
+    if os.path.exists(tokenizers.DEFAULT):  # by scripts/train_tokenizer.py, to be used
+        return preset(chosen) | {"tokenizer": tokenizers.DEFAULT}, why
+    return preset(chosen), why

@@ -167,10 +167,12 @@ def small(options):
     """A small network on a small machine: shapes, vocabularies, rows, and what helps when a text is
     read many times; for a number of --minutes each."""
     base = cli.merge(Config, base_config(options))
-    rows, window = base.batch_size, base.seq_len
+    rows, window, bos = base.batch_size, base.seq_len, diffusion.bos_tokens(base)
+    # blocks fill the window
+    blocks = lambda n: {"block_len": n, "seq_len": (window - bos) // n * n + bos}
     return {
         "as it is": {},
-        "a document a row": {"rows": "document", "seq_len": window + 1},
+        "a document a row": {"rows": "document", "seq_len": window - bos + 1},
         "vocabulary 1,024": {"vocab_size": 1024},
         "vocabulary 2,048": {"vocab_size": 2048},
         "vocabulary 4,096": {"vocab_size": 4096},
@@ -192,9 +194,9 @@ def small(options):
         "embeddings of their own": {"tie_embeddings": False, "init": "zero"},
         "weight decay 0.1": {"weight_decay": 0.1},
         "averaged weights": {"ema": 0.999, "lr_decay": "constant"},
-        "blocks of 4": {"block_len": 4},
-        "blocks of 8": {"block_len": 8},
-        "blocks of 16": {"block_len": 16},
+        "blocks of 4": blocks(4),
+        "blocks of 8": blocks(8),
+        "blocks of 16": blocks(16),
         "autoregressive": {"objective": "ar"},
         "autoregressive, dropout 0.1": {"objective": "ar", "dropout": 0.1},
     }
