@@ -7,10 +7,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from utils import tokenizer as tokenizers
 from utils.cli import UserError
 
+SHOWN = 20_000_000  # characters, whose encoding takes a few seconds
 PIECE = 300_000  # characters that are encoded at once, some 20 bytes each; longer documents are cut
 
 
@@ -52,14 +54,18 @@ def in_batches(texts):
 
 def encode(documents, tokenizer):
     """Ids of each of the documents (list of str): list of (n,) int32. Long ones are cut, so that
-    memory stays flat."""
-    pieces = [list(cut(document)) for document in documents]
-    ids = (
-        np.array(i, np.int32)
-        for batch in in_batches(chain(*pieces))
-        for i in tokenizer.encode(batch, "the corpus")
-    )
-    return [np.concatenate([np.zeros(0, np.int32), *islice(ids, len(part))]) for part in pieces]
+    memory stays flat. What takes a while has a progress bar."""
+    pieces, size = [list(cut(document)) for document in documents], sum(map(len, documents))
+
+    def encoded(bar):
+        for batch in in_batches(chain(*pieces)):
+            yield from (np.array(i, np.int32) for i in tokenizer.encode(batch, "the corpus"))
+            bar.update(sum(map(len, batch)))
+
+    hidden = None if size > SHOWN else True  # None: shown on a terminal
+    with tqdm(total=size, unit="char", unit_scale=True, leave=False, disable=hidden) as bar:
+        ids = encoded(bar)
+        return [np.concatenate([np.zeros(0, np.int32), *islice(ids, len(part))]) for part in pieces]
 
 
 def end_of(tokenizer):

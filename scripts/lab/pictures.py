@@ -241,7 +241,6 @@ PICTURES = {
         attention,
         time_embedding,
         samplers_at_work,
-        growth,
     )
 }
 
