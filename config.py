@@ -202,7 +202,7 @@ PRESETS = {
     "shakespeare": dict(
         data="data/shakespeare.txt", tokenizer="char", tie_embeddings=False, batch_size=16,
         max_iters=5000),
-    # TinyStories, or any text of one's own: python scripts/data.py, then this.
+    # TinyStories: python scripts/data.py, then this.
     "stories": dict(
         data="data/stories.txt", tokenizer="artifacts/tokenizer/tokenizer.json", max_iters=5000),
     # The same for two CPU cores, in an hour.

@@ -373,7 +373,7 @@ def sample(family, model, canvas, how, *, window=None, stop=None, seeds=None, to
     """
     check_needs(family, how)
     sampler, denoiser = family.sampler(how), family.denoiser(model, canvas, how, window)
-    denoiser.bar(stop, how.min_len)
+    denoiser.forbid(stop, how.min_len)
     noise, grid = denoiser.noise, sampler.grid or partial(mask_ratio, how.schedule)
     seeds = range(len(canvas)) if seeds is None else seeds
     uniforms = draws.uniforms_of(seeds, canvas.size(1), canvas.device)

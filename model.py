@@ -71,7 +71,7 @@ def rotate(x, cos, sin):
     return (x * cos + swapped * sin).to(x.dtype)
 
 
-def chosen(x, select):
+def selected(x, select):
     """x (B, L, C) at the flat positions select (N,), (N, C); all of it where that is None."""
     return x if select is None else x.flatten(0, 1)[select]
 
@@ -108,7 +108,7 @@ class Attention(nn.Module):
             full = torch.promote_types(v.dtype, torch.float32)
             with torch.autocast("cpu", enabled=False):
                 y = attend(q.to(full), k.to(full), v.to(full))
-        return self.proj(chosen(y.transpose(1, 2).reshape(B, L, C), select))
+        return self.proj(selected(y.transpose(1, 2).reshape(B, L, C), select))
 
 
 class MLP(nn.Module):
@@ -135,11 +135,13 @@ class Block(nn.Module):
         read1 = read2 = norm
         if self.modulation is not None:
             shift1, scale1, *second = self.modulation(F.silu(condition)).chunk(4, dim=-1)
-            shift2, scale2 = (chosen(part.expand_as(x), select) for part in second)
+            if select is not None:
+                second = (selected(part.expand_as(x), select) for part in second)
+            shift2, scale2 = second
             read1 = lambda x: norm(x) * (1 + scale1) + shift1
             read2 = lambda x: norm(x) * (1 + scale2) + shift2
         y = self.attn(read1(x), cos, sin, attention, cache, select)
-        x = chosen(x, select) + self.dropout(y)
+        x = selected(x, select) + self.dropout(y)
         return x + self.dropout(self.mlp(read2(x)))
 
 

@@ -122,24 +122,40 @@ def test_own_text_gets_what_suits_its_length_and_the_machine(monkeypatch):
     """An essay, a novel, what is longer; and what the user names comes first."""
     small, found = config.PRESETS["stories_small"], {}
     for name, size in (("essay", 20_000), ("novel", 500_000), ("library", 5_000_000)):
-        with open(f"{name}.txt", "w") as file:
-            file.truncate(size)
+        open(f"{name}.txt", "w").write("To be, or not to be: that is it.\n" * (size // 33))
         cfg, why = load(["--data", f"{name}.txt", "--device", "cpu"])
-        assert cfg.name == name and cfg.max_minutes == 30 and f"{size:,} bytes" in why
-        assert "30 minutes" in why and "--max_minutes 120" in why and "cpu" in why
+        assert cfg.name == name and cfg.max_minutes == 30 and "on a cpu" in why
+        assert "at most 30 minutes" in why and "--max_minutes 120" in why
         found[name] = cfg
     essay, novel, library = found.values()
     assert (library.n_embd, library.vocab_size) == (small["n_embd"], small["vocab_size"])
     assert essay.tokenizer == "char" and "characters" in load(["--data", "essay.txt"])[1]
     assert essay.n_embd < library.n_embd and novel.vocab_size < library.vocab_size
     assert 0 < essay.max_iters < novel.max_iters and library.max_iters == 0
+    assert essay.eval_interval < novel.eval_interval <= library.eval_interval
+    cfg, why = load(["--data", "essay.txt", "--max_minutes", "120"])
+    assert (cfg.max_minutes, cfg.max_iters) == (120, 0) and "at most 120 minutes;" in why
+    cfg, why = load(["--data", "library.txt", "--max_iters", "5", "--n_layer", "1"])
+    assert (cfg.max_minutes, cfg.max_iters, cfg.n_layer) == (0, 5, 1) and "at most 5 steps" in why
+    assert load(["--data", "essay.txt", "--max_minutes", "0"])[0].max_iters == essay.max_iters
+    cfg, why = load(["--data", "essay.txt", "--tokenizer", "bpe"])
+    assert cfg.vocab_size < novel.vocab_size and f"BPE of {cfg.vocab_size}" in why
+    cfg, _ = load(["--data", "essay.txt", "--vocab_size", "300"])
+    assert (cfg.tokenizer, cfg.vocab_size) == ("bpe", 300)
     monkeypatch.setattr(runtime, "choose_device", lambda name: torch.device("cuda"))
     cfg, why = load(["--data", "library.txt"])
-    assert (cfg.n_embd, cfg.batch_size) == (384, 64) and "cuda" in why
-    cfg, _ = load(["--data", "essay.txt", "--max_minutes", "120"])
-    assert (cfg.max_minutes, cfg.max_iters) == (120, 0)
-    cfg, _ = load(["--data", "library.txt", "--max_iters", "5", "--n_layer", "1"])
-    assert (cfg.max_minutes, cfg.max_iters, cfg.n_layer) == (0, 5, 1)
+    assert (cfg.n_embd, cfg.batch_size) == (384, 64) and "on a cuda" in why
+
+
+def test_tuning_on_own_text_takes_the_checkpoints_shape(tales_run, monkeypatch, capsys):
+    texts.write_documents("my.txt", (f"The cat saw {n} mice, and was glad." for n in range(400)))
+    path = str(tales_run / "models" / "tales.best.pt")
+    cfg, why = load(["--data", "my.txt", "--init_from", path])
+    theirs = checkpoint.read(path)["config"]
+    assert (cfg.n_embd, cfg.seq_len) == (theirs["n_embd"], theirs["seq_len"]) and "BPE" not in why
+    words = ["--data", "my.txt", "--init_from", path, "--max_iters", "1", "--final_samples", "0"]
+    code, _, err = run(train.main, [*words, "--compile", "off"], monkeypatch, capsys)
+    assert code == 0, err
 
 
 @pytest.mark.parametrize("characters", (40, 300, 5_000))
@@ -147,6 +163,7 @@ def test_any_text_that_holds_a_window_trains(characters, monkeypatch, capsys):
     """However short; the window is such that something can be held out."""
     open("my.txt", "w").write(("To be, or not to be: that is the question.\n" * 200)[:characters])
     words = "--data my.txt --max_iters 1 --n_layer 1 --n_embd 8 --final_samples 0 --compile off"
+    words += " --final_rows 4"
     code, _, err = run(train.main, words, monkeypatch, capsys)
     if characters == 40:
         assert code == 2 and "less than one window" in err and err.count("\n") == 1
@@ -254,6 +271,8 @@ def test_mistakes_in_training(words, message, monkeypatch, capsys):
     (
         ("--gen-len 0", "gen_len=0"),
         ("--gen_len -3", "gen_len=-3"),
+        ("--gen-len 20 --min-len 30", "min_len=30, but there are only 20 tokens to generate"),
+        ("--no-stop --min-len 3", "no_stop=True, min_len=3: one or the other"),
         ("--sampler best", "there is no sampler"),
         ("--sampler confidense", "did you mean confidence"),
         ("--temperature hot", "expected a number"),

@@ -137,6 +137,11 @@ def rows_of(how, family, tokenizer):
             [part for part in (prompt, how.gen_len, how.suffix) if part != ""] for prompt in prompts
         ]
     rows = [build(tokenizer, template, family.cfg.seq_len) for template in templates]
+    if how.min_len > (least := min(row.count(tokenizer.mask) for row in rows)):
+        raise UserError(
+            f"min_len={how.min_len}, but there are only {least} tokens to generate; say with "
+            "--gen-len how many"
+        )
     if family.block_len and any(given_after_a_hole(row, tokenizer.mask) for row in rows):
         raise UserError(
             "this model generates from left to right and sees nothing of what comes after; give a "

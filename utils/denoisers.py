@@ -73,17 +73,17 @@ class Denoiser:
         # all that is given ends before it, (B, 1)
         self.given_until = torch.where(canvas == noise.mask, 0, place + 1).amax(1, keepdim=True)
         self.row_nfe = torch.zeros(len(canvas), dtype=torch.long, device=canvas.device)
-        self.generated, self.barred = canvas == noise.mask, None
+        self.generated, self.forbidden = canvas == noise.mask, None
 
     @property
     def nfe(self):
         return self.network.nfe
 
-    def bar(self, token, number):
+    def forbid(self, token, number):
         """Give the token no probability at the first `number` positions of each row that are
         generated."""
         if token is not None and number:
-            self.barred = token, self.generated & (self.generated.cumsum(1) <= number)
+            self.forbidden = token, self.generated & (self.generated.cumsum(1) <= number)
 
     def __call__(self, ids, asked, turn):
         """Logits (N, V) at the asked (B, L) positions of ids (B, L). Rows that ask nothing, those
@@ -104,8 +104,8 @@ class Denoiser:
             0, rows, torch.full_like(rows, self.network.nfe_a_row)
         )
         logits = at_least_float32(logits)
-        if self.barred:
-            token, where = self.barred
+        if self.forbidden:
+            token, where = self.forbidden
             logits[where[rows][wanted], token] = -math.inf
         return logits
 

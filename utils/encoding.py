@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from utils import tokenizer as tokenizers
 from utils.cli import UserError
+from utils.runtime import is_first
 
 SHOWN = 20_000_000  # characters, whose encoding takes a few seconds
 PIECE = 300_000  # characters that are encoded at once, some 20 bytes each; longer documents are cut
@@ -62,7 +63,7 @@ def encode(documents, tokenizer):
             yield from (np.array(i, np.int32) for i in tokenizer.encode(batch, "the corpus"))
             bar.update(sum(map(len, batch)))
 
-    hidden = None if size > SHOWN else True  # None: shown on a terminal
+    hidden = None if size > SHOWN and is_first() else True  # None: shown on a terminal
     with tqdm(total=size, unit="char", unit_scale=True, leave=False, disable=hidden) as bar:
         ids = encoded(bar)
         return [np.concatenate([np.zeros(0, np.int32), *islice(ids, len(part))]) for part in pieces]

@@ -42,6 +42,8 @@ SHAPE = (
     "softcap",
     "time_conditioning",
 )
+# and what it is usually to have besides
+SUITS = ("seq_len", "objective", "block_len", "schedule", "corruption", "diffusion_steps")
 
 
 @dataclass

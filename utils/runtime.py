@@ -211,7 +211,7 @@ def compile_network(model, token_nll, device, try_out):
     returned, which runs training passes, in which the compilation happens). Without a working
     compiler None, and a line that says so.
 
-    It is compiled in parts: one compilation serves all blocks.
+    It is compiled in parts: one compilation serves all blocks but the last.
     """
     keep_compiled_apart()
     compiled = copy.copy(model)

@@ -7,7 +7,7 @@ import os
 import runpy
 
 from config import PRESETS, Config
-from utils import runtime
+from utils import checkpoint, corpus, runs, runtime, texts
 from utils import tokenizer as tokenizers
 from utils.cli import UserError, merge, nearest, reason
 
@@ -53,40 +53,68 @@ def preset(name, families=()):
 
 
 OWN_MINUTES = 30.0  # of a run on a text of the user's own
-# Such a text below so many bytes -> what suits it; scripts/lab/ablate.py own_text compares. passes:
-# over the text, with which it is learned by heart.
+# Such a text below so many bytes -> what suits it (scripts/lab/ablate.py own_text compares), and
+# the passes over it after which a network of that size learns it by heart.
 SHORT_TEXTS = (
-    (100_000, dict(tokenizer="char", n_layer=2, n_head=2, n_embd=128), 200),
+    (100_000, dict(tokenizer="char", vocab_size=512, n_layer=2, n_head=2, n_embd=128), 200),
     (2_000_000, dict(vocab_size=1024), 100),
 )
+LOOKED_AT = 10_000_000  # bytes: a longer file is not short, whatever its format
 
 
 def own_text(path, device, overrides):
-    """(settings (dict) for a text of the user's own, a file or a folder of shards; what was chosen
-    and how to get more): shape and rows of the preset for this device, smaller for a short text,
-    for half an hour at most. overrides: what the user has named."""
+    """Settings (dict) for a text of the user's own, a file or a folder of shards: shape and rows of
+    the preset for this device, or of the checkpoint that is to be tuned; smaller for a short text,
+    and with fewer steps; half an hour at most. overrides: what the user has named."""
     base = "stories_small" if device.type == "cpu" else "stories"
-    size = os.path.getsize(path) if os.path.isfile(path) else math.inf  # or it is not here yet
     found = PRESETS[base] | {"tokenizer": "bpe", "max_iters": 0, "max_minutes": OWN_MINUTES}
     found["name"] = os.path.splitext(os.path.basename(os.path.normpath(path)))[0]
+    if overrides.get("init_from"):
+        theirs = merge(Config, checkpoint.read(overrides["init_from"])["config"])
+        return found | {name: getattr(theirs, name) for name in runs.SHAPE + runs.SUITS}
+    if "RANK" not in os.environ and not os.path.exists(path):
+        texts.prepare(path)  # a corpus that is fetched: its length is to be known
+    if not os.path.isfile(path) or os.path.getsize(path) > LOOKED_AT:
+        return found
+    documents = texts.read_documents(path)
+    size = sum(len(document.encode()) for document in documents)
     for limit, changes, passes in SHORT_TEXTS:
         if size < limit:
             found |= changes | ({"tokenizer": "bpe"} if "vocab_size" in overrides else {})
-            cfg = merge(Config, found, overrides)
-            tokens = size if cfg.tokenizer == "char" else size / 4
-            # the held-out tenth has two windows at least
-            found["seq_len"] = min(cfg.seq_len, 2 ** max(4, int(math.log2(max(1, tokens) / 20))))
-            cfg = merge(Config, found, overrides)
-            found["max_iters"] = math.ceil(passes * tokens / (cfg.batch_size * cfg.seq_len))
-            break
-    cfg = merge(Config, found, overrides)
-    shown = "" if size == math.inf else f", {size:,} bytes"
-    kind = "characters" if cfg.tokenizer == "char" else f"BPE of {cfg.vocab_size:,}"
-    limit = f"{OWN_MINUTES:g} minutes" + (f" or {cfg.max_iters:,} steps" if cfg.max_iters else "")
-    return found, (
-        f"your own data{shown}, on a {device.type}: {kind}, {cfg.n_layer} layers of {cfg.n_embd}, "
-        f"{cfg.batch_size} rows a step, {limit} unless told otherwise: --max_minutes 120, say, or "
-        f"a preset (train.py shakespeare --data {path})"
+            return found | window_and_steps(documents, passes, found, overrides)
+    return found
+
+
+def window_and_steps(documents, passes, found, overrides):
+    """Settings (dict) for a short text (documents, list of str): a window of which the held-out
+    part has two, and the steps of so many passes; found, overrides: what is settled before."""
+    cfg = merge(Config, found, overrides, {"max_iters": 1})
+    length = (
+        (lambda text: len(text)) if cfg.tokenizer == "char" else (lambda t: len(t.encode()) / 4)
+    )
+    tokens = lambda part: max(1, sum(map(length, part)))
+    train, held_out = corpus.parts(cfg, documents)
+    window = min(cfg.seq_len, 2 ** max(4, int(math.log2(tokens(held_out) / 2))))
+    cfg = merge(Config, found, {"seq_len": window}, overrides, {"max_iters": 1})
+    steps = math.ceil(passes * tokens(train) / (cfg.batch_size * cfg.seq_len))
+    often = min(cfg.eval_interval, max(5, steps // 20))
+    return {"seq_len": window, "max_iters": steps, "eval_interval": often}
+
+
+def own_in_words(cfg, device):
+    """What was chosen for a text of the user's own, and how to get more."""
+    kind = {"char": "characters, ", "bpe": f"BPE of {cfg.vocab_size:,}, "}.get(cfg.tokenizer, "")
+    if os.path.isdir(cfg.data) or cfg.init_from:  # which have tokens of their own
+        kind = ""
+    limits = (
+        f"{cfg.max_minutes:g} minutes" if cfg.max_minutes else "",
+        f"{cfg.max_iters:,} steps" if cfg.max_iters else "",
+    )
+    limit = " or ".join(filter(None, limits))
+    return (
+        f"your own data, on a {device.type}: {kind}{cfg.n_layer} layers of {cfg.n_embd}, windows "
+        f"of {cfg.seq_len}, {cfg.batch_size} rows a step, at most {limit}; more with --max_minutes "
+        f"120, say, or a preset: train.py shakespeare --data {cfg.data}"
     )
 
 
@@ -95,33 +123,35 @@ def load(positional, overrides, families):
     why; families: `families.FAMILIES`."""
     if len(positional) > 1:
         raise UserError(f"one preset at a time, got {' '.join(positional)}")
-    if positional:
-        base, why = preset(positional[0], families), f"preset {positional[0]}: as asked"
+    named = {name: value for name, value in overrides.items() if name == "device"}
+    device = runtime.choose_device(merge(Config, named).device)  # one that config.py knows
+    own = not positional and overrides.get("data", "tales") != "tales"
+    if own:
+        base, why = own_text(overrides["data"], device, overrides), ""
     else:
-        base, why = default(overrides)
+        chosen, why = (positional[0], "as asked") if positional else default(overrides, device)
+        base, why = preset(chosen, families), f"preset {chosen}: {why}"
+        if not positional and chosen != "tales" and os.path.exists(tokenizers.DEFAULT):
+            base["tokenizer"] = tokenizers.DEFAULT  # scripts/train_tokenizer.py made it to be used
     layers = [
         base,
         family_defaults(overrides["objective"], families) if "objective" in overrides else {},
         overrides,
     ]
     # a time that the user names replaces the preset's number of steps, and the other way round
-    for named, replaced in (("max_minutes", "max_iters"), ("max_iters", "max_minutes")):
-        if overrides.get(named) and replaced not in overrides:
-            layers.append({replaced: 0})
-    return merge(Config, *layers), why
+    for first, other in (("max_minutes", "max_iters"), ("max_iters", "max_minutes")):
+        if overrides.get(first) and other not in overrides:
+            layers.append({other: 0})
+    cfg = merge(Config, *layers)
+    return cfg, own_in_words(cfg, device) if own else why
 
 
-def default(overrides):
-    """(settings (dict), what was chosen and why) of a command line without a preset."""
-    named = {name: value for name, value in overrides.items() if name == "device"}
-    device = runtime.choose_device(merge(Config, named).device)  # one that config.py knows
-    if "data" in overrides and overrides["data"] != "tales":
-        return own_text(overrides["data"], device, overrides)
+def default(overrides, device):
+    """(name of the preset of a command line that names none, why)."""
     stories = PRESETS["stories"]["data"]
+    if overrides.get("data") == "tales":
+        return "tales", "as asked"
     if not os.path.exists(stories):
-        return preset("tales"), f"preset tales: the built-in corpus; no {stories} has been prepared"
+        return "tales", f"the built-in corpus; no {stories} has been prepared"
     chosen = "stories_small" if device.type == "cpu" else "stories"
-    why = f"preset {chosen}: {stories} has been prepared, for a {device.type}"
-    if os.path.exists(tokenizers.DEFAULT):  # by scripts/train_tokenizer.py, to be used
-        return preset(chosen) | {"tokenizer": tokenizers.DEFAULT}, why
-    return preset(chosen), why
+    return chosen, f"{stories} has been prepared, for a {device.type}"

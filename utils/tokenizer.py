@@ -6,6 +6,7 @@ of several documents have a real token `<|endoftext|>` between documents; the sa
 are plain text.
 """
 
+import math
 import os
 
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
@@ -152,17 +153,16 @@ def train_bpe(texts, vocab_size, min_frequency=2):
     among them.
 
     All 256 bytes are in the alphabet, so every string round-trips. A small text may give fewer
-    tokens. Of texts of more than BPE_READS characters together every second is read, say, or their
-    beginnings.
+    tokens. Of texts of more than BPE_READS characters together the first half of each is read, say.
     """
     if vocab_size < 258:
         raise UserError(f"vocab_size={vocab_size} is too small: 256 bytes, {END} and MASK need 258")
     tokenizer = Backend(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    every = -(-sum(map(len, texts)) // BPE_READS) or 1
+    share = min(1.0, BPE_READS / max(1, sum(map(len, texts))))
     tokenizer.train_from_iterator(
-        (text[:BPE_READS] for text in texts[::every]),
+        (text[: math.ceil(share * len(text))] for text in texts),
         trainers.BpeTrainer(
             vocab_size=vocab_size - 1,
             min_frequency=min_frequency,

@@ -60,8 +60,8 @@ def exponent(values, costs):
 
 def bench_growth(name, options):
     """Figures (dict) for one preset: seconds of a training step and the peak memory of its process,
-    compiled, over the window, the rows of a step, the width, and the size of the corpus. All
-    settings are timed in turn, each in a process of its own."""
+    compiled, over the window, the rows of a step, the width, and the size of the corpus. All values
+    of one are timed in turn, each in a process of its own."""
     cfg = cli.merge(Config, settings.preset(name))
     cfg = dataclasses.replace(cfg, short_rows=0.0, rows="stream", final_rows=16, eval_rows=16)
     device = runtime.choose_device(options.device)
@@ -69,16 +69,22 @@ def bench_growth(name, options):
     tokenizer = tokenizers.train_bpe(["a"], 258)  # of bytes: the tokens are random anyway
     with tempfile.TemporaryDirectory() as folder:
         configs = growth_configs(cfg, folder, tokenizer)
-        variants = {
-            f"{setting} {value}": (True, one, dtype, True, False)
-            for (setting, value), one in configs.items()
-        }
-        answers, rate = bench_training.time_together(
-            variants, cfg.vocab_size, device, bench_training.matrices(device, dtype), options
-        )
+        answers, rates = {}, []
+        for setting in VALUES:  # as few processes at a time as that takes
+            variants = {
+                value: (True, one, dtype, True, False)
+                for (name, value), one in configs.items()
+                if name == setting
+            }
+            products = bench_training.matrices(device, dtype)
+            timed, rate = bench_training.time_together(
+                variants, cfg.vocab_size, device, products, options
+            )
+            answers |= {(setting, value): found for value, found in timed.items()}
+            rates.append(rate)
     rows = []
     for (setting, value), one in configs.items():
-        timed = answers[f"{setting} {value}"]
+        timed = answers[setting, value]
         seconds = statistics.median(answer[0] for answer in timed)
         flops = bench_training.model_flops(one, cfg.vocab_size, timed[-1][1]) / seconds
         rows.append(
@@ -87,7 +93,7 @@ def bench_growth(name, options):
                 "value": value,
                 "seconds_a_step": seconds,
                 "tokens_per_second": one.batch_size * one.seq_len / seconds,
-                "share_of_matrix_rate": flops / rate,
+                "share_of_matrix_rate": flops / statistics.median(rates),
                 "peak_memory_gb": timed[-1][3] / 2**30,
             }
         )

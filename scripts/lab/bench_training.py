@@ -137,12 +137,15 @@ def matrix_rate(device, dtype, size):
 
 def model_flops(cfg, vocab_size, scored):
     """FLOPs of a forward and backward pass of a batch: 6 a parameter of the blocks and token,
-    attention, and the head at the `scored` positions; nothing for embeddings, norms or what is
-    computed twice."""
+    attention; the last block's MLP and projections, and the head, at the `scored` positions alone;
+    nothing for embeddings, norms or what is computed twice."""
     tokens = cfg.batch_size * cfg.seq_len
     blocks = sum(p.numel() for p in Transformer(cfg, vocab_size).blocks.parameters())
     attention = 12 * cfg.n_layer * cfg.n_embd * cfg.seq_len
-    return (6 * blocks + attention) * tokens + 6 * cfg.n_embd * (vocab_size - 1) * scored
+    last = 9 * cfg.n_embd**2  # parameters of the last block that see what is scored
+    return (6 * (blocks - last) + attention) * tokens + 6 * (
+        last + cfg.n_embd * (vocab_size - 1)
+    ) * scored
 
 
 def matrices(device, dtype):

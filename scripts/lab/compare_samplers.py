@@ -79,7 +79,7 @@ def sampler_settings(options):
 
 def masked_model(path, device, any_family=False):
     """(model, Tokenizer, Config, checkpoint dict) of a masked model of the whole window, whose
-    sampler is a choice; or, with any_family, of another.
+    sampler is a choice; or, with any_family, one of blocks or an autoregressive one.
 
     path "": the newest run's best. A UserError refuses other families.
     """
@@ -87,7 +87,8 @@ def masked_model(path, device, any_family=False):
     state = checkpoint.read(path)
     model, tokenizer, cfg = checkpoint.restore(state, device, path)
     family = families.family_of(cfg)
-    if (family.block_len or family.procedure) and not any_family:
+    own_order = family.block_len or family.procedure
+    if own_order if not any_family else SampleConfig.sampler not in family.samplers:
         raise UserError(
             f"{path} generates {family.procedure or 'block by block'}; samplers are compared with "
             "a masked model of the whole window"

@@ -16,27 +16,38 @@ from utils.cli import UserError
 DEFAULT = dict(sampler="", steps="", decode_block=0, temperature=1.0, top_p=SampleConfig.top_p)
 
 
+def family_of(options):
+    """The family of the checkpoint that is meant."""
+    *_, cfg, _ = masked_model(options.checkpoint, torch.device("cpu"), any_family=True)
+    return families.family_of(cfg)
+
+
 def story_settings(options):
-    """Held-out text; samplers at 16 to 256 NFE; then the default at other temperatures and shares,
-    and in blocks."""
-    rows = [{"sampler": "held-out text"}, {"sampler": "first_hitting"}]
+    """Held-out text; one token at a time; where the order is a choice, samplers at 16 to 256 NFE;
+    and the default at other temperatures and shares, and in blocks."""
+    family = family_of(options)
+    rows, best = [{"sampler": "held-out text"}, {"sampler": "first_hitting"}], "entropy_bounded:0.1"
+    if family.procedure:  # it writes from left to right, whatever the sampler
+        best = "first_hitting"
+    else:
+        rows += [
+            {"sampler": name, "steps": steps}
+            for name in ("random", "confidence")
+            for steps in (16, 32, 64, 256)
+        ]
+        rows += [{"sampler": f"entropy_bounded:{bound:g}"} for bound in (0.03, 0.1, 0.3, 1.0, 3.0)]
+        rows += [{"sampler": f"local_entropy:{size}"} for size in (8, 16, 32, 64)]
     rows += [
-        {"sampler": name, "steps": steps}
-        for name in ("random", "confidence")
-        for steps in (16, 32, 64, 256)
-    ]
-    rows += [{"sampler": f"entropy_bounded:{bound:g}"} for bound in (0.03, 0.1, 0.3, 1.0, 3.0)]
-    rows += [{"sampler": f"local_entropy:{size}"} for size in (8, 16, 32, 64)]
-    rows += [
-        {"sampler": "entropy_bounded:0.1", "temperature": t, "top_p": share}
+        {"sampler": best, "temperature": t, "top_p": share}
         for t in (0.5, 0.7, 0.8, 0.9, 1.0)
         for share in (0.9, 0.95, 1.0)
     ]
-    rows += [
-        {"sampler": sampler, "decode_block": size}
-        for sampler in ("entropy_bounded:0.1", "first_hitting")
-        for size in (8, 16, 32, 64)
-    ]
+    if not family.block_len:
+        rows += [
+            {"sampler": sampler, "decode_block": size}
+            for sampler in (best, "first_hitting")
+            for size in (8, 16, 32, 64)
+        ]
     return [DEFAULT | row for row in rows]
 
 
@@ -47,7 +58,12 @@ def prepared(options, name):
     if not options.judge:
         raise UserError(f"{name} needs a --judge: an autoregressive checkpoint, or hf:gpt2-large")
     judge = judges.load(options.judge, one.hardware.device)
-    data, cfg = corpus.load(one.family.cfg, one.tokenizer), one.family.cfg
+    cfg = one.family.cfg
+    if cfg.data == "tales" or one.tokenizer.end is None:
+        raise UserError(
+            f"{name} judges stories of a file, and {cfg.name} was trained on {cfg.data}"
+        )
+    data = corpus.load(cfg, one.tokenizer)
     return one, judge, data, Checker(corpus.parts(cfg, texts.read_documents(cfg.data))[0])
 
 
@@ -64,7 +80,7 @@ def judge_stories(options):
     def measure(setting):
         start, nfe = time.perf_counter(), torch.zeros(1)
         if setting["sampler"] == "held-out text":
-            rows = samples.reference_rows(data.held_out, tokenizer, one.count)
+            rows = samples.reference_rows(data.held_out, tokenizer, one.count).clone()
         else:
             rows, nfe = one.rows(partial(generate, one.model, one.family, setting))
         seconds = time.perf_counter() - start
@@ -91,13 +107,14 @@ LONG, PARTS = 1000, 4  # tokens, and parts that are judged by themselves
 def long_settings(options):
     """Held-out stories one after the other; the default sampler in blocks of several sizes, or the
     model's own; one token at a time; colder."""
-    *_, cfg, _ = masked_model(options.checkpoint, torch.device("cpu"), any_family=True)
-    sizes = (0,) if families.family_of(cfg).block_len else (8, 16, 32, 64)
-    rows = [{"sampler": "held-out text"}]
-    rows += [{"sampler": SampleConfig.sampler, "decode_block": size} for size in sizes]
-    usual = {"decode_block": sizes[len(sizes) // 2]}
-    rows += [usual | {"sampler": "first_hitting"}]
-    rows += [usual | {"sampler": SampleConfig.sampler, "temperature": 0.8}]
+    family, rows = family_of(options), [{"sampler": "held-out text"}]
+    sizes, best = (0,) if family.block_len else (8, 16, 32, 64), SampleConfig.sampler
+    if family.procedure:
+        best = "first_hitting"
+    else:
+        rows += [{"sampler": "first_hitting", "decode_block": sizes[len(sizes) // 2]}]
+    rows += [{"sampler": best, "decode_block": size} for size in sizes]
+    rows += [{"sampler": best, "decode_block": sizes[len(sizes) // 2], "temperature": 0.8}]
     return [DEFAULT | row for row in rows]
 
 
@@ -120,7 +137,8 @@ def judge_long(options):
         if setting["sampler"] == "held-out text":
             flat = data.held_out.flatten()
             real = flat[flat != tokenizer.end]
-            written = real[: len(real) // LONG * LONG].view(-1, LONG)[: one.count]
+            number = min(one.count, len(real) // LONG)
+            written = real[: number * LONG].view(number, LONG)
         else:
             least = setting | {"min_len": LONG}
             more = dict(window=cfg.seq_len, stop=tokenizer.end)
