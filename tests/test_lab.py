@@ -129,7 +129,10 @@ def test_growth_is_measured_and_shown(monkeypatch, capsys):
     assert code == 0 and "grows with n_embd: seconds as its power 1.50" in out, err
     [report] = json.load(open("artifacts/benchmarks/growth_cpu.json"))
     for found in report["exponents"].values():
-        assert found == {"seconds_a_step": pytest.approx(1.5), "peak_memory_gb": pytest.approx(0.5)}
+        assert found == {
+            "median_step_seconds": pytest.approx(1.5),
+            "peak_memory_gb": pytest.approx(0.5),
+        }
     assert {row["setting"] for row in report["rows"]} == set(bench_growth.VALUES)
     results.load.cache_clear()
     monkeypatch.setattr(results, "ROOT", ".")

@@ -92,7 +92,7 @@ class Denoiser:
         if not len(rows):
             return torch.empty(0, self.noise.mask, device=ids.device)
         x, asked, start = ids[rows], asked[rows], turn.start[rows]
-        wanted = asked
+        wanted = asked  # by their places in the canvas
         columns, shift = None, torch.zeros_like(start)
         if self.width < L:
             columns, shift = self.columns(start, rows, L)

@@ -53,8 +53,8 @@ def preset(name, families=()):
 
 
 OWN_MINUTES = 30.0  # of a run on a text of the user's own
-# Such a text below so many bytes -> what suits it (scripts/lab/ablate.py own_text compares), and
-# the passes over it after which a network of that size learns it by heart.
+# Such a text below so many bytes -> what suits it, and how many passes over it at most;
+# scripts/lab/ablate.py own_text compares.
 SHORT_TEXTS = (
     (100_000, dict(tokenizer="char", vocab_size=512, n_layer=2, n_head=2, n_embd=128), 200),
     (2_000_000, dict(vocab_size=1024), 100),
@@ -89,9 +89,7 @@ def window_and_steps(documents, passes, found, overrides):
     """Settings (dict) for a short text (documents, list of str): a window of which the held-out
     part has two, and the steps of so many passes; found, overrides: what is settled before."""
     cfg = merge(Config, found, overrides, {"max_iters": 1})
-    length = (
-        (lambda text: len(text)) if cfg.tokenizer == "char" else (lambda t: len(t.encode()) / 4)
-    )
+    length = len if cfg.tokenizer == "char" else lambda text: len(text.encode()) / 4
     tokens = lambda part: max(1, sum(map(length, part)))
     train, held_out = corpus.parts(cfg, documents)
     window = min(cfg.seq_len, 2 ** max(4, int(math.log2(tokens(held_out) / 2))))

@@ -17,7 +17,7 @@ from utils.cli import UserError
 
 END = "<|endoftext|>"
 DEFAULT = "artifacts/tokenizer/tokenizer.json"
-BPE_READS = 50_000_000  # characters, some ten seconds of training; more hardly change the merges
+BPE_READS = 50_000_000  # characters, some ten seconds of training
 
 
 class Tokenizer:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import statistics
 import tempfile
 
 import numpy as np
@@ -37,25 +36,26 @@ def random_shards(folder, tokens, tokenizer):
     return folder
 
 
-def growth_configs(cfg, folder, tokenizer):
-    """(setting, value) -> Config."""
+def configs_of(setting, cfg, folder, tokenizer):
+    """Value of the setting -> Config."""
     configs = {}
-    for name, values in VALUES.items():
-        for value in values:
-            if name == "data":
-                path = os.path.join(folder, str(value))
-                changes = {"data": random_shards(path, value, tokenizer)}
-            else:
-                changes = {name: value} | ({"n_head": value // 64} if name == "n_embd" else {})
-            configs[name, value] = dataclasses.replace(cfg, **changes)
+    for value in VALUES[setting]:
+        changes = {setting: value}
+        if setting == "data":
+            changes["data"] = random_shards(os.path.join(folder, str(value)), value, tokenizer)
+        if setting == "n_embd":
+            changes["n_head"] = value // 64
+        configs[value] = dataclasses.replace(cfg, **changes)
     return configs
 
 
-def exponent(values, costs):
-    """p of the power law cost = c * value^p through the last LAST points, by least squares of the
-    logarithms."""
-    x, y = np.log(values[-LAST:]), np.log(costs[-LAST:])
-    return float(np.polyfit(x, y, 1)[0])
+def exponents(rows, setting):
+    """{figure: p of the power law cost = c * value^p} of the last LAST rows of a setting, by least
+    squares of the logarithms."""
+    own = [row for row in rows if row["setting"] == setting][-LAST:]
+    x = np.log([row["value"] for row in own])
+    slope = lambda what: float(np.polyfit(x, np.log([row[what] for row in own]), 1)[0])
+    return {what: slope(what) for what in ("median_step_seconds", "peak_memory_gb")}
 
 
 def bench_growth(name, options):
@@ -67,36 +67,18 @@ def bench_growth(name, options):
     device = runtime.choose_device(options.device)
     dtype = runtime.choose_dtype("auto", device)
     tokenizer = tokenizers.train_bpe(["a"], 258)  # of bytes: the tokens are random anyway
+    rows, products = [], bench_training.matrices(device, dtype)
     with tempfile.TemporaryDirectory() as folder:
-        configs = growth_configs(cfg, folder, tokenizer)
-        answers, rates = {}, []
         for setting in VALUES:  # as few processes at a time as that takes
-            variants = {
-                value: (True, one, dtype, True, False)
-                for (name, value), one in configs.items()
-                if name == setting
-            }
-            products = bench_training.matrices(device, dtype)
-            timed, rate = bench_training.time_together(
+            configs = configs_of(setting, cfg, folder, tokenizer)
+            variants = {value: (True, one, dtype, True, False) for value, one in configs.items()}
+            answers, rate = bench_training.time_together(
                 variants, cfg.vocab_size, device, products, options
             )
-            answers |= {(setting, value): found for value, found in timed.items()}
-            rates.append(rate)
-    rows = []
-    for (setting, value), one in configs.items():
-        timed = answers[setting, value]
-        seconds = statistics.median(answer[0] for answer in timed)
-        flops = bench_training.model_flops(one, cfg.vocab_size, timed[-1][1]) / seconds
-        rows.append(
-            {
-                "setting": setting,
-                "value": value,
-                "seconds_a_step": seconds,
-                "tokens_per_second": one.batch_size * one.seq_len / seconds,
-                "share_of_matrix_rate": flops / statistics.median(rates),
-                "peak_memory_gb": timed[-1][3] / 2**30,
-            }
-        )
+            for value, one in configs.items():
+                variant, timed = variants[value], answers[value]
+                figures = bench_training.figures_of(variant, cfg.vocab_size, timed, rate, None)
+                rows.append({"setting": setting, "value": value} | figures)
     return {
         "preset": name,
         "device": bench_training.device_name(device),
@@ -109,16 +91,6 @@ def bench_growth(name, options):
     }
 
 
-def exponents(rows, setting):
-    """{figure: its exponent} of the rows of one setting."""
-    own = [row for row in rows if row["setting"] == setting]
-    values = [row["value"] for row in own]
-    return {
-        what: exponent(values, [row[what] for row in own])
-        for what in ("seconds_a_step", "peak_memory_gb")
-    }
-
-
 def show_growth(report):
     print(
         f"{report['preset']} on {report['device']} {report['dtype']} compiled, "
@@ -126,12 +98,13 @@ def show_growth(report):
     )
     for row in report["rows"]:
         print(
-            f"  {row['setting']:<10} {row['value']:11,} {1000 * row['seconds_a_step']:8.0f} ms "
+            f"  {row['setting']:<10} {row['value']:11,} "
+            f"{1000 * row['median_step_seconds']:8.0f} ms "
             f"{row['tokens_per_second']:10,.0f} tokens/s {row['share_of_matrix_rate']:6.1%} of the "
             f"matrix rate {row['peak_memory_gb']:6.2f} GB"
         )
     for setting, found in report["exponents"].items():
         print(
-            f"  grows with {setting}: seconds as its power {found['seconds_a_step']:.2f}, memory "
-            f"{found['peak_memory_gb']:.2f}"
+            f"  grows with {setting}: seconds as its power {found['median_step_seconds']:.2f}, "
+            f"memory {found['peak_memory_gb']:.2f}"
         )

@@ -216,7 +216,7 @@ def growth(options, path):
     for number, (setting, exponents) in enumerate(report["exponents"].items()):
         rows = [row for row in report["rows"] if row["setting"] == setting]
         times = [row["value"] / rows[0]["value"] for row in rows]
-        for axis, what in zip(axes, ("seconds_a_step", "peak_memory_gb")):
+        for axis, what in zip(axes, ("median_step_seconds", "peak_memory_gb")):
             axis.plot(
                 times,
                 [row[what] for row in rows],
