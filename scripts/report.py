@@ -12,7 +12,7 @@ written:
 Before the last slash stands a path of a .json, or the conditions that one row of a .csv meets, with
 "; " between them: the first cell, or a column and its value. Behind it stand a key or column and a
 format of Python's. A table stands between `<!-- table NAME -->` and `<!-- end -->`: a function of
-TABLES (scripts/lab/results.py) makes its lines.
+TABLES (scripts/lab/tables.py) makes its lines.
 """
 
 import os
@@ -23,7 +23,8 @@ from dataclasses import dataclass
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from scripts.lab.results import ROOT, TABLES, cell
+from scripts.lab.results import ROOT, cell
+from scripts.lab.tables import TABLES
 from utils import cli
 from utils.cli import UserError, field
 

@@ -58,7 +58,7 @@ def commands():
             inline = f"python scripts/lab/ablate.py {name}" if name else inline
             lines = [re.sub(r"\s+", " ", inline)] if inline else block.splitlines()
             found += [
-                re.sub(r"\s+#.*", "", line)
+                re.sub(r"\s+#.*| > \S+$", "", line)
                 for line in lines
                 if re.match(r"python |pytest |torchrun |bash |pip ", line)
             ]
@@ -492,7 +492,7 @@ def test_the_pages_are_what_report_writes(monkeypatch, tmp_path, capsys, request
 
 def test_every_result_file_says_where_it_comes_from():
     """artifacts/sources.csv has all files, and no others."""
-    files = tracked("artifacts/*.csv", "artifacts/*.json")
+    files = tracked("artifacts/*.csv", "artifacts/*.json", "artifacts/*.txt")
     listed = [row["file"] for row in results.load("sources.csv")]
     assert sorted(listed) == sorted(
         file.removeprefix("artifacts/") for file in files if not file.endswith("sources.csv")

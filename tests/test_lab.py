@@ -15,6 +15,7 @@ from scripts.lab import (
     compare_stories,
     pictures,
     results,
+    story_tables,
 )
 from scripts.lab import stories as checks
 from utils import tales, texts
@@ -139,3 +140,46 @@ def test_growth_is_measured_and_shown(monkeypatch, capsys):
     pictures.growth(None, "growth.png")
     assert os.path.getsize("growth.png") > 10_000
     results.load.cache_clear()
+
+
+def test_tables_of_stories(monkeypatch, tmp_path, request):
+    """What an hour gives, beside the first and the last of its columns; and texts as they were
+    printed."""
+    monkeypatch.setattr(results, "ROOT", str(tmp_path))
+    request.addfinalizer(results.load.cache_clear)
+    results.load.cache_clear()
+    for folder in ("benchmarks", "samples"):
+        (tmp_path / "artifacts" / folder).mkdir(parents=True)
+    names = [f"benchmarks/hour_{name}.json" for name in story_tables.HOUR.values()]
+    for name, bits in zip(names, (1.5, 1.2, 1.1, 1.0)):
+        report = dict.fromkeys("parameters steps best_step".split(), 1000) | {
+            "seconds_a_step": 0.5,
+            "passes_over_the_text": 20.4,
+            "bound_nats_per_token": 2 * bits,
+            "bound_se_rows": 0.02,
+            "bound_bits_per_byte": bits,
+        }
+        (tmp_path / "artifacts" / name).write_text(json.dumps(report))
+    printed = "--- seed 0\nOne day.\n\nThe end.\n--- seed 12\nTom said --- seed 3\n"
+    (tmp_path / "artifacts/samples/some.txt").write_text(printed)
+    lines = [f"{name},python a.py,two cores,2026-11-23" for name in [*names, "samples/some.txt"]]
+    (tmp_path / "artifacts/sources.csv").write_text(
+        "\n".join(["file,command,machine,date", *lines]) + "\n"
+    )
+    lines = story_tables.hour()
+    assert "| beside the published recipe | +0.0% | -20.0% | -26.7% | -33.3% |" in lines
+    assert "| beside the autoregressive one | +50.0% | +20.0% | +10.0% | +0.0% |" in lines
+    assert "| 1.5000 (± 0.0100) | 1.2000 (± 0.0100) |" in "\n".join(lines)
+    lines = story_tables.written("some")
+    assert "* seed 0: One day. The end." in lines and "* seed 12: Tom said --- seed 3" in lines
+    row = dict(sampler="random", steps="16", decode_block="0", temperature="1.0", nfe="16.0")
+    row |= {f"{name}_{part}": "0.5" for name in LONG_FIGURES for part in (1, 2, 3, 4)}
+    cells = [of(row) for of in story_tables.LONG_STORIES.values()]
+    assert cells[:3] == ["`random`, steps 16", "1", "16"] and cells[3:5] == [
+        "0.50 0.50 0.50 0.50",
+        "50% 50% 50% 50%",
+    ]
+    assert story_tables.STORIES["ended"](row) == "–"
+
+
+LONG_FIGURES = ("judge", "repeated", "first_name", "new_names")

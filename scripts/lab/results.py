@@ -1,10 +1,9 @@
-"""The result files of artifacts/, their cells and their tables: what scripts/report.py fills in."""
+"""The result files of artifacts/, their cells, and Markdown made of them."""
 
 import csv
 import functools
 import json
 import os
-from operator import itemgetter
 
 from utils import cli
 from utils.cli import UserError
@@ -16,11 +15,13 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 
 @functools.cache
 def load(file):
-    """A result file below artifacts/: a list of dicts of str (.csv), or what the .json holds."""
+    """A result file below artifacts/: a list of dicts of str (.csv), what the .json holds, or a
+    text (.txt)."""
     path = os.path.join(ROOT, "artifacts", file)
     try:
         with open(path, newline="", encoding="utf-8") as stream:
-            return list(csv.DictReader(stream)) if file.endswith(".csv") else json.load(stream)
+            read = {".csv": lambda file: list(csv.DictReader(file)), ".json": json.load}
+            return read.get(os.path.splitext(file)[1], lambda file: file.read())(stream)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the results {path}: {cli.reason(error)}") from None
 
@@ -59,7 +60,12 @@ def cell(file, place):
         raise UserError(f'"{place}" of {file}: no such number, or no format of one') from None
 
 
-# --- tables ---------------------------------------------------------------------------------------
+def mean(rows, name):
+    """Mean of a column."""
+    return sum(float(row[name]) for row in rows) / len(rows)
+
+
+# --- Markdown -----------------------------------------------------------------------------------
 
 
 def table(head, rows):
@@ -79,278 +85,20 @@ def source(*files):
     return lines
 
 
-def best_at_most(rows, limit):
-    """The largest share of valid stories of a setting with at most so much NFE, and its number."""
-    found = [row for row in rows if float(row["nfe"]) <= limit]
-    if not found:
-        return "–"
-    best = max(found, key=lambda row: float(row["valid"]))
-    number = best["sampler"].partition(":")[2]
-    return f"{float(best['valid']):.1%}" + (f" ({number})" if number else "")
-
-
-def samplers():
-    """Share of valid stories of each sampler, at its best setting of at most so much NFE."""
-    file, groups, limits = "ablations/samplers.csv", {}, (16, 32, 66, 256)
-    for row in load(file):
-        if row["top_p"] == "1.0" and row["cache"] == "none":
-            blocks = f", blocks of {row['decode_block']}" if row["decode_block"] != "0" else ""
-            groups.setdefault(row["sampler"].partition(":")[0] + blocks, []).append(row)
-    rows = [
-        [f"`{name}`", *(best_at_most(rows, limit) for limit in limits)]
-        for name, rows in groups.items()
-    ]
-    return table(["sampler", *(f"{limit} NFE" for limit in limits)], rows) + source(file)
-
-
 def listed(file, columns, rows=None):
     """A line for each row of the file; columns: {heading: function from a row to its cell}."""
     cells = [[of(row) for of in columns.values()] for row in (rows or load(file))]
     return table(list(columns), cells) + source(file)
 
 
+def runs(files, what):
+    """A column for each report of a run {heading: file}, a line for each of what {label: function
+    from a report to its cell}."""
+    reports = [load(file) for file in files.values()]
+    rows = [[label, *map(of, reports)] for label, of in what.items()]
+    return table(["", *files], rows) + source(*files.values())
+
+
 def share(name):
     """A column that is a share, in percent."""
     return lambda row: f"{float(row[name]):.1%}"
-
-
-def sampled():
-    """The default sampler with the likeliest tokens alone, and in blocks with caches."""
-    file = "ablations/samplers.csv"
-    rows = rows_of(file, "entropy_bounded:0.1; top_p 1.0; decode_block 0; cache none")
-    name = lambda row: (
-        f"top-p {float(row['top_p']):g}"
-        + (f", blocks of {row['decode_block']}" if row["decode_block"] != "0" else "")
-        + (f", {row['cache']} cache" if row["cache"] != "none" else "")
-    )
-    columns = {
-        "default sampler": name,
-        "NFE": lambda row: f"{float(row['nfe']):.1f}",
-        "valid": share("valid"),
-        "log-probability": itemgetter("log_prob"),
-        "different pairs of words": itemgetter("distinct_2"),
-    }
-    return listed(file, columns, rows + [row for row in load(file) if row["top_p"] != "1.0"])
-
-
-TEMPERATURES = {  # valid, different and likely samples over the temperature
-    "sampler": lambda row: f"`{row['sampler']}`",
-    "temperature": itemgetter("temperature"),
-    "valid": share("valid"),
-    "different": share("distinct"),
-    "log-probability": itemgetter("log_prob"),
-}
-SPELLING = {  # share of words that the training text has, by sampler
-    "sampler": itemgetter("sampler"),
-    "steps": itemgetter("steps"),
-    "temperature": lambda row: f"{float(row['temperature']):g}",
-    "top-p": lambda row: f"{float(row['top_p']):g}",
-    "NFE": lambda row: f"{float(row['nfe']):.0f}",
-    "words": share("words"),
-    "different words": itemgetter("distinct_1"),
-}
-ORDER = {  # whether the most frequent tokens are unmasked first
-    "sampler": itemgetter("sampler"),
-    "temperature": lambda row: f"{float(row['temperature']):g}",
-    "of the first tenth": share("early"),
-    "of all": share("all"),
-}
-
-
-TALES = ("tales_8_minutes", "tales_30_minutes")
-
-
-def tales():
-    """What `tales` learns in a number of minutes."""
-    names = [f"{name}{ending}" for name in TALES for ending in ("", "_float32")]
-    reports = [load(f"benchmarks/{name}.json") for name in names]
-    what = {
-        "steps of the best checkpoint": lambda r: f"{r['step']:,}",
-        "NELBO, nats a token (± s.e. over rows, over masks)": lambda r: (
-            f"{r['bound_nats_per_token']:.4f} (± {r['bound_se_rows']:.4f}, "
-            f"± {r['bound_se_masks']:.4f})"
-        ),
-        "NELBO, nats a story": lambda r: f"{r['bound_nats_per_story']:.2f}",
-        "exact -log p of the same stories": lambda r: f"{r['exact_nats_per_story']:.2f}",
-        "above it": lambda r: f"{r['excess_over_exact']:.1%}",
-        "samples that are whole valid stories": lambda r: f"{r['samples']['valid']:.1%}",
-        "sentences that the grammar has": lambda r: f"{r['samples']['grammatical']:.1%}",
-        "log-probability of the valid samples": lambda r: f"{r['samples']['log_prob']:.2f}",
-        "of true ones, minus the entropy": lambda r: f"{-r['entropy_nats_per_story']:.2f}",
-        "longest copy of training text, tokens": lambda r: (
-            f"{r['samples']['longest_copy_mean']:.1f}"
-        ),
-        "the same of held-out stories": lambda r: f"{r['reference']['longest_copy_mean']:.1f}",
-    }
-    head = ["", *(name.removeprefix("tales_").replace("_", " ") for name in names)]
-    rows = [[label, *map(cell_of, reports)] for label, cell_of in what.items()]
-    return table(head, rows) + source(*(f"benchmarks/{name}.json" for name in names))
-
-
-def mean(rows, name):
-    """Mean of a column."""
-    return sum(float(row[name]) for row in rows) / len(rows)
-
-
-def nelbo(rows):
-    """Mean bound and its standard error over rows, with three digits behind the point, or four."""
-    digits = 3 if mean(rows, "bound") > 1 else 4
-    return f"{mean(rows, 'bound'):.{digits}f} ± {mean(rows, 'se_rows'):.{digits}f}"
-
-
-def trained(file):
-    """Training runs of a comparison: means over seeds; what is the same in all stands above."""
-    groups = {}
-    for row in load(file):
-        groups.setdefault(row["variant"], []).append(row)
-    columns = {
-        "window": lambda rows: rows[0].get("block_size", ""),
-        "steps": lambda rows: f"{int(rows[0]['steps']):,}",
-        "rows a step": lambda rows: rows[0]["rows_a_step"],
-        "seeds": lambda rows: str(len(rows)),
-        "NELBO, nats a token": nelbo,
-        "bits a character": lambda rows: f"{mean(rows, 'bits_per_character'):.3f}",
-        "above exact": lambda rows: (
-            f"{float(rows[0]['above_exact']):.1%}" if rows[0].get("above_exact") else ""
-        ),
-        "minutes": lambda rows: f"{mean(rows, 'minutes'):.2f}",
-        "parameters": lambda rows: f"{int(rows[0]['parameters']):,}",
-    }
-    found = {name: [of(rows) for rows in groups.values()] for name, of in columns.items()}
-    same = {name: cells[0] for name, cells in found.items() if len(set(cells)) == 1}
-    found = {name: cells for name, cells in found.items() if name not in same}
-    above = ", ".join(f"{name} {value}" for name, value in same.items() if value)
-    lines = table(["", *found], zip(groups, *found.values()))
-    return [f"In all rows: {above}.", "", *lines, *source(file)] if above else lines + source(file)
-
-
-def others():
-    """All other comparisons of training runs, each behind a line that opens."""
-    lines = []
-    for name in OTHERS:
-        shown = trained(f"ablations/{name}.csv")
-        picture = f"![NELBO over rows and minutes](ablations/{name}.png)"
-        lines += [f"<details><summary>{name}</summary>", "", *shown, "", picture]
-        lines += ["", "</details>", ""]
-    return lines[:-1]
-
-
-OTHERS = (
-    "optimizer",
-    "weighting",
-    "schedule",
-    "time_conditioning",
-    "batch_size",
-    "ema",
-    "diffusion_steps",
-    "complementary",
-    "time_sampling",
-    "attention",
-    "window",
-    "recipe",
-    "recipe_tales",
-    "recipe_on_stories_847",
-    "weighting_on_stories_847",
-    "long/weighting_on_stories_847",
-    "expected_loss",
-)
-
-
-def steps():
-    """Speed of a training step of three shapes."""
-    rows, files = [], [f"benchmarks/train_{name}_cpu.json" for name in SHAPES]
-    for file in files:
-        [report] = load(file)
-        for label, v in report["variants"].items():
-            rows.append(
-                (
-                    f"`{report['preset']}`, {v['rows_a_step']} rows: {label}",
-                    f"{1000 * v['median_step_seconds']:,.0f}",
-                    f"{v['tokens_per_second']:,.0f}",
-                    f"{v['speed_up']:.2f}",
-                    f"{v['share_of_matrix_rate']:.1%}",
-                    f"{v['peak_memory_gb']:.1f}",
-                )
-            )
-    head = ["", "ms a step", "tokens/s", "speed-up", "of the matrix rate", "GB"]
-    return table(head, rows) + source(*files)
-
-
-SHAPES = ("stories", "shakespeare", "tales")
-
-
-def growth():
-    """How a step grows, and the exponents."""
-    file = "benchmarks/growth_cpu.json"
-    [report] = load(file)
-    names = dict(seq_len="window", batch_size="rows", n_embd="width", data="corpus, tokens")
-    rows = [
-        (
-            names[row["setting"]],
-            f"{row['value']:,}",
-            f"{1000 * row['median_step_seconds']:,.0f}",
-            f"{row['tokens_per_second']:,.0f}",
-            f"{row['share_of_matrix_rate']:.1%}",
-            f"{row['peak_memory_gb']:.2f}",
-        )
-        for row in report["rows"]
-    ]
-    exponents = [
-        (names[setting], f"{found['median_step_seconds']:.2f}", f"{found['peak_memory_gb']:.2f}")
-        for setting, found in report["exponents"].items()
-    ]
-    head = ["", "value", "ms a step", "tokens/s", "of the matrix rate", "GB"]
-    lines = table(["exponent over the last three", "of seconds", "of memory"], exponents)
-    return [*table(head, rows), "", *lines, *source(file)]
-
-
-def sampling(file):
-    """Speed of sampling, all of a benchmark."""
-    [report] = load(file)
-    head = ["batch", "sampler", "NFE", "seconds", "tokens/s", "speed-up"]
-    rows = [
-        (
-            row["batch"],
-            row["sampler"],
-            row["nfe"],
-            f"{row['median_seconds']:.2f}",
-            f"{row['tokens_per_second']:,.0f}",
-            f"{row['speed_up']:.1f}",
-        )
-        for row in report["rows"]
-    ]
-    return table(head, rows) + source(file)
-
-
-def stories_long():
-    """Validity of the texts of 256 tokens by sampler."""
-    files = [f"benchmarks/tales_256_{name.replace(':', '_')}.json" for name in LONG]
-    rows = []
-    for name, file in zip(LONG, files):
-        found = load(file)["samples"]
-        nfe = f"{found['nfe_a_sample']:.1f}"
-        rows.append((f"`{name}`", nfe, found["samples"], f"{found['valid']:.1%}"))
-    return table(["sampler", "NFE", "whole stories", "valid"], rows) + source(*files)
-
-
-LONG = ("entropy_bounded", "local_entropy:64", "local_entropy:48", "local_entropy:32")
-
-TABLES = {
-    "samplers": samplers,
-    "sampled": sampled,
-    "temperatures": functools.partial(listed, "ablations/temperature.csv", TEMPERATURES),
-    "spelling": functools.partial(listed, "ablations/spelling.csv", SPELLING),
-    "order": functools.partial(listed, "ablations/order.csv", ORDER),
-    "tales": tales,
-    "recipe": functools.partial(trained, "ablations/recipe_shakespeare.csv"),
-    "families": functools.partial(trained, "ablations/families.csv"),
-    "families_tales": functools.partial(trained, "ablations/families_tales.csv"),
-    "families_stories": functools.partial(trained, "ablations/families_on_stories_847.csv"),
-    "overfitting": functools.partial(trained, "ablations/ar_vs_diffusion_on_stories_847.csv"),
-    "others": others,
-    "steps": steps,
-    "growth": growth,
-    "sampling_long": functools.partial(sampling, "benchmarks/sample_256_cpu.json"),
-    "stories_long": stories_long,
-    "sampling": functools.partial(sampling, "benchmarks/sample_tales_cpu.json"),
-}

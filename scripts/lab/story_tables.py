@@ -1,0 +1,92 @@
+"""The tables about real text: see tables.py."""
+
+import re
+
+from scripts.lab.results import load, runs, source
+
+
+def bits_a_byte(report):
+    """The bound with its standard errors over rows and over masks: both in its unit."""
+    bits = report["bound_bits_per_byte"]
+    unit = bits / report["bound_nats_per_token"]
+    errors = (unit * report[name] for name in ("bound_se_rows", "bound_se_masks") if name in report)
+    return f"{bits:.4f} (" + ", ".join(f"± {error:.4f}" for error in errors) + ")"
+
+
+HOUR = {
+    "published recipe": "published",
+    "masked": "masked",
+    "blocks of 16": "blocks",
+    "autoregressive": "ar",
+}
+
+
+def hour(ending=""):
+    """What is learned of stories in an hour: by the published recipe, and by ours in each
+    family."""
+    files = {label: f"benchmarks/hour_{name}{ending}.json" for label, name in HOUR.items()}
+    bits = lambda label: load(files[label])["bound_bits_per_byte"]
+    published, ar = bits("published recipe"), bits("autoregressive")
+    what = {
+        "parameters": lambda r: f"{r['parameters']:,}",
+        "steps": lambda r: f"{r['steps']:,}",
+        "of the best checkpoint": lambda r: f"{r['best_step']:,}",
+        "ms a step": lambda r: f"{1000 * r['seconds_a_step']:,.0f}",
+        "passes over the text": lambda r: f"{r['passes_over_the_text']:.0f}",
+        "NELBO, bits a byte (± s.e. over rows, over masks)": bits_a_byte,
+        "beside the published recipe": lambda r: f"{r['bound_bits_per_byte'] / published - 1:+.1%}",
+        "beside the autoregressive one": lambda r: f"{r['bound_bits_per_byte'] / ar - 1:+.1%}",
+    }
+    return runs(files, what)
+
+
+def written(name):
+    """Texts that a program printed, each file behind a line that opens."""
+    lines, file = [], f"samples/{name}.txt"
+    for text in re.split(r"^--- seed (?=\d+$)", load(file), flags=re.M)[1:]:
+        seed, _, story = text.partition("\n")
+        lines += [f"* seed {seed}: " + " ".join(story.split())]
+    return [f"<details><summary>{name}</summary>", "", *lines, "", "</details>", *source(file)]
+
+
+def sampler_name(row):
+    """The sampler of a row with its steps and blocks."""
+    number = lambda name, words: f", {words} {row[name]}" if row.get(name, "0") not in ("", "0") else ""
+    return f"`{row['sampler']}`{number('steps', 'steps')}{number('decode_block', 'blocks of')}"
+
+
+def maybe(name, form):
+    """A column whose cells may be empty."""
+    return lambda row: format(float(row[name]), form) if row.get(name) else "–"
+
+
+STORIES = {  # what samples of a model of stories are like, beside held-out ones
+    "": sampler_name,
+    "temperature": maybe("temperature", "g"),
+    "top-p": maybe("top_p", "g"),
+    "NFE": maybe("nfe", ".0f"),
+    "s": maybe("seconds_a_sample", ".2f"),
+    "judge, nats a character": maybe("judge_nats_per_character", ".3f"),
+    "unigram entropy, nats": maybe("unigram_entropy", ".2f"),
+    "repetition": maybe("repetition", ".1%"),
+    "longest copy, tokens": maybe("longest_copy", ".1f"),
+    "known words": maybe("known_words", ".1%"),
+    "ended": maybe("ended", ".0%"),
+    "names stay": maybe("names_stay", ".0%"),
+    "pronouns agree": maybe("pronouns_agree", ".0%"),
+}
+LONG_STORIES = {  # what becomes of 1,000 tokens, in four parts
+    "": sampler_name,
+    "temperature": maybe("temperature", "g"),
+    "NFE": maybe("nfe", ".0f"),
+} | {
+    label: lambda row, name=name, form=form: " ".join(
+        format(float(row[f"{name}_{part}"]), form) for part in (1, 2, 3, 4)
+    )
+    for label, name, form in (
+        ("judge, nats a character, by quarter", "judge", ".2f"),
+        ("repeated words", "repeated", ".0%"),
+        ("texts that name the first name", "first_name", ".0%"),
+        ("new names", "new_names", ".1f"),
+    )
+}
