@@ -49,9 +49,12 @@ def written(name):
     return [f"<details><summary>{name}</summary>", "", *lines, "", "</details>", *source(file)]
 
 
+NONE = (None, "", "0")  # cells of a setting that is not used
+
+
 def sampler_name(row):
     """The sampler of a row with its steps and blocks."""
-    number = lambda name, words: f", {words} {row[name]}" if row.get(name, "0") not in ("", "0") else ""
+    number = lambda name, words: f", {words} {row[name]}" if row.get(name) not in NONE else ""
     return f"`{row['sampler']}`{number('steps', 'steps')}{number('decode_block', 'blocks of')}"
 
 
