@@ -623,6 +623,16 @@ def test_a_judge_counts_nats_per_character():
     found = judges.score(["abcdefgh" * 5, "", "aa"], judge)
     assert found["judge_nats_per_character"] == pytest.approx(math.log(8), abs=1e-5)
     assert found["judge_perplexity"] == pytest.approx(8, abs=1e-3)
+    assert found["judge_se_texts"] == pytest.approx(0, abs=1e-5)
+    # of texts of one length, the standard error of their means
+    letters = SimpleNamespace(
+        window=9, begin=[], encode=lambda texts: [list(map(ord, text)) for text in texts], nll=sum
+    )
+    found = judges.score(["aaaa", "bbbb", "cccd", "zzzz"], letters)
+    means = torch.tensor([ord("a"), ord("b"), ord("c") + 0.25, ord("z")])
+    assert found["judge_nats_per_character"] == pytest.approx(means.mean().item())
+    assert found["judge_se_texts"] == pytest.approx(means.std().item() / 2)
+    assert set(judges.score(["a"], letters)) == {"judge_nats_per_character", "judge_perplexity"}
 
 
 def test_a_judge_of_the_hub_counts_its_own_tokens():

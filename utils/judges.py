@@ -78,13 +78,19 @@ def load(name, device, dtype="auto"):
 
 @torch.no_grad()
 def score(texts, judge):
-    """Figures (dict) of texts (list of str) together: nats a character, and the perplexity in the
-    judge's own tokens. Texts are cut in windows, each scored without the one before."""
-    nats, tokens = 0.0, 0
-    for ids in judge.encode([text for text in texts if text]):
-        for piece in torch.tensor(ids, dtype=torch.long).split(judge.window - len(judge.begin)):
-            nats, tokens = nats + judge.nll(piece.tolist()), tokens + len(piece)
-    return {
-        "judge_nats_per_character": nats / max(1, sum(map(len, texts))),
-        "judge_perplexity": torch.tensor(nats / max(1, tokens)).exp().item(),
-    }
+    """Figures (dict) of texts (list of str) together: nats a character, their standard error over
+    texts (as of a ratio of two means; not of a single text), and the perplexity in the judge's own
+    tokens. Texts are cut in windows, each scored without the one before."""
+    texts = [text for text in texts if text]
+    nats, tokens, size = [], 0, judge.window - len(judge.begin)
+    for ids in judge.encode(texts):
+        pieces = torch.tensor(ids, dtype=torch.long).split(size)
+        nats.append(sum(judge.nll(piece.tolist()) for piece in pieces))
+        tokens += len(ids)
+    nats, lengths = torch.tensor(nats), torch.tensor([len(text) for text in texts])
+    mean = nats.sum() / lengths.sum().clamp(min=1)
+    found = {"judge_nats_per_character": mean.item()}
+    if len(texts) > 1:
+        spread = (nats - mean * lengths).std() / lengths.float().mean()
+        found["judge_se_texts"] = (spread / len(texts) ** 0.5).item()
+    return found | {"judge_perplexity": (nats.sum() / max(1, tokens)).exp().item()}

@@ -307,7 +307,7 @@ def finish(run, progress, seconds_a_step):
         "seconds_a_step": seconds_a_step,
         "tokens_per_second_of_training": rate,
     } | report
-    if cfg.rows == "stream":
+    if cfg.rows == "stream" and data.tokens:  # not fresh stories every step
         report["passes_over_the_text"] = progress.step * cfg.batch_size * cfg.seq_len / data.tokens
     runtime.write_json(path["metrics"], report)
     say(metrics.show(report))

@@ -20,6 +20,8 @@ VALUES = {
     "data": (10**6, 10**7, 10**8),  # tokens, as shards
 }
 LAST = 3  # values that an exponent is fitted to: small ones are all overhead
+# of a step that needs next to nothing: Python, torch and the compiler take the rest
+FLOOR = dict(seq_len=16, batch_size=1, n_embd=64, n_head=1)
 
 
 def random_shards(folder, tokens, tokenizer):
@@ -55,30 +57,39 @@ def exponents(rows, setting):
     own = [row for row in rows if row["setting"] == setting][-LAST:]
     x = np.log([row["value"] for row in own])
     slope = lambda what: float(np.polyfit(x, np.log([row[what] for row in own]), 1)[0])
-    return {what: slope(what) for what in ("median_step_seconds", "peak_memory_gb")}
+    return {what: slope(what) for what in ("median_step_seconds", "step_memory_gb")}
 
 
 def bench_growth(name, options):
     """Figures (dict) for one preset: seconds of a training step and the peak memory of its process,
     compiled, over the window, the rows of a step, the width, and the size of the corpus. All values
-    of one are timed in turn, each in a process of its own."""
+    of one are timed in turn, each in a process of its own. step_memory_gb: what is beyond that of
+    the process with the smallest step, FLOOR."""
     cfg = cli.merge(Config, settings.preset(name))
     cfg = dataclasses.replace(cfg, short_rows=0.0, rows="stream", final_rows=16, eval_rows=16)
     device = runtime.choose_device(options.device)
     dtype = runtime.choose_dtype("auto", device)
     tokenizer = tokenizers.train_bpe(["a"], 258)  # of bytes: the tokens are random anyway
     rows, products = [], bench_training.matrices(device, dtype)
+    variant_of = lambda one: (True, one, dtype, True, False)
+    together = lambda variants: bench_training.time_together(
+        variants, cfg.vocab_size, device, products, options
+    )
+    smallest = variant_of(dataclasses.replace(cfg, **FLOOR))
+    answers, rate = together({0: smallest})
+    figures = bench_training.figures_of(smallest, cfg.vocab_size, answers[0], rate, None)
+    floor = figures["peak_memory_gb"]
     with tempfile.TemporaryDirectory() as folder:
         for setting in VALUES:  # as few processes at a time as that takes
             configs = configs_of(setting, cfg, folder, tokenizer)
-            variants = {value: (True, one, dtype, True, False) for value, one in configs.items()}
-            answers, rate = bench_training.time_together(
-                variants, cfg.vocab_size, device, products, options
-            )
-            for value, one in configs.items():
-                variant, timed = variants[value], answers[value]
-                figures = bench_training.figures_of(variant, cfg.vocab_size, timed, rate, None)
-                rows.append({"setting": setting, "value": value} | figures)
+            variants = {value: variant_of(one) for value, one in configs.items()}
+            answers, rate = together(variants)
+            for value, variant in variants.items():
+                figures = bench_training.figures_of(
+                    variant, cfg.vocab_size, answers[value], rate, None
+                )
+                memory = {"step_memory_gb": figures["peak_memory_gb"] - floor}
+                rows.append({"setting": setting, "value": value} | figures | memory)
     return {
         "preset": name,
         "device": bench_training.device_name(device),
@@ -86,6 +97,7 @@ def bench_growth(name, options):
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "rounds": options.rounds,
+        "floor_gb": floor,
         "rows": rows,
         "exponents": {setting: exponents(rows, setting) for setting in VALUES},
     }
@@ -106,5 +118,5 @@ def show_growth(report):
     for setting, found in report["exponents"].items():
         print(
             f"  grows with {setting}: seconds as its power {found['median_step_seconds']:.2f}, "
-            f"memory {found['peak_memory_gb']:.2f}"
+            f"memory {found['step_memory_gb']:.2f}"
         )

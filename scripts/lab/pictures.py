@@ -216,7 +216,7 @@ def growth(options, path):
     for number, (setting, exponents) in enumerate(report["exponents"].items()):
         rows = [row for row in report["rows"] if row["setting"] == setting]
         times = [row["value"] / rows[0]["value"] for row in rows]
-        for axis, what in zip(axes, ("median_step_seconds", "peak_memory_gb")):
+        for axis, what in zip(axes, ("median_step_seconds", "step_memory_gb")):
             axis.plot(
                 times,
                 [row[what] for row in rows],
@@ -224,7 +224,7 @@ def growth(options, path):
                 color=plots.OKABE_ITO[number],
                 label=f"{names[setting]}, from {rows[0]['value']:,}: {exponents[what]:.2f}",
             )
-    for axis, what in zip(axes, ("seconds a step", "GB at most")):
+    for axis, what in zip(axes, ("seconds a step", "GB beyond the smallest step")):
         axis.set(xlabel="times the smallest value", ylabel=what, xscale="log", yscale="log")
         axis.grid(alpha=0.3, which="both")
         axis.legend(title="exponent", fontsize=8)

@@ -69,7 +69,9 @@ STORIES = {  # what samples of a model of stories are like, beside held-out ones
     "top-p": maybe("top_p", "g"),
     "NFE": maybe("nfe", ".0f"),
     "s": maybe("seconds_a_sample", ".2f"),
-    "judge, nats a character": maybe("judge_nats_per_character", ".3f"),
+    "judge, nats a character (± s.e. over texts)": lambda row: (
+        f"{float(row['judge_nats_per_character']):.3f} ± {float(row['judge_se_texts']):.3f}"
+    ),
     "unigram entropy, nats": maybe("unigram_entropy", ".2f"),
     "repetition": maybe("repetition", ".1%"),
     "longest copy, tokens": maybe("longest_copy", ".1f"),

@@ -202,11 +202,12 @@ def growth():
         for row in report["rows"]
     ]
     exponents = [
-        (names[setting], f"{found['median_step_seconds']:.2f}", f"{found['peak_memory_gb']:.2f}")
+        (names[setting], f"{found['median_step_seconds']:.2f}", f"{found['step_memory_gb']:.2f}")
         for setting, found in report["exponents"].items()
     ]
     head = ["", "value", "ms a step", "tokens/s", "of the matrix rate", "GB"]
-    lines = table(["exponent over the last three", "of seconds", "of memory"], exponents)
+    memory = f"of memory beyond the {report['floor_gb']:.2f} GB of the smallest step"
+    lines = table(["exponent over the last three", "of seconds", memory], exponents)
     return [*table(head, rows), "", *lines, *source(file)]
 
 
