@@ -53,7 +53,7 @@ NOT_AGAINST = ("num_samples", "left_to_right", "judge", "json", "plot", *HOW)
 class EvaluateConfig:
     checkpoint: str = field("", "path (default: the newest run's best)", "what")
     data: str = field("", "a text of your own instead of the run's held-out part")
-    rows: int = field(None, "held-out rows (default: the run's final_rows)", low=1)
+    rows: int = field(None, "held-out rows (default: the run's final_rows; of --data all)", low=1)
     num_samples: int = field(
         None,
         "unconditional samples, seeds 0, 1, ...; 0: none (default: the run's final_samples)",
@@ -127,6 +127,7 @@ def load(path, options, device):
                 training = corpus.load(cfg, tokenizer).training
         cfg = dataclasses.replace(cfg, data=options.data, held_out="")
         rows = encoding.held_out_rows(texts.read_documents(options.data), tokenizer, cfg)
+        cfg = dataclasses.replace(cfg, final_rows=options.rows or len(rows))
         return loaded._replace(
             cfg=cfg, data=encoding.Corpus(None, rows, tokenizer, 0, "", training)
         )
@@ -216,9 +217,11 @@ def evaluate(loaded, options, device):
     """The report (dict) on a checkpoint (`Loaded`)."""
     family = families.family_of(loaded.cfg)
     cli.check_needs(family, options)
+    count = loaded.cfg.final_samples if options.num_samples is None else options.num_samples
+    if options.judge and not count:
+        raise UserError("judge scores samples, and there are none; say how many: --num_samples 64")
     judge = judges.load(options.judge, device, options.dtype) if options.judge else None
     how, in_words = sampling(loaded, family, options)
-    count = loaded.cfg.final_samples if options.num_samples is None else options.num_samples
     report = {
         "checkpoint": loaded.path,
         "step": loaded.step,

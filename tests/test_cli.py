@@ -125,16 +125,19 @@ def test_own_text_gets_what_suits_its_length_and_the_machine(monkeypatch):
         open(f"{name}.txt", "w").write("To be, or not to be: that is it.\n" * (size // 33))
         cfg, why = load(["--data", f"{name}.txt", "--device", "cpu"])
         assert cfg.name == name and cfg.max_minutes == 30 and "on a cpu" in why
-        assert "at most 30 minutes" in why and "--max_minutes 120" in why
+        assert f"30 minutes or {cfg.max_iters:,} steps; more with --max_minutes 120 --max_it" in why
         found[name] = cfg
     essay, novel, library = found.values()
     assert (library.n_embd, library.vocab_size) == (small["n_embd"], small["vocab_size"])
     assert essay.tokenizer == "char" and "characters" in load(["--data", "essay.txt"])[1]
     assert essay.n_embd < library.n_embd and novel.vocab_size < library.vocab_size
-    assert 0 < essay.max_iters < novel.max_iters and library.max_iters == 0
+    assert 0 < essay.max_iters < novel.max_iters < library.max_iters
     assert essay.eval_interval < novel.eval_interval <= library.eval_interval
     cfg, why = load(["--data", "essay.txt", "--max_minutes", "120"])
-    assert (cfg.max_minutes, cfg.max_iters) == (120, 0) and "at most 120 minutes;" in why
+    assert (cfg.max_minutes, cfg.max_iters) == (120, essay.max_iters) and "120 minutes or" in why
+    texts.write_documents("essays.txt", (f"{n} " + 99 * "To be, or not. " for n in range(100)))
+    whole, _ = load(["--data", "essays.txt"])
+    assert load(["--data", "essays.txt", "--max_documents", "9"])[0].max_iters < whole.max_iters / 5
     cfg, why = load(["--data", "library.txt", "--max_iters", "5", "--n_layer", "1"])
     assert (cfg.max_minutes, cfg.max_iters, cfg.n_layer) == (0, 5, 1) and "at most 5 steps" in why
     assert load(["--data", "essay.txt", "--max_minutes", "0"])[0].max_iters == essay.max_iters
@@ -153,6 +156,8 @@ def test_tuning_on_own_text_takes_the_checkpoints_shape(tales_run, monkeypatch, 
     cfg, why = load(["--data", "my.txt", "--init_from", path])
     theirs = checkpoint.read(path)["config"]
     assert (cfg.n_embd, cfg.seq_len) == (theirs["n_embd"], theirs["seq_len"]) and "BPE" not in why
+    assert (cfg.rows, cfg.loss_weighting) == (theirs["rows"], theirs["loss_weighting"])
+    assert 0 < cfg.max_iters < 1000  # so many passes over a short text
     words = ["--data", "my.txt", "--init_from", path, "--max_iters", "1", "--final_samples", "0"]
     code, _, err = run(train.main, [*words, "--compile", "off"], monkeypatch, capsys)
     assert code == 0, err
@@ -1169,6 +1174,10 @@ def test_wikitext_as_articles_and_per_word(monkeypatch, capsys):
     assert report["perplexity_of_bound_per_word"] == pytest.approx(
         math.exp(report["bound_nats_per_word"])
     )
+    rows = report["held_out_rows"]
+    words = words.replace("--rows 9999", "--data wiki.jsonl.out")  # all of it
+    assert run(evaluate.main, words, monkeypatch, capsys)[0] == 0
+    assert json.load(open("r.json"))["held_out_rows"] == rows > state["config"]["final_rows"]
 
 
 def test_data_options(monkeypatch, capsys):
@@ -1461,6 +1470,9 @@ def test_a_judge_is_autoregressive(tales_run, monkeypatch, capsys):
     path = str(tales_run / "models" / "tales.best.pt")
     code, _, err = run(evaluate.main, ["--checkpoint", path, "--judge", path], monkeypatch, capsys)
     assert code == 2 and "objective=masked; a judge must give exact likelihoods" in err
+    words = ["--checkpoint", path, "--judge", path, "--num_samples", "0"]
+    code, _, err = run(evaluate.main, words, monkeypatch, capsys)
+    assert code == 2 and "say how many: --num_samples 64" in err and err.count("\n") == 1
     train.train(dataclasses.replace(load(["tales", *TINY, "--objective", "ar"])[0]), quiet=True)
     code, out, err = run(
         evaluate.main,

@@ -4,6 +4,7 @@ import json
 import os
 
 import pytest
+import torch
 from conftest import TINY, load, run
 
 import train
@@ -19,6 +20,7 @@ from scripts.lab import (
 )
 from scripts.lab import stories as checks
 from utils import tales, texts
+from utils.tokenizer import train_char
 
 NAMES = [("Lily", "she"), ("Tom", "he"), ("Mia", "she"), ("Ben", "he")]
 
@@ -83,11 +85,12 @@ def test_samplers_write_stories_that_are_judged(monkeypatch, capsys):
     code, out, err = run(ablate.main, words, monkeypatch, capsys)
     rows = ablate.read_table("out/stories.csv")
     assert code == 0 and [row["sampler"] for row in rows] == list(CHOSEN), err
-    real, written = rows
+    real, broken, written = rows
+    assert broken["judge_perplexity"] == real["temperature"] == "" and broken["names_stay"] != ""
     assert float(real["known_words"]) > 0.8 and float(real["judge_perplexity"]) > 1
     assert float(written["nfe"]) > 1 and os.path.getsize("out/stories.png") > 10_000
-    assert float(real["nfe"]) == 0 and real["judge"] == "artifacts/models/judge.best.pt"
-    monkeypatch.setattr(compare_stories, "LONG", 200)
+    assert float(real["judge_se_texts"]) > 0 and real["judge"] == "artifacts/models/judge.best.pt"
+    monkeypatch.setattr(compare_stories, "LONG", 400)
     monkeypatch.setitem(
         ablate.COMPARISONS,
         "long_stories",
@@ -104,7 +107,7 @@ def test_samplers_write_stories_that_are_judged(monkeypatch, capsys):
     assert float(real["judge_4"]) > 0 and float(written["nfe"]) > 1
 
 
-CHOSEN = ("held-out text", "local_entropy:64")
+CHOSEN = ("held-out text", "held-out text, broken", "local_entropy:64")
 
 
 def test_growth_is_measured_and_shown(monkeypatch, capsys):
@@ -157,8 +160,9 @@ def test_tables_of_stories(monkeypatch, tmp_path, request):
             "seconds_a_step": 0.5,
             "passes_over_the_text": 20.4,
             "bound_nats_per_token": 2 * bits,
-            "bound_se_rows": 0.02,
+            "bound_se_masks": 0.02,
             "bound_bits_per_byte": bits,
+            "bound_bits_per_byte_se_rows": 0.03,
         }
         (tmp_path / "artifacts" / name).write_text(json.dumps(report))
     printed = "--- seed 0\nOne day.\n\nThe end.\n--- seed 12\nTom said --- seed 3\n"
@@ -170,7 +174,7 @@ def test_tables_of_stories(monkeypatch, tmp_path, request):
     lines = story_tables.hour()
     assert "| beside the published recipe | +0.0% | -20.0% | -26.7% | -33.3% |" in lines
     assert "| beside the autoregressive one | +50.0% | +20.0% | +10.0% | +0.0% |" in lines
-    assert "| 1.5000 (± 0.0100) | 1.2000 (± 0.0100) |" in "\n".join(lines)
+    assert "| 1.5000 (± 0.0300, ± 0.0100) | 1.2000 (± 0.0300, ± 0.0100) |" in "\n".join(lines)
     lines = story_tables.written("some")
     assert "* seed 0: One day. The end." in lines and "* seed 12: Tom said --- seed 3" in lines
     row = dict(sampler="random", steps="16", decode_block="0", temperature="1.0", nfe="16.0")
@@ -184,3 +188,14 @@ def test_tables_of_stories(monkeypatch, tmp_path, request):
 
 
 LONG_FIGURES = ("judge", "repeated", "first_name", "new_names")
+
+
+def test_long_reference_begins_where_stories_do(monkeypatch):
+    """What may be the end of a story is left out, and a blank line stands between two."""
+    monkeypatch.setattr(compare_stories, "LONG", 6)
+    chars = train_char(["abc\n"], documents=True)
+    rows = torch.tensor(chars.encode(["ab<abc<bb<aaaaaaa<bbbb".replace("<", "c")]))
+    rows[rows == chars.encode(["c"])[0][0]] = chars.end
+    found = compare_stories.long_reference(rows, chars, 5)
+    assert [chars.decode(ids) for ids in found] == ["ab\n\nbb", "aaaaaa"]
+    assert len(compare_stories.long_reference(rows, chars, 1)) == 1

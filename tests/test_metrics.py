@@ -87,6 +87,7 @@ def test_bits_of_a_network_that_knows_nothing():
         == report["bound_bits_per_byte"]
         == pytest.approx(3, abs=1e-5)
     )
+    assert report["bound_bits_per_byte_se_rows"] == pytest.approx(0, abs=1e-5)
     assert report["held_out_rows"] == 4 and "exact_nats_per_story" not in report
 
 
@@ -626,13 +627,24 @@ def test_a_judge_counts_nats_per_character():
     assert found["judge_se_texts"] == pytest.approx(0, abs=1e-5)
     # of texts of one length, the standard error of their means
     letters = SimpleNamespace(
-        window=9, begin=[], encode=lambda texts: [list(map(ord, text)) for text in texts], nll=sum
+        window=9,
+        begin=[],
+        encode=lambda texts: [list(map(ord, text)) for text in texts],
+        nll=lambda ids: torch.tensor(ids, dtype=torch.float32),
     )
     found = judges.score(["aaaa", "bbbb", "cccd", "zzzz"], letters)
     means = torch.tensor([ord("a"), ord("b"), ord("c") + 0.25, ord("z")])
     assert found["judge_nats_per_character"] == pytest.approx(means.mean().item())
     assert found["judge_se_texts"] == pytest.approx(means.std().item() / 2)
     assert set(judges.score(["a"], letters)) == {"judge_nats_per_character", "judge_perplexity"}
+    assert judges.score([""], letters) == {}
+    # where long texts cost in proportion, none is an error
+    assert judges.ratio_error(torch.tensor([2.0, 6, 4]), torch.tensor([1, 3, 2])) == 0
+    # each token once, and behind half a window at least once there is one
+    ids, seen = list(range(33)), []
+    letters.nll = lambda piece: seen.append(piece) or torch.tensor(piece)
+    assert judges.token_nll(ids, letters).tolist() == ids
+    assert seen[:2] == [list(range(9)), list(range(5, 14))] and len(seen[-1]) > 4
 
 
 def test_a_judge_of_the_hub_counts_its_own_tokens():
@@ -648,15 +660,17 @@ def test_a_judge_of_the_hub_counts_its_own_tokens():
     judge, text = judges.load("hf:judge", torch.device("cpu")), "a red kite, and a boat, a blue one"
     found, [ids] = judges.score([text, ""], judge), judge.encode([text])
     assert ids == tokenizer.encode([text])[0] and len(ids) > judge.window
-    rows = torch.tensor(ids).split(7)
+    rows = [(ids[:7], 0)] + [(ids[i - 3 : i + 4], 3) for i in range(7, len(ids), 4)]
     with torch.no_grad():
         nats = sum(
             torch.nn.functional.cross_entropy(
-                judge.model(torch.cat((torch.tensor(judge.begin), row))[None]).logits[0, :-1],
-                row,
-                reduction="sum",
-            ).item()
-            for row in rows
+                judge.model(torch.tensor([judge.begin + row])).logits[0, :-1],
+                torch.tensor(row),
+                reduction="none",
+            )[known:]
+            .sum()
+            .item()
+            for row, known in rows
         )
     assert found["judge_nats_per_character"] == pytest.approx(nats / len(text), rel=1e-5)
     assert found["judge_perplexity"] == pytest.approx(math.exp(nats / len(ids)), rel=1e-4)

@@ -2,6 +2,7 @@
 
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -306,10 +307,15 @@ def test_articles_of_wikitext(bpe):
     assert list(texts.articles([])) == []
     words = sum(len(line.split()) + 1 for line in WIKI)
     ids = encoding.token_stream(found, bpe)
-    assert encoding.words(ids[None], bpe) == words
-    assert encoding.words(ids[: len(ids) // 7 * 7].view(-1, 7), bpe) in (words - 1, words)
+    stream, document = SimpleNamespace(rows="stream"), SimpleNamespace(rows="document")
+    assert encoding.words(ids[None], bpe, stream) == words
+    assert encoding.words(ids[: len(ids) // 7 * 7].view(-1, 7), bpe, stream) in (words - 1, words)
+    for window in (5, 8, 200):  # a document fills several rows, or one
+        rows = encoding.document_rows(found, bpe, window)
+        assert encoding.words(rows, bpe, document) == words
     chars = tokenizer.train_char(found, documents=False)
-    assert encoding.words(encoding.token_stream(found[:1], chars)[None], chars) == words - 8
+    one = encoding.token_stream(found[:1], chars)[None]
+    assert encoding.words(one, chars, stream) == words - 8
 
 
 @pytest.mark.parametrize(
@@ -438,11 +444,16 @@ def test_finished(bpe):
 
 
 def test_a_bpe_reads_a_part_of_what_is_very_long(monkeypatch):
-    """The beginning of each document, whatever their sizes."""
+    """Whole documents, or pieces of long ones, from all over the text."""
     monkeypatch.setattr(tokenizer, "BPE_READS", 4000)
     late = "a red kite " * 400 + "xyzzy plugh " * 400
     for documents in (["title", late], [late] * 3):
-        found = tokenizer.train_bpe(documents, 300)
-        assert len(found.encode(["red kite"])[0]) <= 3 and len(found.encode(["xyzzy"])[0]) == 5
+        pieces = list(tokenizer.spread(documents))
+        assert 3900 < sum(map(len, pieces)) < 4100 and "a red kite " in pieces[1]
+        assert sum("xyzzy" in piece for piece in pieces) == pytest.approx(len(pieces) / 2, rel=0.1)
+    stories = [f"Once upon a time {n} {'o' * (n % 7)}" for n in range(1000)]
+    read = list(tokenizer.spread(stories))
+    assert set(read) <= set(stories) and 3900 < sum(map(len, read)) < 4100
+    assert list(tokenizer.spread(stories[:100])) == stories[:100]
     both = tokenizer.train_bpe(["a red kite " * 400, "xyzzy plugh " * 400], 300)
     assert len(both.encode(["red kite"])[0]) <= 3 and len(both.encode([" xyzzy"])[0]) <= 2

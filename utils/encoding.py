@@ -125,10 +125,12 @@ def windows(ids, cfg):
     return ids[: rows * cfg.seq_len].view(rows, cfg.seq_len).long()
 
 
-def words(rows, tokenizer):
+def words(rows, tokenizer, cfg):
     """How many words the rows (R, L) stand for, one after the other, as results on WikiText and the
     Penn Treebank count them: what white space separates, and an `<eos>` for the end of each line
     (empty ones too) and of each document."""
+    if cfg.rows == "document":  # the first token is given, and a full row goes on in the next
+        rows = rows[:, 1:]
     count, document = 0, []
     for i in [*rows.flatten().tolist(), tokenizer.end]:
         if i != tokenizer.end:

@@ -1,6 +1,8 @@
 """Judges: autoregressive models that score texts (generative NLL). Low is not good by itself:
 repetition is likely too, so that the same figure of real text always stands beside it."""
 
+import math
+
 import torch
 
 import diffusion
@@ -29,12 +31,12 @@ class CheckpointJudge:
         return self.tokenizer.encode(texts, "the samples")
 
     def nll(self, ids):
-        """-log p of ids (list), which follow `begin`, in nats: float."""
+        """-log p of each of ids (list), which follow `begin`, in nats: (N,)."""
         row = torch.tensor([self.begin + ids], device=self.device)
         index = torch.arange(len(self.begin), row.size(1), device=self.device)
         with runtime.autocast(self.device, self.dtype):
             logits = self.family.logits(self.model, row, index)
-        return diffusion.token_nll(logits, row[0, index]).sum().item()
+        return diffusion.token_nll(logits, row[0, index]).cpu()
 
 
 class HubJudge:
@@ -63,10 +65,10 @@ class HubJudge:
         return [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
 
     def nll(self, ids):
-        """-log p of ids (list), which follow `begin`, in nats: float."""
+        """-log p of each of ids (list), which follow `begin`, in nats: (N,)."""
         row = torch.tensor([self.begin + ids], device=self.device)
         logits = self.model(row).logits[0, :-1].float()
-        return diffusion.token_nll(logits, row[0, 1:]).sum().item()
+        return diffusion.token_nll(logits, row[0, 1:]).cpu()
 
 
 def load(name, device, dtype="auto"):
@@ -77,20 +79,38 @@ def load(name, device, dtype="auto"):
 
 
 @torch.no_grad()
+def token_nll(ids, judge):
+    """-log p of each of ids (list), in nats, (N,): of a window as it stands, of what follows half a
+    window at a time, each behind the half window before it."""
+    size = judge.window - len(judge.begin)
+    context = size // 2
+    found = [judge.nll(ids[:size])]
+    for start in range(size, len(ids), size - context):
+        piece = ids[start - context : start + size - context]
+        found.append(judge.nll(piece)[context:])
+    return torch.cat(found)
+
+
+def ratio_error(amounts, sizes):
+    """Standard error of sum(amounts) / sum(sizes) (both (N,)) over another draw of the N; nan of a
+    single one."""
+    if len(sizes) < 2:
+        return math.nan
+    left = amounts - amounts.sum() / sizes.sum() * sizes
+    return (left.std() / sizes.float().mean() / len(sizes) ** 0.5).item()
+
+
 def score(texts, judge):
-    """Figures (dict) of texts (list of str) together: nats a character, their standard error over
-    texts (as of a ratio of two means; not of a single text), and the perplexity in the judge's own
-    tokens. Texts are cut in windows, each scored without the one before."""
+    """Figures (dict) of texts (list of str) together, {} where all are empty: nats a character,
+    their standard error over texts (not of a single one), and the perplexity in the judge's own
+    tokens."""
     texts = [text for text in texts if text]
-    nats, tokens, size = [], 0, judge.window - len(judge.begin)
-    for ids in judge.encode(texts):
-        pieces = torch.tensor(ids, dtype=torch.long).split(size)
-        nats.append(sum(judge.nll(piece.tolist()) for piece in pieces))
-        tokens += len(ids)
-    nats, lengths = torch.tensor(nats), torch.tensor([len(text) for text in texts])
-    mean = nats.sum() / lengths.sum().clamp(min=1)
-    found = {"judge_nats_per_character": mean.item()}
+    if not texts:
+        return {}
+    each = [token_nll(ids, judge) for ids in judge.encode(texts)]
+    nats = torch.stack([nll.sum() for nll in each])
+    lengths = torch.tensor([len(text) for text in texts])
+    found = {"judge_nats_per_character": (nats.sum() / lengths.sum()).item()}
     if len(texts) > 1:
-        spread = (nats - mean * lengths).std() / lengths.float().mean()
-        found["judge_se_texts"] = (spread / len(texts) ** 0.5).item()
-    return found | {"judge_perplexity": (nats.sum() / max(1, tokens)).exp().item()}
+        found["judge_se_texts"] = ratio_error(nats, lengths)
+    return found | {"judge_perplexity": torch.cat(each).mean().exp().item()}

@@ -8,7 +8,7 @@ import statistics
 import torch
 
 import diffusion
-from utils import corpus, encoding, families, samples, tales
+from utils import corpus, encoding, families, judges, samples, tales
 
 SEARCHED = 5_000_000  # training tokens that copies are looked for in
 
@@ -52,15 +52,19 @@ def held_out(model, family, data, device):
     cfg = family.cfg
     rows = data.held_out[: cfg.final_rows].to(device)
     lengths = encoding.row_lengths(rows, data.tokenizer)
-    mean, se_rows, se_masks = mean_and_errors(family.nelbo(model, rows, cfg.final_masks))
+    nll = family.nelbo(model, rows, cfg.final_masks)
+    mean, se_rows, se_masks = mean_and_errors(nll)
     nats, exact = mean * rows.numel(), family.exact
-    words = encoding.words(rows, data.tokenizer)
+    words = encoding.words(rows, data.tokenizer, cfg)
     report = {
         "bound_nats_per_token": mean,
         "bound_se_rows": se_rows,
         "bound_se_masks": 0.0 if exact else se_masks,
         "bound_bits_per_character": nats / math.log(2) / lengths[:, 0].sum().item(),
         "bound_bits_per_byte": nats / math.log(2) / lengths[:, 1].sum().item(),
+        "bound_bits_per_byte_se_rows": judges.ratio_error(
+            nll.mean(1).cpu() * rows.size(1) / math.log(2), lengths[:, 1]
+        ),
         "perplexity_of_bound": perplexity(mean),
         "bound_nats_per_word": nats / words,
         "perplexity_of_bound_per_word": perplexity(nats / words),

@@ -43,7 +43,16 @@ SHAPE = (
     "time_conditioning",
 )
 # and what it is usually to have besides
-SUITS = ("seq_len", "objective", "block_len", "schedule", "corruption", "diffusion_steps")
+SUITS = (
+    "seq_len",
+    "rows",
+    "objective",
+    "block_len",
+    "schedule",
+    "corruption",
+    "diffusion_steps",
+    "loss_weighting",
+)
 
 
 @dataclass

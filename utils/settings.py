@@ -58,6 +58,7 @@ OWN_MINUTES = 30.0  # of a run on a text of the user's own
 SHORT_TEXTS = (
     (100_000, dict(tokenizer="char", vocab_size=512, n_layer=2, n_head=2, n_embd=128), 200),
     (2_000_000, dict(vocab_size=1024), 100),
+    (math.inf, {}, 100),
 )
 LOOKED_AT = 10_000_000  # bytes: a longer file is not short, whatever its format
 
@@ -69,9 +70,10 @@ def own_text(path, device, overrides):
     base = "stories_small" if device.type == "cpu" else "stories"
     found = PRESETS[base] | {"tokenizer": "bpe", "max_iters": 0, "max_minutes": OWN_MINUTES}
     found["name"] = os.path.splitext(os.path.basename(os.path.normpath(path)))[0]
-    if overrides.get("init_from"):
-        theirs = merge(Config, checkpoint.read(overrides["init_from"])["config"])
-        return found | {name: getattr(theirs, name) for name in runs.SHAPE + runs.SUITS}
+    tuned = overrides.get("init_from")
+    if tuned:
+        theirs = merge(Config, checkpoint.read(tuned)["config"])
+        found |= {name: getattr(theirs, name) for name in runs.SHAPE + runs.SUITS}
     if "RANK" not in os.environ and not os.path.exists(path):
         texts.prepare(path)  # a corpus that is fetched: its length is to be known
     if not os.path.isfile(path) or os.path.getsize(path) > LOOKED_AT:
@@ -80,23 +82,36 @@ def own_text(path, device, overrides):
     size = sum(len(document.encode()) for document in documents)
     for limit, changes, passes in SHORT_TEXTS:
         if size < limit:
+            if tuned:
+                return found | steps_of(documents, passes, found, overrides)
             found |= changes | ({"tokenizer": "bpe"} if "vocab_size" in overrides else {})
-            return found | window_and_steps(documents, passes, found, overrides)
+            found["seq_len"] = window_of(documents, found, overrides)
+            return found | steps_of(documents, passes, found, overrides)
     return found
 
 
-def window_and_steps(documents, passes, found, overrides):
-    """Settings (dict) for a short text (documents, list of str): a window of which the held-out
-    part has two, and the steps of so many passes; found, overrides: what is settled before."""
-    cfg = merge(Config, found, overrides, {"max_iters": 1})
+def number_of_tokens(documents, cfg):
+    """About how many the documents (list of str) have, before there is a tokenizer."""
     length = len if cfg.tokenizer == "char" else lambda text: len(text.encode()) / 4
-    tokens = lambda part: max(1, sum(map(length, part)))
-    train, held_out = corpus.parts(cfg, documents)
-    window = min(cfg.seq_len, 2 ** max(4, int(math.log2(tokens(held_out) / 2))))
-    cfg = merge(Config, found, {"seq_len": window}, overrides, {"max_iters": 1})
-    steps = math.ceil(passes * tokens(train) / (cfg.batch_size * cfg.seq_len))
-    often = min(cfg.eval_interval, max(5, steps // 20))
-    return {"seq_len": window, "max_iters": steps, "eval_interval": often}
+    return max(1, sum(map(length, documents)))
+
+
+def window_of(documents, found, overrides):
+    """The largest window, a power of two, of which the held-out part of the documents (list of str)
+    has two; found, overrides: what is settled before."""
+    cfg = merge(Config, found, overrides, {"max_iters": 1})
+    tokens = number_of_tokens(corpus.parts(cfg, documents)[1], cfg)
+    return min(cfg.seq_len, 2 ** max(4, int(math.log2(tokens / 2))))
+
+
+def steps_of(documents, passes, found, overrides):
+    """Settings (dict) of so many passes over the documents (list of str); found, overrides: what is
+    settled before."""
+    cfg = merge(Config, found, overrides, {"max_iters": 1})
+    train = corpus.parts(cfg, documents)[0][: cfg.max_documents or None]
+    tokens = number_of_tokens(train, cfg)
+    steps = math.ceil(passes * tokens / (cfg.batch_size * cfg.seq_len))
+    return {"max_iters": steps, "eval_interval": min(cfg.eval_interval, max(5, steps // 20))}
 
 
 def own_in_words(cfg, device):
@@ -109,10 +124,11 @@ def own_in_words(cfg, device):
         f"{cfg.max_iters:,} steps" if cfg.max_iters else "",
     )
     limit = " or ".join(filter(None, limits))
+    more = "--max_minutes 120" + (f" --max_iters {2 * cfg.max_iters}" if cfg.max_iters else "")
     return (
         f"your own data, on a {device.type}: {kind}{cfg.n_layer} layers of {cfg.n_embd}, windows "
-        f"of {cfg.seq_len}, {cfg.batch_size} rows a step, at most {limit}; more with --max_minutes "
-        f"120, say, or a preset: train.py shakespeare --data {cfg.data}"
+        f"of {cfg.seq_len}, {cfg.batch_size} rows a step, at most {limit}; more with {more}, say, "
+        f"or a preset: train.py shakespeare --data {cfg.data}"
     )
 
 
@@ -131,13 +147,15 @@ def load(positional, overrides, families):
         base, why = preset(chosen, families), f"preset {chosen}: {why}"
         if not positional and chosen != "tales" and os.path.exists(tokenizers.DEFAULT):
             base["tokenizer"] = tokenizers.DEFAULT  # scripts/train_tokenizer.py made it to be used
+            why += f"; with {tokenizers.DEFAULT}"
     layers = [
         base,
         family_defaults(overrides["objective"], families) if "objective" in overrides else {},
         overrides,
     ]
-    # a time that the user names replaces the preset's number of steps, and the other way round
-    for first, other in (("max_minutes", "max_iters"), ("max_iters", "max_minutes")):
+    # a time that the user names replaces the preset's number of steps, and the other way round; a
+    # text of one's own is not read more often for that
+    for first, other in (("max_minutes", "max_iters"), ("max_iters", "max_minutes"))[own:]:
         if overrides.get(first) and other not in overrides:
             layers.append({other: 0})
     cfg = merge(Config, *layers)

@@ -6,7 +6,6 @@ of several documents have a real token `<|endoftext|>` between documents; the sa
 are plain text.
 """
 
-import math
 import os
 
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
@@ -148,21 +147,37 @@ def train_char(texts, documents):
     return Tokenizer(tokenizer)
 
 
+def spread(texts):
+    """Yields texts (list of str), or where they have more than BPE_READS characters together so
+    many of them, evenly spread: whole texts, and pieces of long ones."""
+    total = sum(map(len, texts))
+    if total <= BPE_READS:
+        yield from texts
+        return
+    size, seen, taken = max(1, BPE_READS // 100), 0, 0
+    for text in texts:
+        for start in range(0, len(text), size):
+            length = min(size, len(text) - start)
+            if taken * total <= BPE_READS * seen:
+                yield text[start : start + length]
+                taken += length
+            seen += length
+
+
 def train_bpe(texts, vocab_size, min_frequency=2):
     """Byte-level BPE from `texts` (list of str) with vocab_size - 1 real tokens, `<|endoftext|>`
     among them.
 
     All 256 bytes are in the alphabet, so every string round-trips. A small text may give fewer
-    tokens. Of texts of more than BPE_READS characters together the first half of each is read, say.
+    tokens. Of very long texts `spread` chooses what is read.
     """
     if vocab_size < 258:
         raise UserError(f"vocab_size={vocab_size} is too small: 256 bytes, {END} and MASK need 258")
     tokenizer = Backend(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    share = min(1.0, BPE_READS / max(1, sum(map(len, texts))))
     tokenizer.train_from_iterator(
-        (text[: math.ceil(share * len(text))] for text in texts),
+        spread(texts),
         trainers.BpeTrainer(
             vocab_size=vocab_size - 1,
             min_frequency=min_frequency,

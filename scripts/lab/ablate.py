@@ -74,6 +74,9 @@ class Comparison(NamedTuple):
     summary: Callable = lambda rows: rows  # rows of the table -> those of the Markdown table
 
 
+in_bits = partial(figures.bound_over_cost, bits=True)  # of several tokenizers
+PLOTS = {"ar_vs_diffusion": figures.overfitting, "small": in_bits, "own_text": in_bits}
+
 COMPARISONS = {
     "samplers": Comparison(
         compare_samplers.sampler_settings,
@@ -115,7 +118,7 @@ COMPARISONS = {
     name: Comparison(
         partial(compare_training.train_settings, name),
         partial(compare_training.train_variants, name),
-        figures.overfitting if name == "ar_vs_diffusion" else figures.bound_over_cost,
+        PLOTS.get(name, figures.bound_over_cost),
         compare_training.over_seeds,
     )
     for name in variants.TRAINED

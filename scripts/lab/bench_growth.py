@@ -117,6 +117,6 @@ def show_growth(report):
         )
     for setting, found in report["exponents"].items():
         print(
-            f"  grows with {setting}: seconds as its power {found['median_step_seconds']:.2f}, "
-            f"memory {found['step_memory_gb']:.2f}"
+            f"  grows with {setting}: seconds as its power {found['median_step_seconds']:z.2f}, "
+            f"memory {found['step_memory_gb']:z.2f}"
         )

@@ -9,11 +9,13 @@ import torch
 
 from config import SampleConfig
 from scripts.lab.compare_samplers import generate, masked_model, trained
-from scripts.lab.stories import Checker
+from scripts.lab.stories import Checker, error_rates
 from utils import canvas, corpus, families, judges, metrics, samples, texts
 from utils.cli import UserError
 
 DEFAULT = dict(sampler="", steps="", decode_block=0, temperature=1.0, top_p=SampleConfig.top_p)
+REAL = dict.fromkeys(DEFAULT, "") | {"sampler": "held-out text"}  # which nothing samples
+BROKEN = REAL | {"sampler": "held-out text, broken"}  # as `stories.error_rates` does
 
 
 def family_of(options):
@@ -23,10 +25,10 @@ def family_of(options):
 
 
 def story_settings(options):
-    """Held-out text; one token at a time; where the order is a choice, samplers at 16 to 256 NFE;
-    and the default at other temperatures and shares, and in blocks."""
+    """Held-out text, and the same broken; one token at a time; where the order is a choice,
+    samplers at 16 to 256 NFE; and the default at other temperatures and shares, and in blocks."""
     family = family_of(options)
-    rows, best = [{"sampler": "held-out text"}, {"sampler": "first_hitting"}], "entropy_bounded:0.1"
+    rows, best = [REAL, BROKEN, {"sampler": "first_hitting"}], "entropy_bounded:0.1"
     if family.procedure:  # it writes from left to right, whatever the sampler
         best = "first_hitting"
     else:
@@ -72,14 +74,22 @@ def judge_stories(options):
 
     Judged is the story that each sample begins with, to the window's end if it does not end before:
     beside `samples.diversity` and `Checker.figures` the judge's NLL, the longest copy of training
-    text, tokens of a story, seconds.
+    text, tokens of a story, seconds of a sample in a batch. Of held-out stories that were broken,
+    how many the checker does not see.
     """
     one, judge, data, checker = prepared(options, "stories")
     tokenizer, training = one.tokenizer, data.training(one.step, metrics.SEARCHED)
 
     def measure(setting):
+        if setting == BROKEN:
+            cfg = one.family.cfg
+            rates = error_rates(checker, corpus.parts(cfg, texts.read_documents(cfg.data))[1])
+            return {
+                "names_stay": rates["names_stay_in_halves_of_two"],
+                "pronouns_agree": rates["pronouns_agree_swapped"],
+            }
         start, nfe = time.perf_counter(), torch.zeros(1)
-        if setting["sampler"] == "held-out text":
+        if setting == REAL:
             rows = samples.reference_rows(data.held_out, tokenizer, one.count).clone()
         else:
             rows, nfe = one.rows(partial(generate, one.model, one.family, setting))
@@ -107,7 +117,7 @@ LONG, PARTS = 1000, 4  # tokens, and parts that are judged by themselves
 def long_settings(options):
     """Held-out stories one after the other; the default sampler in blocks of several sizes, or the
     model's own; one token at a time; colder."""
-    family, rows = family_of(options), [{"sampler": "held-out text"}]
+    family, rows = family_of(options), [REAL]
     sizes, best = (0,) if family.block_len else (8, 16, 32, 64), SampleConfig.sampler
     if family.procedure:
         best = "first_hitting"
@@ -124,37 +134,51 @@ def mean_of(values):
     return sum(values) / len(values) if values else math.nan
 
 
+def long_reference(held_out, tokenizer, count):
+    """Ids (list of lists, LONG each, at most `count`) of held-out stories one after the other, with
+    a blank line between; each begins where a story does. held_out (R, L) are the corpus's rows."""
+    [blank], stories = tokenizer.encode(["\n\n"]), [[]]
+    for i in held_out.flatten().tolist():
+        if i != tokenizer.end:
+            stories[-1].append(i)
+        elif stories[-1]:
+            stories.append([])
+    found, row = [], []
+    for story in stories[1:]:  # the first may have begun before
+        row += blank + story if row else story
+        if len(row) >= LONG:
+            found, row = [*found, row[:LONG]], []
+    return found[:count]
+
+
 def judge_long(options):
     """(function from a setting to what becomes of texts of LONG tokens, in which nothing may end;
-    what that depends on besides). A figure for each of PARTS equal parts: the judge's NLL of the
-    part by itself, words that end repeated four, whether the first name is still named, names that
-    are new."""
+    what that depends on besides). A figure for each of PARTS equal parts: the judge's NLL, nats a
+    token of the judge, with what stands before in the text as its context; words that end repeated
+    four, whether the first name is still named, names that are new."""
     one, judge, data, checker = prepared(options, "long_stories")
     cfg, tokenizer = one.family.cfg, one.tokenizer
 
     def measure(setting):
         nfe = torch.zeros(1)
-        if setting["sampler"] == "held-out text":
-            flat = data.held_out.flatten()
-            real = flat[flat != tokenizer.end]
-            number = min(one.count, len(real) // LONG)
-            written = real[: number * LONG].view(number, LONG)
+        if setting == REAL:
+            written = long_reference(data.held_out, tokenizer, one.count)
         else:
             least = setting | {"min_len": LONG}
             more = dict(window=cfg.seq_len, stop=tokenizer.end)
             write = partial(generate, one.model, one.family, least, **more)
             written, nfe = one.rows(write, LONG + 1)
-            written = written[:, 1:]
-        parts = [[tokenizer.decode(p) for p in row.view(PARTS, -1).tolist()] for row in written]
-        along = [checker.along("".join(texts), PARTS) for texts in parts]
+            written = written[:, 1:].tolist()
+        found = [tokenizer.decode(row) for row in written]
+        if not found:
+            raise UserError(f"{cfg.data}: its held-out part has no {LONG:,} tokens")
+        along = [checker.along(text, PARTS) for text in found]
+        nll = [judges.token_nll(ids, judge).tensor_split(PARTS) for ids in judge.encode(found)]
         figures = {"nfe": nfe.float().mean().item()}
         for number in range(PARTS):
-            here = [found[number] for found in along]
-            mean = lambda name: mean_of(found[name] for found in here)
+            mean = lambda name: mean_of(parts[number][name] for parts in along)
             figures |= {
-                f"judge_{number + 1}": judges.score([texts[number] for texts in parts], judge)[
-                    "judge_nats_per_character"
-                ],
+                f"judge_{number + 1}": torch.cat([parts[number] for parts in nll]).mean().item(),
                 f"repeated_{number + 1}": mean("repeated"),
                 f"first_name_{number + 1}": mean("first_name"),
                 f"new_names_{number + 1}": mean("new_names"),

@@ -11,22 +11,23 @@ def curve(row):
     return [tuple(map(float, point.split(":"))) for point in row["curve"].split()]
 
 
-def bound_over_cost(rows, title, path):
+def bound_over_cost(rows, title, path, *, bits=False):
     """Held-out bound of training runs over the rows seen and over the minutes taken, and where each
     variant ends.
 
     rows are those of scripts/lab/ablate.py's training comparisons (dicts of str); every seed is a
-    curve. A PNG at `path`.
+    curve. bits: a byte, which compare where tokens differ; else nats a token. A PNG at `path`.
     """
     plt = plots.pyplot()
     from matplotlib import ticker
 
+    unit = lambda row: float(row["bits_per_byte"]) / float(row["bound"]) if bits else 1.0
     variants = {}
     for row in rows:
         if row["curve"]:  # not of a run that diverged
             variants.setdefault(row["variant"], []).append(row)
     ends = {
-        name: sum(float(row["bound"]) for row in runs) / len(runs)
+        name: sum(unit(row) * float(row["bound"]) for row in runs) / len(runs)
         for name, runs in variants.items()
     }
     order = sorted(ends, key=ends.get)
@@ -39,24 +40,24 @@ def bound_over_cost(rows, title, path):
         )
         for row in variants[name]:
             points = curve(row)
-            axes[0].plot(
-                [p[0] * float(row["rows_a_step"]) for p in points], [p[2] for p in points], **style
-            )
-            axes[1].plot([p[1] for p in points], [p[2] for p in points], **style)
+            bounds = [unit(row) * point[2] for point in points]
+            axes[0].plot([p[0] * float(row["rows_a_step"]) for p in points], bounds, **style)
+            axes[1].plot([p[1] for p in points], bounds, **style)
             axes[2].errorbar(
-                float(row["bound"]),
+                unit(row) * float(row["bound"]),
                 -place,
-                xerr=float(row["se_rows"]),
+                xerr=unit(row) * float(row["se_rows"]),
                 fmt="o",
                 ms=4,
                 color=style["color"],
             )
     axes[2].set_yticks([-place for place in range(len(order))], order)
-    low = min((point[2] for row in rows for point in curve(row)), default=0)
+    drawn = [row for runs in variants.values() for row in runs]
+    low = min((unit(row) * point[2] for row in drawn for point in curve(row)), default=0)
     for axis, cost in zip(axes, ("rows seen", "minutes")):
         axis.set(
             xlabel=cost,
-            ylabel="held-out bound, nats per token",
+            ylabel=f"held-out bound, {'bits per byte' if bits else 'nats per token'}",
             ylim=(low - 0.05, low + 1.2),
             xscale="log",
         )
@@ -173,7 +174,7 @@ def stories(rows, title, path):
     those of scripts/lab/ablate.py stories (dicts of str). A PNG at `path`."""
     plt = plots.pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
-    drawn = [row for row in rows if row["sampler"] != "held-out text"]
+    drawn = [row for row in rows if not row["sampler"].startswith("held-out text")]
     kind = lambda row: (
         row["sampler"].partition(":")[0]
         + (f", blocks of {row['decode_block']}" if row["decode_block"] != "0" else "")
@@ -205,7 +206,7 @@ def along_the_text(rows, title, path):
     long_stories (dicts of str). A PNG at `path`."""
     plt = plots.pyplot()
     words = {
-        "judge": "judge's NLL, nats a character",
+        "judge": "judge's NLL, nats of its token",
         "repeated": "words that end four repeated ones",
         "first_name": "texts that name the first name",
         "new_names": "new names",
@@ -220,7 +221,7 @@ def along_the_text(rows, title, path):
                 (f"blocks of {row['decode_block']}", "blocks of 0"),
                 (f"temperature {row['temperature']}", "temperature 1.0"),
             )
-            if part != plain
+            if part != plain and not part.endswith(" ")
         )
         for axis, (what, name) in zip(axes, words.items()):
             values = [float(row[f"{what}_{number + 1}"]) for number in range(len(parts))]

@@ -222,7 +222,7 @@ def growth(options, path):
                 [row[what] for row in rows],
                 "o-",
                 color=plots.OKABE_ITO[number],
-                label=f"{names[setting]}, from {rows[0]['value']:,}: {exponents[what]:.2f}",
+                label=f"{names[setting]}, from {rows[0]['value']:,}: {exponents[what]:z.2f}",
             )
     for axis, what in zip(axes, ("seconds a step", "GB beyond the smallest step")):
         axis.set(xlabel="times the smallest value", ylabel=what, xscale="log", yscale="log")
@@ -241,6 +241,7 @@ PICTURES = {
         attention,
         time_embedding,
         samplers_at_work,
+        growth,
     )
 }
 

@@ -134,7 +134,8 @@ def halves_of_two(stories):
 
 def swapped_pronouns(story):
     """The story with he for she and she for he."""
-    return re.sub(r"\b(" + "|".join(SWAPPED) + r")\b", lambda match: SWAPPED[match[0]], story)
+    both = SWAPPED | {old.capitalize(): new.capitalize() for old, new in SWAPPED.items()}
+    return re.sub(r"\b(" + "|".join(both) + r")\b", lambda match: both[match[0]], story)
 
 
 def error_rates(checker, stories):

@@ -6,11 +6,10 @@ from scripts.lab.results import load, runs, source
 
 
 def bits_a_byte(report):
-    """The bound with its standard errors over rows and over masks: both in its unit."""
+    """The bound with its standard errors over rows and over masks."""
     bits = report["bound_bits_per_byte"]
-    unit = bits / report["bound_nats_per_token"]
-    errors = (unit * report[name] for name in ("bound_se_rows", "bound_se_masks") if name in report)
-    return f"{bits:.4f} (" + ", ".join(f"± {error:.4f}" for error in errors) + ")"
+    masks = report["bound_se_masks"] * bits / report["bound_nats_per_token"]
+    return f"{bits:.4f} (± {report['bound_bits_per_byte_se_rows']:.4f}, ± {masks:.4f})"
 
 
 HOUR = {
@@ -68,10 +67,9 @@ STORIES = {  # what samples of a model of stories are like, beside held-out ones
     "temperature": maybe("temperature", "g"),
     "top-p": maybe("top_p", "g"),
     "NFE": maybe("nfe", ".0f"),
-    "s": maybe("seconds_a_sample", ".2f"),
-    "judge, nats a character (± s.e. over texts)": lambda row: (
-        f"{float(row['judge_nats_per_character']):.3f} ± {float(row['judge_se_texts']):.3f}"
-    ),
+    "s a sample, in batches": maybe("seconds_a_sample", ".2f"),
+    "judge, nats a character": maybe("judge_nats_per_character", ".3f"),
+    "± s.e. over texts": maybe("judge_se_texts", ".3f"),
     "unigram entropy, nats": maybe("unigram_entropy", ".2f"),
     "repetition": maybe("repetition", ".1%"),
     "longest copy, tokens": maybe("longest_copy", ".1f"),
@@ -89,7 +87,7 @@ LONG_STORIES = {  # what becomes of 1,000 tokens, in four parts
         format(float(row[f"{name}_{part}"]), form) for part in (1, 2, 3, 4)
     )
     for label, name, form in (
-        ("judge, nats a character, by quarter", "judge", ".2f"),
+        ("judge, nats a token, by quarter", "judge", ".2f"),
         ("repeated words", "repeated", ".0%"),
         ("texts that name the first name", "first_name", ".0%"),
         ("new names", "new_names", ".1f"),

@@ -202,7 +202,7 @@ def growth():
         for row in report["rows"]
     ]
     exponents = [
-        (names[setting], f"{found['median_step_seconds']:.2f}", f"{found['step_memory_gb']:.2f}")
+        (names[setting], f"{found['median_step_seconds']:z.2f}", f"{found['step_memory_gb']:z.2f}")
         for setting, found in report["exponents"].items()
     ]
     head = ["", "value", "ms a step", "tokens/s", "of the matrix rate", "GB"]

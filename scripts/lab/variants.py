@@ -170,8 +170,7 @@ def small(options):
     rows, window, bos = base.batch_size, base.seq_len, diffusion.bos_tokens(base)
     # blocks fill the window
     blocks = lambda n: {"block_len": n, "seq_len": (window - bos) // n * n + bos}
-    return {
-        "as it is": {},
+    variants = {
         "a document a row": {"rows": "document", "seq_len": window - bos + 1},
         "vocabulary 1,024": {"vocab_size": 1024},
         "vocabulary 2,048": {"vocab_size": 2048},
@@ -199,6 +198,11 @@ def small(options):
         "blocks of 16": blocks(16),
         "autoregressive": {"objective": "ar"},
         "autoregressive, dropout 0.1": {"objective": "ar", "dropout": 0.1},
+    }
+    return {"as it is": {}} | {
+        name: changes
+        for name, changes in variants.items()
+        if cli.merge(Config, base_config(options), changes) != base
     }
 
 
