@@ -54,8 +54,8 @@ def story_settings(options):
 
 
 def prepared(options, name):
-    """(`Trained`, its judge, its corpus, the checker of stories) of what the comparison `name`
-    measures."""
+    """(`Trained`, its judge, its corpus, the checker of stories, the held-out stories) of what the
+    comparison `name` measures."""
     one = trained(options, any_family=True)
     if not options.judge:
         raise UserError(f"{name} needs a --judge: an autoregressive checkpoint, or hf:gpt2-large")
@@ -66,7 +66,8 @@ def prepared(options, name):
             f"{name} judges stories of a file, and {cfg.name} was trained on {cfg.data}"
         )
     data = corpus.load(cfg, one.tokenizer)
-    return one, judge, data, Checker(corpus.parts(cfg, texts.read_documents(cfg.data))[0])
+    train, held_out = corpus.parts(cfg, texts.read_documents(cfg.data))
+    return one, judge, data, Checker(train), held_out
 
 
 def judge_stories(options):
@@ -77,13 +78,12 @@ def judge_stories(options):
     text, tokens of a story, seconds of a sample in a batch. Of held-out stories that were broken,
     how many the checker does not see.
     """
-    one, judge, data, checker = prepared(options, "stories")
+    one, judge, data, checker, held_out = prepared(options, "stories")
     tokenizer, training = one.tokenizer, data.training(one.step, metrics.SEARCHED)
 
     def measure(setting):
         if setting == BROKEN:
-            cfg = one.family.cfg
-            rates = error_rates(checker, corpus.parts(cfg, texts.read_documents(cfg.data))[1])
+            rates = error_rates(checker, held_out)
             return {
                 "names_stay": rates["names_stay_in_halves_of_two"],
                 "pronouns_agree": rates["pronouns_agree_swapped"],
@@ -111,7 +111,7 @@ def judge_stories(options):
     return measure, one.common | {"judge": options.judge}
 
 
-LONG, PARTS = 1000, 4  # tokens, and parts that are judged by themselves
+LONG, PARTS = 1000, 4  # tokens, and equal parts with figures of their own
 
 
 def long_settings(options):
@@ -156,7 +156,7 @@ def judge_long(options):
     what that depends on besides). A figure for each of PARTS equal parts: the judge's NLL, nats a
     token of the judge, with what stands before in the text as its context; words that end repeated
     four, whether the first name is still named, names that are new."""
-    one, judge, data, checker = prepared(options, "long_stories")
+    one, judge, data, checker, _ = prepared(options, "long_stories")
     cfg, tokenizer = one.family.cfg, one.tokenizer
 
     def measure(setting):
