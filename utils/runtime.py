@@ -56,13 +56,18 @@ def has_bfloat16(device):
 
 
 @functools.cache
-def seconds_of_product(dtype, size=768, rounds=5):
-    """Least time of a matrix product on the CPU."""
-    a, times = torch.ones(size, size, dtype=dtype), []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        a @ a
-        times.append(time.perf_counter() - start)
+def seconds_of_product(dtype, size=512, rounds=10):
+    """Least time of a matrix product on one core of the CPU: threads that wait for each other are
+    slowed by any other program, and then the ratio of two types says nothing."""
+    a, times, threads = torch.ones(size, size, dtype=dtype), [], torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for _ in range(rounds):
+            start = time.perf_counter()
+            a @ a
+            times.append(time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(threads)
     return min(times)
 
 
