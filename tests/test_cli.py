@@ -1349,8 +1349,8 @@ def test_bfloat16_that_does_not_pay(seconds, expected, monkeypatch):
 
 
 def test_types_are_timed_on_one_core(monkeypatch):
-    """On a busy machine two threads wait for each other: a run took float32 where bfloat16 is four
-    times as fast."""
+    """On a busy machine two threads wait for each other: a run took float32, of which a step was
+    twice as long as of bfloat16."""
     threads, clock = [], runtime.time.perf_counter
     monkeypatch.setattr(
         runtime.time, "perf_counter", lambda: threads.append(torch.get_num_threads()) or clock()
