@@ -894,7 +894,7 @@ def test_a_new_objective_is_one_entry(monkeypatch, capsys):
     "words, message",
     (
         ("--objective gan", "there is no objective gan"),
-        ("--block_len 5", "block_len=5, seq_len=32: blocks must fill"),
+        ("--block_len 5", "seq_len=32: blocks must fill the window; seq_len=30, say"),
         ("--block_len 8 --rows document", "but for the <|endoftext|>"),
         ("--block_len 8 --corruption bernoulli", "needs corruption=count"),
         ("--objective ar --block_len 8", "block_len=8 with an autoregressive model"),

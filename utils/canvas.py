@@ -145,8 +145,8 @@ def rows_of(how, family, tokenizer):
     if family.block_len and any(given_after_a_hole(row, tokenizer.mask) for row in rows):
         raise UserError(
             "this model generates from left to right and sees nothing of what comes after; give a "
-            "--prompt, without --suffix and --infill, or train a masked model (--objective masked, "
-            "without --block_len)"
+            "--prompt, without --suffix and --infill, or train a masked model (--objective masked "
+            "--block_len 0)"
         )
     if sum(map(len, rows)) * how.num_samples > MOST_TOKENS:
         raise UserError(

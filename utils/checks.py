@@ -12,7 +12,8 @@ MOST_TOKENS = 2**27  # in a training step, of all devices together: a gigabyte o
 def training(cfg):
     """Complain of the first thing wrong with a Config."""
     check(cfg)
-    plain, bos = cfg.block_len in (0, cfg.seq_len), int(cfg.rows == "document")
+    block, bos = cfg.block_len or cfg.seq_len, int(cfg.rows == "document")
+    blocks_fill = bos + max(1, (cfg.seq_len - bos) // block) * block
     tokens, head_dim = cfg.batch_size * cfg.seq_len, cfg.n_embd / cfg.n_head
     importance, pairs = cfg.time_sampling == "importance", cfg.complementary
     unweighted = cfg.loss_weighting in ("pooled", "full")
@@ -40,8 +41,9 @@ def training(cfg):
          "it must be even, since complementary rows are pairs"),
         (not cfg.max_iters and not cfg.max_minutes, ("max_iters", "max_minutes"),
          "the run would never end; set one of them"),
-        (not plain and (cfg.seq_len - bos) % cfg.block_len, ("block_len", "seq_len"),
-         "blocks must fill the window" + " but for the <|endoftext|> before them" * bos),
+        (cfg.seq_len not in (block, blocks_fill), ("block_len", "seq_len"),
+         "blocks must fill the window" + " but for the <|endoftext|> before them" * bos
+         + f"; seq_len={blocks_fill}, say"),
         (importance and (cfg.diffusion_steps or pairs or unweighted),
          ("time_sampling", "diffusion_steps", "complementary", "loss_weighting"),
          "importance sampling needs continuous time, no pairs, and elbo, flat or clip"),

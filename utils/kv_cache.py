@@ -9,6 +9,11 @@ import torch
 from utils import blocks
 
 
+def of_rows(kept, rows):
+    """What is kept (B, ...) of the rows (b,), in ascending order; of all, without a copy."""
+    return kept if len(rows) == len(kept) else kept[rows]
+
+
 class Exact:
     """For models that see nothing to the right of what they generate: what is finished never
     changes.
@@ -72,7 +77,7 @@ class Exact:
             )
         for old, new in zip(self.layers[layer], (k, v)):
             old[self.rows[:, None], self.columns] = new
-        return tuple(old[self.rows, : self.width] for old in self.layers[layer])
+        return tuple(of_rows(old, self.rows)[:, : self.width] for old in self.layers[layer])
 
 
 class Approximate:
@@ -155,5 +160,4 @@ class Approximate:
         ahead = (self.columns >= self.start)[..., None, None]
         for old, new in zip(self.layers[layer], (k, v)):
             old[place] = torch.where(ahead, new, old[place])
-        all_rows = len(self.rows) == self.num_rows
-        return tuple(old if all_rows else old[self.rows] for old in self.layers[layer])
+        return tuple(of_rows(old, self.rows) for old in self.layers[layer])

@@ -56,7 +56,11 @@ OWN_MINUTES = 30.0  # of a run on a text of the user's own
 # Such a text below so many bytes -> what suits it, and how many passes over it at most;
 # scripts/lab/ablate.py own_text compares.
 SHORT_TEXTS = (
-    (100_000, dict(tokenizer="char", vocab_size=512, n_layer=2, n_head=2, n_embd=128), 200),
+    (
+        100_000,
+        dict(tokenizer="char", vocab_size=512, block_len=0, n_layer=2, n_head=2, n_embd=128),
+        200,
+    ),
     (2_000_000, dict(vocab_size=1024), 100),
     (math.inf, {}, 100),
 )
@@ -119,6 +123,8 @@ def own_in_words(cfg, device):
     kind = {"char": "characters, ", "bpe": f"BPE of {cfg.vocab_size:,}, "}.get(cfg.tokenizer, "")
     if os.path.isdir(cfg.data) or cfg.init_from:  # which have tokens of their own
         kind = ""
+    if cfg.block_len:
+        kind += f"blocks of {cfg.block_len}, "
     limits = (
         f"{cfg.max_minutes:g} minutes" if cfg.max_minutes else "",
         f"{cfg.max_iters:,} steps" if cfg.max_iters else "",

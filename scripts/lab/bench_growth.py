@@ -66,7 +66,9 @@ def bench_growth(name, options):
     of one are timed in turn, each in a process of its own. step_memory_gb: what is beyond that of
     the process with the smallest step, FLOOR."""
     cfg = cli.merge(Config, settings.preset(name))
-    cfg = dataclasses.replace(cfg, short_rows=0.0, rows="stream", final_rows=16, eval_rows=16)
+    # masks of the whole window: blocks compute two rows for one
+    plain = dict(rows="stream", short_rows=0.0, block_len=0)
+    cfg = dataclasses.replace(cfg, **plain, final_rows=16, eval_rows=16)
     device = runtime.choose_device(options.device)
     dtype = runtime.choose_dtype("auto", device)
     tokenizer = tokenizers.train_bpe(["a"], 258)  # of bytes: the tokens are random anyway

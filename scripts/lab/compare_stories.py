@@ -26,8 +26,10 @@ def family_of(options):
 
 def story_settings(options):
     """Held-out text, and the same broken; one token at a time; where the order is a choice,
-    samplers at 16 to 256 NFE; and the default at other temperatures and shares, and in blocks."""
+    samplers at 16 to 256 NFE, in blocks at one for each or more; and the default at other
+    temperatures and shares, and in blocks."""
     family = family_of(options)
+    least = family.cfg.seq_len // family.block_len if family.block_len else 1  # NFE
     rows, best = [REAL, BROKEN, {"sampler": "first_hitting"}], "entropy_bounded:0.1"
     if family.procedure:  # it writes from left to right, whatever the sampler
         best = "first_hitting"
@@ -35,9 +37,11 @@ def story_settings(options):
         rows += [
             {"sampler": name, "steps": steps}
             for name in ("random", "confidence")
-            for steps in (16, 32, 64, 256)
+            for steps in (16, 32, 64, 128, 256)
+            if steps >= least
         ]
         rows += [{"sampler": f"entropy_bounded:{bound:g}"} for bound in (0.03, 0.1, 0.3, 1.0, 3.0)]
+    if not family.procedure and not family.block_len:
         rows += [{"sampler": f"local_entropy:{size}"} for size in (8, 16, 32, 64)]
     rows += [
         {"sampler": best, "temperature": t, "top_p": share}

@@ -4,6 +4,7 @@ scripts/report.py fills in. A new one is a function and an entry of TABLES."""
 import functools
 from operator import itemgetter
 
+from scripts.lab import story_tables
 from scripts.lab.results import listed, load, mean, rows_of, runs, share, source, table
 
 
@@ -249,6 +250,8 @@ TABLES = {
     "spelling": functools.partial(listed, "ablations/spelling.csv", SPELLING),
     "order": functools.partial(listed, "ablations/order.csv", ORDER),
     "tales": tales,
+    "hour": story_tables.hour,
+    "written": story_tables.written,
     "recipe": functools.partial(trained, "ablations/recipe_shakespeare.csv"),
     "families": functools.partial(trained, "ablations/families.csv"),
     "families_tales": functools.partial(trained, "ablations/families_tales.csv"),

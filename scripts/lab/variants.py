@@ -163,13 +163,19 @@ def window(options):
     }
 
 
+def blocks(base, n):
+    """Blocks of n, which fill the window; masks of the whole window where n is 0."""
+    bos = diffusion.bos_tokens(base)
+    filled = (base.seq_len - bos) // n * n + bos if n else base.seq_len
+    return {"block_len": n, "seq_len": filled}
+
+
 def small(options):
     """A small network on a small machine: shapes, vocabularies, rows, and what helps when a text is
     read many times; for a number of --minutes each."""
     base = cli.merge(Config, base_config(options))
     rows, window, bos = base.batch_size, base.seq_len, diffusion.bos_tokens(base)
-    # blocks fill the window
-    blocks = lambda n: {"block_len": n, "seq_len": (window - bos) // n * n + bos}
+    ar = {"objective": "ar", "block_len": 0}
     variants = {
         "a document a row": {"rows": "document", "seq_len": window - bos + 1},
         "vocabulary 1,024": {"vocab_size": 1024},
@@ -193,11 +199,13 @@ def small(options):
         "embeddings of their own": {"tie_embeddings": False, "init": "zero"},
         "weight decay 0.1": {"weight_decay": 0.1},
         "averaged weights": {"ema": 0.999, "lr_decay": "constant"},
-        "blocks of 4": blocks(4),
-        "blocks of 8": blocks(8),
-        "blocks of 16": blocks(16),
-        "autoregressive": {"objective": "ar"},
-        "autoregressive, dropout 0.1": {"objective": "ar", "dropout": 0.1},
+        "masked": blocks(base, 0),
+        "blocks of 2": blocks(base, 2),
+        "blocks of 4": blocks(base, 4),
+        "blocks of 8": blocks(base, 8),
+        "blocks of 16": blocks(base, 16),
+        "autoregressive": ar,
+        "autoregressive, dropout 0.1": ar | {"dropout": 0.1},
     }
     return {"as it is": {}} | {
         name: changes
@@ -207,17 +215,21 @@ def small(options):
 
 
 def own_text(options):
-    """What suits a text of its length: characters or a BPE, and the size of the network; for a
-    number of --minutes each, judged at their best."""
-    shapes = {"2 x 128": (2, 2, 128), "4 x 128": (4, 2, 128), "4 x 256": (4, 4, 256)}
+    """What suits a text of its length: characters or a BPE, the size of the network, blocks or not;
+    for a number of --minutes each, judged at their best."""
     texts = {"characters": {"tokenizer": "char"}} | {
-        f"BPE of {size:,}": {"tokenizer": "bpe", "vocab_size": size}
-        for size in (512, 1024, 2048, 4096)
+        f"BPE of {size:,}": {"tokenizer": "bpe", "vocab_size": size} for size in (1024, 4096)
     }
+    shapes = {"2 x 128": (2, 2, 128), "4 x 256": (4, 4, 256)}
+    base = cli.merge(Config, base_config(options))
+    families = {"masked": blocks(base, 0), "blocks of 4": blocks(base, 4)}
     return {
-        f"{kind}, {shape}": changes | dict(zip(("n_layer", "n_head", "n_embd"), sizes))
-        for kind, changes in texts.items()
+        f"{kind}, {shape}, {family}": text
+        | dict(zip(("n_layer", "n_head", "n_embd"), sizes))
+        | objective
+        for kind, text in texts.items()
         for shape, sizes in shapes.items()
+        for family, objective in families.items()
     }
 
 
