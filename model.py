@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from utils.attention import attend
+
 
 def norm(x):
     """RMSNorm (arXiv:1910.07467) without a learned gain."""
@@ -33,35 +35,6 @@ def rotary_table(positions, head_dim, base):
     angle = positions.float()[..., None, None] * frequency
     cos, sin = angle.cos(), angle.sin()
     return torch.cat((cos, cos), dim=-1), torch.cat((sin, -sin), dim=-1)
-
-
-class ShortAttention(torch.autograd.Function):
-    """softmax(q k^T / sqrt(D)) v for q, k, v (B, H, L, D) by plain matrix products, for training on
-    a CPU in bfloat16, whose fused kernel takes 6 times as long backwards; mask as
-    F.scaled_dot_product_attention has it, or None.
-
-    Queries and keys have size sqrt(D), so no score is above sqrt(D) and exp cannot overflow: the
-    largest need not be subtracted. The weights are kept for the backward pass, (B, H, L, L), hence
-    only for short rows. Backwards by hand: autograd would keep them in float32 too, and hand over
-    the keys' gradient transposed, which is slow to go on with.
-    """
-
-    @staticmethod
-    def forward(ctx, q, k, v, mask):
-        weight = ((q @ k.mT).float() * q.size(-1) ** -0.5).exp()
-        weight = (weight if mask is None else weight * mask).to(v.dtype)
-        total = weight.sum(-1, keepdim=True, dtype=torch.float32)
-        y = ((weight @ v).float() / total).to(v.dtype)
-        ctx.save_for_backward(q, k, v, weight, total, y)
-        return y
-
-    @staticmethod
-    def backward(ctx, dy):
-        q, k, v, weight, total, y = ctx.saved_tensors
-        dy = dy.float() / total  # of weight @ v
-        dscore = (dy.to(v.dtype) @ v.mT).float() - (dy * y).sum(-1, keepdim=True)
-        dscore = (weight * dscore * q.size(-1) ** -0.5).to(v.dtype)
-        return dscore @ k, dscore.mT @ q, weight.mT @ dy.to(v.dtype), None
 
 
 def rotate(x, cos, sin):
@@ -93,21 +66,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache(k, v)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-        mask = attention if torch.is_tensor(attention) else None  # True = may look
-        # No dropout of attention weights: it rules out the fused kernels and made a training step
-        # twice as slow.
-        causal = attention == "causal" if mask is None else False
-        attend = partial(F.scaled_dot_product_attention, attn_mask=mask, is_causal=causal)
-        if x.device.type != "cpu" or not torch.is_grad_enabled():
-            y = attend(q, k, v)
-        # training on a CPU, whose fused kernel is slow backwards in bfloat16
-        elif v.dtype == torch.bfloat16 and L <= 512:
-            mask = torch.ones(L, L, dtype=torch.bool).tril() if causal else mask
-            y = ShortAttention.apply(q.to(v.dtype), k.to(v.dtype), v, mask)
-        else:
-            full = torch.promote_types(v.dtype, torch.float32)
-            with torch.autocast("cpu", enabled=False):
-                y = attend(q.to(full), k.to(full), v.to(full))
+        y = attend(q, k, v, attention)
         return self.proj(selected(y.transpose(1, 2).reshape(B, L, C), select))
 
 
@@ -246,8 +205,8 @@ class Transformer(nn.Module):
         ids          (B, L) long, MASK = V where the token is masked
         noise_level  (B,) or (B, L) in [0, 1], the mask ratio; needed if and only if
                      time_conditioning is not "none"
-        attention    None (all see all), "causal", or a bool tensor (L, L) or (B, 1, L, L), True =
-                     row may look at column
+        attention    None (all see all), "causal", a bool tensor (L, L) or (B, 1, L, L), True =
+                     row may look at column, or the tiles of one (utils/attention.py)
         positions    (L,) or (B, L) long for the rotary embedding; 0..L-1 by default
         cache        function (layer, k, v) -> (k, v), each (B, l, H, D): stores what is new,
                      returns what to look at (utils/kv_cache.py)

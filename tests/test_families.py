@@ -193,7 +193,7 @@ def doubled(model, xt, x0, n, bos=0):
     return model(
         torch.cat((xt, x0), 1),
         torch.cat((level, torch.zeros_like(level)), 1),
-        attention=blocks.doubled_mask(size, n, bos, xt.device),
+        attention=blocks.doubled_attention(size, n, bos, xt.device),
         positions=torch.arange(size).repeat(2),
     )[:, :size]
 

@@ -6,8 +6,9 @@ import torch
 from toy import MASKED, family, sample, settings
 
 import diffusion
-from model import ShortAttention, Transformer, rotary_table
-from utils import runtime
+from model import Transformer, rotary_table
+from utils import attention, blocks, runtime
+from utils.attention import ShortAttention
 from utils.optim import Muon, lr_scale, make_optimizers
 
 
@@ -124,6 +125,24 @@ def test_short_attention_is_attention(masked):
         y = attend(*inputs, mask)
         results.append((y, *torch.autograd.grad(y, inputs, dy)))
     torch.testing.assert_close(results[0], results[1], atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", (3, 6, 20, 64))
+def test_attention_in_tiles_is_attention(size):
+    """Values and gradients are those of the whole mask; what nobody looks at is left out."""
+    torch.manual_seed(0)
+    mask = blocks.doubled_mask(10, 3, 1, torch.device("cpu"))
+    tiled = attention.tiles(mask, size)
+    q, k, v, dy = (torch.randn(2, 3, 20, 16) for _ in range(4))
+    results = []
+    for looks in (mask, tiled):
+        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+        y = attention.attend(*inputs, looks)
+        results.append((y, *torch.autograd.grad(y, inputs, dy)))
+    torch.testing.assert_close(results[0], results[1], atol=2e-6, rtol=1e-5)
+    scores = sum(tile.mask.numel() for tile in tiled)
+    assert sum(tile.mask.sum() for tile in tiled) == mask.sum()
+    assert scores < 400 if size < 20 else scores == 400
 
 
 def test_hidden_tokens_do_not_leak():

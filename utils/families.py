@@ -65,7 +65,7 @@ class Blocks(Masked):
         return model(
             torch.cat((xt, x0), 1),
             F.pad(ratio, (0, L)),  # and the clean row is clean
-            attention=blocks.doubled_mask(L, self.block_len, self.bos, x0.device),
+            attention=blocks.doubled_attention(L, self.block_len, self.bos, x0.device),
             positions=torch.arange(L, device=x0.device).repeat(2),
             select=index // L * 2 * L + index % L,
         )
