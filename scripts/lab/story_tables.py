@@ -24,9 +24,11 @@ HOUR = {
 def hour():
     """What is learned of stories in an hour: by the published recipe, and by ours."""
     files = {label: f"benchmarks/{name}.json" for label, name in HOUR.items()}
-    beside = lambda other: lambda r: (
-        f"{r['bound_bits_per_byte'] / load(files[other])['bound_bits_per_byte'] - 1:+.1%}"
-    )
+
+    def beside(other):
+        theirs = load(files[other])["bound_bits_per_byte"]
+        return lambda r: f"{r['bound_bits_per_byte'] / theirs - 1:+.1%}"
+
     what = {
         "parameters": lambda r: f"{r['parameters']:,}",
         "steps": lambda r: f"{r['steps']:,}",
