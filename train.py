@@ -304,7 +304,7 @@ def train(cfg, state=None, quiet=False):
 def run_command(positional, overrides):
     if "resume" in overrides:
         return train(*checkpoint.resumed_config(positional, overrides))
-    cfg, why = settings.load(positional, overrides, families.FAMILIES)
+    cfg, why = settings.load(positional, overrides)
     if path := checkpoint.interrupted(cfg.out_dir, cfg.name):  # torchrun started this run anew
         return train(*checkpoint.resumed_config([], {"resume": path}))
     if runtime.is_first():

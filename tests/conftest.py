@@ -16,7 +16,7 @@ import torch  # noqa: E402
 
 import config  # noqa: E402
 import train  # noqa: E402
-from utils import checkpoint, cli, corpus, families, runs, settings, tales, tokenizer  # noqa: E402
+from utils import checkpoint, cli, corpus, runs, settings, tales, tokenizer  # noqa: E402
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
@@ -123,7 +123,7 @@ TINY = [word for name, value in SIZES.items() for word in (f"--{name}", str(valu
 
 def load(words):
     """(Config, what was chosen and why) of train.py's command line."""
-    return settings.load(*cli.parse(words, config.Config), families.FAMILIES)
+    return settings.load(*cli.parse(words, config.Config))
 
 
 def resumed(words):

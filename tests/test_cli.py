@@ -112,13 +112,18 @@ def test_the_default_preset_is_stories_once_they_are_prepared(monkeypatch):
     os.makedirs("data")
     open("data/stories.txt", "w").write("x")
     cfg, why = load(["--device", "cpu"])
-    assert cfg.name == "stories_small" and "has been prepared, for a cpu" in why
+    assert cfg.name == "stories_small" and why.endswith("has been prepared, for a cpu")
+    os.makedirs("artifacts/tokenizer")
+    path = "artifacts/tokenizer/tokenizer.json"
+    open(path, "w").write(tokenizer.train_bpe(["a cat"], 300).to_json())
+    cfg, why = load(["--device", "cpu"])
+    assert cfg.tokenizer == path and why.endswith(f"; with {path}, of 258 tokens")
     monkeypatch.setattr(runtime, "choose_device", lambda name: torch.device("cuda"))
     cfg, why = load([])
     assert cfg.name == "stories" and "for a cuda" in why
 
 
-def test_own_text_gets_what_suits_its_length_and_the_machine(monkeypatch):
+def test_own_text_gets_what_suits_its_length_and_the_machine(monkeypatch, capsys):
     """An essay, a novel, what is longer; and what the user names comes first."""
     small, found = config.PRESETS["stories_small"], {}
     for name, size in (("essay", 20_000), ("novel", 500_000), ("library", 5_000_000)):
@@ -145,6 +150,13 @@ def test_own_text_gets_what_suits_its_length_and_the_machine(monkeypatch):
     assert cfg.vocab_size < novel.vocab_size and f"BPE of {cfg.vocab_size}" in why
     cfg, _ = load(["--data", "essay.txt", "--vocab_size", "300"])
     assert (cfg.tokenizer, cfg.vocab_size) == ("bpe", 300)
+    for words in ("--rows document", "--corruption bernoulli", "--complementary true"):
+        cfg, why = load(["--data", "library.txt", *words.split()])
+        assert cfg.block_len == 0 and "blocks" not in why, words  # which cannot have that
+    assert load(["--data", "library.txt", "--dropout", "0.1"])[0].block_len == 4
+    for words in ("--rows document", "--corruption bernoulli"):
+        code, _, err = run(train.main, f"stories_small {words}", monkeypatch, capsys)
+        assert code == 2 and "block_len" in err and err.count("\n") == 1, err
     monkeypatch.setattr(runtime, "choose_device", lambda name: torch.device("cuda"))
     cfg, why = load(["--data", "library.txt"])
     assert (cfg.n_embd, cfg.batch_size) == (384, 64) and "on a cuda" in why
@@ -158,6 +170,11 @@ def test_tuning_on_own_text_takes_the_checkpoints_shape(tales_run, monkeypatch, 
     assert (cfg.n_embd, cfg.seq_len) == (theirs["n_embd"], theirs["seq_len"]) and "BPE" not in why
     assert (cfg.rows, cfg.loss_weighting) == (theirs["rows"], theirs["loss_weighting"])
     assert 0 < cfg.max_iters < 1000  # so many passes over a short text
+    state = checkpoint.read(path)  # characters are shorter than tokens, so a pass has more steps
+    state["tokenizer"] = tokenizer.train_char(["The cat saw mice, and was glad."], True).to_json()
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "read", lambda _: state)
+        assert load(["--data", "my.txt", "--init_from", path])[0].max_iters > 3 * cfg.max_iters
     words = ["--data", "my.txt", "--init_from", path, "--max_iters", "1", "--final_samples", "0"]
     code, _, err = run(train.main, [*words, "--compile", "off"], monkeypatch, capsys)
     assert code == 0, err
@@ -375,7 +392,7 @@ def test_how_many_states_a_trace_can_have(words, family, most, tales_run):
         checkpoint.read(str(tales_run / "models" / "tales.best.pt")), torch.device("cpu")
     )
     cfg = dataclasses.replace(
-        cfg, **family_defaults(family.get("objective"), FAMILIES) | family | {"seq_len": 64}
+        cfg, **family_defaults(family.get("objective")) | family | {"seq_len": 64}
     )
     options = cli.merge(SampleConfig, cli.parse(words.split(), SampleConfig)[1])
     row = [text.end] * 4 + [text.mask] * 60
@@ -1901,7 +1918,7 @@ def test_ablate_order(tales_run, monkeypatch, capsys):
         def __call__(self, ids, noise_level=None, select=None):
             return share.log().expand(len(select), -1)
 
-    monkeypatch.setattr(compare_samplers, "masked_model", lambda *_: (Unigram(), text, cfg, state))
+    monkeypatch.setattr(compare_samplers, "model_of", lambda *_: (Unigram(), text, cfg, state))
     code, out, err = run(
         ablate.main,
         ["order", "--num_samples", "100", "--out_dir", "x", "--device", "cpu"],

@@ -20,7 +20,7 @@ import diffusion
 from model import Transformer
 from utils import blocks, importance, uniform
 from utils.cli import UserError
-from utils.families import FAMILIES, family_of
+from utils.families import family_of
 from utils.runtime import generator
 from utils.settings import family_defaults
 
@@ -668,7 +668,7 @@ def test_gradients_under_uniform_noise_and_of_ar():
     for p in model.parameters():
         p.data.div_(6)
     chosen = [0, ROW, 50, 77]
-    cfg = settings(objective="uniform", **family_defaults("uniform", FAMILIES))
+    cfg = settings(objective="uniform", **family_defaults("uniform"))
     exact = gradient(model, exact_uniform_nelbo(model, 8, chosen).mean().float() / L)
     rows = SEQUENCES[chosen].repeat(15_000, 1)[torch.randperm(60_000, generator=generator(7))]
     drawn = family_of(cfg).corrupt((60_000, L), generator(6))
@@ -815,7 +815,7 @@ def test_given_tokens_under_uniform_noise():
 def test_no_text_ends_before_its_least_length(changes, options):
     """Wherever its first token is generated, whatever the window; the tokens behind are free."""
     if changes.get("objective") == "uniform":
-        changes = family_defaults("uniform", FAMILIES) | changes
+        changes = family_defaults("uniform") | changes
     canvas = torch.full((8, 20), 5)
     canvas[:, 0], canvas[4:, :4] = 1, torch.tensor([1, 2, 3, 4])
 

@@ -2,7 +2,9 @@ import dataclasses
 import html
 import io
 import json
+import logging
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -10,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import constants
 from toy import settings
 
 from config import Config, SampleConfig
@@ -30,7 +33,7 @@ from utils import (
 from utils import page as pages
 from utils.cli import UserError
 from utils.encoding import Corpus
-from utils.families import FAMILIES, family_of
+from utils.families import family_of
 from utils.settings import family_defaults
 from utils.tokenizer import train_bpe, train_char
 
@@ -465,7 +468,7 @@ def tiny_model(objective, **changes):
         seq_len=16,
         objective=objective,
         final_samples=4,
-        **(family_defaults(objective, FAMILIES) | changes),
+        **(family_defaults(objective) | changes),
     )
     torch.manual_seed(1)
     return Config(**vars(cfg)), Transformer(cfg, 9).eval()
@@ -647,7 +650,7 @@ def test_a_judge_counts_nats_per_character():
     assert seen[:2] == [list(range(9)), list(range(5, 14))] and len(seen[-1]) > 4
 
 
-def test_a_judge_of_the_hub_counts_its_own_tokens():
+def test_a_judge_of_the_hub_counts_its_own_tokens(monkeypatch):
     """A GPT-2 in a folder as `transformers` writes it: its perplexity is of its own tokens, its
     nats are of characters, and windows are cut."""
     transformers = pytest.importorskip("transformers")
@@ -674,5 +677,15 @@ def test_a_judge_of_the_hub_counts_its_own_tokens():
         )
     assert found["judge_nats_per_character"] == pytest.approx(nats / len(text), rel=1e-5)
     assert found["judge_perplexity"] == pytest.approx(math.exp(nats / len(ids)), rel=1e-4)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # it would be tried for long
     with pytest.raises(UserError, match="cannot load the judge nowhere/at-all"):
         judges.load("hf:nowhere/at-all", torch.device("cpu"))
+    assert not logging.getLogger("huggingface_hub").isEnabledFor(logging.WARNING), "retries"
+    theirs = json.load(open("judge/config.json"))  # as a repository with code of its own has them
+    theirs |= {"model_type": "theirs", "auto_map": {"AutoConfig": "theirs.Theirs"}}
+    json.dump(theirs, open("judge/config.json", "w"))
+    open("judge/theirs.py", "w").write("open('ran', 'w')")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(UserError, match="cannot load the judge judge"):
+        judges.load("hf:judge", torch.device("cpu"))
+    assert not os.path.exists("ran")

@@ -40,11 +40,11 @@ from utils import (
     tokenizer,
 )
 from utils.cli import UserError
-from utils.families import FAMILIES, family_of
+from utils.families import family_of
 from utils.settings import family_defaults
 
 CPU = ranks.Hardware(torch.device("cpu"))
-UNIFORM = family_defaults("uniform", FAMILIES) | {"objective": "uniform"}
+UNIFORM = family_defaults("uniform") | {"objective": "uniform"}
 TINY = SIZES | dict(
     data="tales",
     rows="document",
@@ -819,6 +819,22 @@ def write_and_measure(pipe):
 
 
 WRITE = "--text-column body --tokens 1B --tokenizer t.json --output"
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="other systems tell less")
+def test_peak_memory_is_that_of_the_process_itself():
+    """Not of the one that started it, whose memory a system may count."""
+    child = (
+        "from utils import runtime; import torch; print(runtime.peak_memory(torch.device('cpu')))"
+    )
+    parent = (
+        "import subprocess, sys; block = bytearray(900_000_000); block[::4096] = b'x' * "
+        "len(block[::4096]); del block; print(subprocess.run([sys.executable, '-c', sys.argv[1]], "
+        "stdout=subprocess.PIPE, check=True).stdout.decode())"
+    )
+    words = [sys.executable, "-c", parent, child]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert 50e6 < int(done.stdout) < 7e8
 
 
 def test_shards_are_written_in_flat_memory(stories):

@@ -43,7 +43,7 @@ def training(cfg):
          "the run would never end; set one of them"),
         (cfg.seq_len not in (block, blocks_fill), ("block_len", "seq_len"),
          "blocks must fill the window" + " but for the <|endoftext|> before them" * bos
-         + f"; seq_len={blocks_fill}, say"),
+         + f"; seq_len={blocks_fill}, say, or block_len=0"),
         (importance and (cfg.diffusion_steps or pairs or unweighted),
          ("time_sampling", "diffusion_steps", "complementary", "loss_weighting"),
          "importance sampling needs continuous time, no pairs, and elbo, flat or clip"),

@@ -42,7 +42,14 @@ class Blocks(Masked):
         "loss_weighting": ("flat", "elbo", "clip", "pooled"),
         "time_sampling": ("uniform",),
     }
-    why = Masked.why | NOT_ALL_AT_ONCE
+    why = (
+        Masked.why
+        | NOT_ALL_AT_ONCE
+        | dict.fromkeys(
+            ("corruption", "complementary", "loss_weighting", "time_sampling"),
+            "each block has a mask ratio of its own (--block_len 0: one for the window)",
+        )
+    )
 
     def __init__(self, cfg):
         super().__init__(cfg)

@@ -50,9 +50,13 @@ class HubJudge:
             raise UserError(
                 f"judge={HUB}{name} needs the package transformers: pip install transformers"
             ) from None
+        runtime.quiet_hub()
+        no_code = {"trust_remote_code": False}
         try:
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-            model = transformers.AutoModelForCausalLM.from_pretrained(name, use_safetensors=True)
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(name, **no_code)
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                name, use_safetensors=True, **no_code
+            )
         except Exception as error:  # those of the hub, of the network, of the file formats
             raise UserError(f"cannot load the judge {name}: {reason(error)}") from None
         self.model, self.device = model.eval().to(device), device

@@ -6,8 +6,10 @@ import ctypes
 import functools
 import hashlib
 import json
+import logging
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -16,6 +18,11 @@ import torch
 
 from utils import cli
 from utils.cli import UserError, reason
+
+
+def quiet_hub():
+    """Let huggingface_hub tell errors alone: each of its retries is a warning of two lines."""
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
 def generator(*key):
@@ -158,6 +165,10 @@ def peak_memory(device):
     not tell)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError), open("/proc/self/status", encoding="utf-8") as file:
+        # ru_maxrss is at least that of the process which started this one
+        if found := re.search(r"^VmHWM:\s+(\d+) kB", file.read(), re.M):
+            return 1024 * int(found[1])
     try:
         import resource
     except ImportError:  # Windows

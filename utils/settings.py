@@ -7,20 +7,19 @@ import os
 import runpy
 
 from config import PRESETS, Config
-from utils import checkpoint, corpus, runs, runtime, texts
+from utils import checkpoint, corpus, families, runs, runtime, texts
 from utils import tokenizer as tokenizers
 from utils.cli import UserError, merge, nearest, reason
 
 
-def family_defaults(objective, families):
-    """What `--objective` sets (dict), whatever the preset has: what the family (of the dict
-    `families`) needs."""
-    needs = getattr(families.get(objective), "needs", {})
+def family_defaults(objective):
+    """What `--objective` sets (dict), whatever the preset has: what its family needs."""
+    needs = getattr(families.FAMILIES.get(objective), "needs", {})
     names = {f.name for f in dataclasses.fields(Config)}
     return {name: allowed[0] for name, allowed in needs.items() if name in names}
 
 
-def preset(name, families=()):
+def preset(name):
     """Differences of a preset, or of a Python file that defines `config = {...}`, from the
     defaults."""
     if name in PRESETS:
@@ -42,9 +41,7 @@ def preset(name, families=()):
                     f"{name}: there is no preset {base_name}{nearest(base_name, PRESETS)}"
                 )
             base = PRESETS[base_name]
-        family = (
-            family_defaults(str(settings["objective"]), families) if "objective" in settings else {}
-        )
+        family = family_defaults(str(settings["objective"])) if "objective" in settings else {}
         return base | family | {"name": os.path.splitext(os.path.basename(name))[0]} | settings
     raise UserError(
         f"there is no preset {name}{nearest(name, PRESETS)} (--list shows all; a .py file works "
@@ -76,8 +73,13 @@ def own_text(path, device, overrides):
     found["name"] = os.path.splitext(os.path.basename(os.path.normpath(path)))[0]
     tuned = overrides.get("init_from")
     if tuned:
-        theirs = merge(Config, checkpoint.read(tuned)["config"])
+        state = checkpoint.read(tuned)
+        theirs = merge(Config, state["config"])
         found |= {name: getattr(theirs, name) for name in runs.SHAPE + runs.SUITS}
+        is_char = tokenizers.from_json(state["tokenizer"]).is_char
+        found["tokenizer"] = "char" if is_char else "bpe"
+    elif "block_len" not in overrides and not fits(found | overrides):
+        found["block_len"] = 0
     if "RANK" not in os.environ and not os.path.exists(path):
         texts.prepare(path)  # a corpus that is fetched: its length is to be known
     if not os.path.isfile(path) or os.path.getsize(path) > LOOKED_AT:
@@ -92,6 +94,16 @@ def own_text(path, device, overrides):
             found["seq_len"] = window_of(documents, found, overrides)
             return found | steps_of(documents, passes, found, overrides)
     return found
+
+
+def fits(changes):
+    """Whether the settings (dict) go together, as far as that can be said before there is a
+    corpus."""
+    try:
+        families.checked(merge(Config, changes))
+    except UserError:
+        return False
+    return True
 
 
 def number_of_tokens(documents, cfg):
@@ -138,9 +150,9 @@ def own_in_words(cfg, device):
     )
 
 
-def load(positional, overrides, families):
+def load(positional, overrides):
     """Command line of train.py (preset, flags) -> Config and one line that says what was chosen and
-    why; families: `families.FAMILIES`."""
+    why."""
     if len(positional) > 1:
         raise UserError(f"one preset at a time, got {' '.join(positional)}")
     named = {name: value for name, value in overrides.items() if name == "device"}
@@ -150,13 +162,14 @@ def load(positional, overrides, families):
         base, why = own_text(overrides["data"], device, overrides), ""
     else:
         chosen, why = (positional[0], "as asked") if positional else default(overrides, device)
-        base, why = preset(chosen, families), f"preset {chosen}: {why}"
+        base, why = preset(chosen), f"preset {chosen}: {why}"
         if not positional and chosen != "tales" and os.path.exists(tokenizers.DEFAULT):
             base["tokenizer"] = tokenizers.DEFAULT  # scripts/train_tokenizer.py made it to be used
-            why += f"; with {tokenizers.DEFAULT}"
+            size = tokenizers.load(tokenizers.DEFAULT).vocab_size
+            why += f"; with {tokenizers.DEFAULT}, of {size:,} tokens"
     layers = [
         base,
-        family_defaults(overrides["objective"], families) if "objective" in overrides else {},
+        family_defaults(overrides["objective"]) if "objective" in overrides else {},
         overrides,
     ]
     # a time that the user names replaces the preset's number of steps, and the other way round; a

@@ -12,13 +12,12 @@ import contextlib
 import hashlib
 import http.client
 import io
-import logging
 import os
 import re
 import zipfile
 from itertools import chain, islice
 
-from utils import cli
+from utils import cli, runtime
 from utils import tokenizer as tokenizers
 from utils.cli import UserError, reason
 
@@ -85,8 +84,7 @@ def open_dataset(name, split="train", config=None):
             kind = "parquet" if name.endswith(".parquet") else "json"
             return datasets.load_dataset(kind, data_files=name, split="train", streaming=True)
         print(f"looking for {name} on the Hugging Face hub")
-        # each of its retries is a warning of two lines
-        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+        runtime.quiet_hub()
         return datasets.load_dataset(name, config, split=split, streaming=True)
 
 

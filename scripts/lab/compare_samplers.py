@@ -77,23 +77,21 @@ def sampler_settings(options):
     ]
 
 
-def masked_model(path, device, any_family=False):
-    """(model, Tokenizer, Config, checkpoint dict) of a masked model of the whole window, whose
-    sampler is a choice; or, with any_family, one of blocks or an autoregressive one.
-
-    path "": the newest run's best. A UserError refuses other families.
-    """
+def model_of(path, device):
+    """(model, Tokenizer, Config, checkpoint dict) of the checkpoint at the path; "": the newest
+    run's best."""
     path = path or checkpoint.newest()
     state = checkpoint.read(path)
-    model, tokenizer, cfg = checkpoint.restore(state, device, path)
-    family = families.family_of(cfg)
-    own_order = family.block_len or family.procedure
-    if own_order if not any_family else SampleConfig.sampler not in family.samplers:
+    return *checkpoint.restore(state, device, path), state
+
+
+def check_masked(family):
+    """Refuse all but masked models of the whole window, whose sampler is a choice."""
+    if family.block_len or family.procedure:
         raise UserError(
-            f"{path} generates {family.procedure or 'block by block'}; samplers are compared with "
-            "a masked model of the whole window"
+            f"{family.name} generates {family.procedure or 'block by block'}; samplers are "
+            "compared with a masked model of the whole window"
         )
-    return model, tokenizer, cfg, state
 
 
 class Trained(NamedTuple):
@@ -115,10 +113,11 @@ class Trained(NamedTuple):
             )
 
 
-def trained(options, any_family=False):
-    """The checkpoint that is meant, as `Trained`; any_family: as `masked_model`."""
+def trained(options, check=check_masked):
+    """The checkpoint that is meant, as `Trained`; check complains of its family."""
     device = runtime.choose_device(options.device)
-    model, tokenizer, cfg, state = masked_model(options.checkpoint, device, any_family)
+    model, tokenizer, cfg, state = model_of(options.checkpoint, device)
+    check(families.family_of(cfg))
     path = options.checkpoint or "the newest checkpoint"
     dtype = runtime.dtype_of_run(options.dtype, cfg.dtype, device, path)
     family, hardware = families.family_of(cfg), ranks.Hardware(device, dtype)
@@ -141,7 +140,9 @@ def generate(model, family, setting, blank, seeds, **more):
         )
     if how["sampler"] == "notes, misled":
         model, how["sampler"] = misled(model, how["steps"]), "notes"
-    *_, last = diffusion.sample(family, model, blank, SampleConfig(**how), seeds=seeds, **more)
+    steps = diffusion.sample(family, model, blank, SampleConfig(**how), seeds=seeds, **more)
+    for last in steps:  # not a list: each step has tensors of its own
+        pass
     return last.ids, last.row_nfe
 
 

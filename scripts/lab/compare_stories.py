@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from config import SampleConfig
-from scripts.lab.compare_samplers import generate, masked_model, trained
+from scripts.lab.compare_samplers import generate, model_of, trained
 from scripts.lab.stories import Checker, error_rates
 from utils import canvas, corpus, families, judges, metrics, samples, texts
 from utils.cli import UserError
@@ -20,7 +20,7 @@ BROKEN = REAL | {"sampler": "held-out text, broken"}  # as `stories.error_rates`
 
 def family_of(options):
     """The family of the checkpoint that is meant."""
-    *_, cfg, _ = masked_model(options.checkpoint, torch.device("cpu"), any_family=True)
+    *_, cfg, _ = model_of(options.checkpoint, torch.device("cpu"))
     return families.family_of(cfg)
 
 
@@ -57,10 +57,19 @@ def story_settings(options):
     return [DEFAULT | row for row in rows]
 
 
+def check_choice(family):
+    """Refuse what generates otherwise than by unmasking: the comparisons' settings are of that."""
+    if SampleConfig.sampler not in family.samplers:
+        raise UserError(
+            f"{family.name} generates {family.procedure}; stories are compared of masked models, "
+            "of blocks and of autoregressive ones"
+        )
+
+
 def prepared(options, name):
     """(`Trained`, its judge, its corpus, the checker of stories, the held-out stories) of what the
     comparison `name` measures."""
-    one = trained(options, any_family=True)
+    one = trained(options, check_choice)
     if not options.judge:
         raise UserError(f"{name} needs a --judge: an autoregressive checkpoint, or hf:gpt2-large")
     judge = judges.load(options.judge, one.hardware.device)
@@ -158,8 +167,9 @@ def long_reference(held_out, tokenizer, count):
 def judge_long(options):
     """(function from a setting to what becomes of texts of LONG tokens, in which nothing may end;
     what that depends on besides). A figure for each of PARTS equal parts: the judge's NLL, nats a
-    token of the judge, with what stands before in the text as its context; words that end repeated
-    four, whether the first name is still named, names that are new."""
+    token of the judge, with half a window of what stands before as its context, or more; words
+    that end repeated four, whether the first name is still named, names that are new. The held-out
+    text is of several stories, so its names are no yardstick."""
     one, judge, data, checker, _ = prepared(options, "long_stories")
     cfg, tokenizer = one.family.cfg, one.tokenizer
 

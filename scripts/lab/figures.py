@@ -2,6 +2,7 @@
 
 import math
 
+from config import SampleConfig
 from utils import plots
 
 
@@ -170,11 +171,13 @@ def quality_against_cost(rows, title, path):
 
 
 def stories(rows, title, path):
-    """Generative NLL and unigram entropy over NFE, each beside that of held-out text; rows are
-    those of scripts/lab/ablate.py stories (dicts of str). A PNG at `path`."""
+    """Generative NLL and unigram entropy over NFE at the usual temperature and top-p, each beside
+    that of held-out text; rows are those of scripts/lab/ablate.py stories (dicts of str). A PNG at
+    `path`."""
     plt = plots.pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
-    drawn = [row for row in rows if not row["sampler"].startswith("held-out text")]
+    usual = str(SampleConfig.temperature), str(SampleConfig.top_p)
+    drawn = [row for row in rows if (row["temperature"], row["top_p"]) == usual]
     kind = lambda row: (
         row["sampler"].partition(":")[0]
         + (f", blocks of {row['decode_block']}" if row["decode_block"] != "0" else "")

@@ -171,7 +171,8 @@ def samplers_at_work(options, path):
     """Who gets revealed when: a story by every sampler, steps from top to bottom, tokens from left
     to right."""
     device = runtime.choose_device(options.device)
-    model, tokenizer, cfg, _ = compare_samplers.masked_model(options.checkpoint, device)
+    model, tokenizer, cfg, _ = compare_samplers.model_of(options.checkpoint, device)
+    compare_samplers.check_masked(families.family_of(cfg))
     blank = torch.tensor([canvas.build(tokenizer, [None], cfg.seq_len)], device=device)
     height = -(-len(policies.SAMPLERS) // 4)
     figure, axes = plots.pyplot().subplots(
