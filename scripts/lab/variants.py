@@ -7,7 +7,6 @@ import config
 import diffusion
 from config import Config
 from utils import cli, settings
-from utils.families import FAMILIES
 
 SMALL = dict(n_layer=4, n_head=4, n_embd=128, seq_len=64, batch_size=64, lr=0.01)
 
@@ -111,7 +110,7 @@ def families(options):
     common = {"seq_len": window}
     if not bos:  # as many tokens a step; documents stay as many
         common["batch_size"] = max(1, tokens // window)
-    uniform = settings.family_defaults("uniform", FAMILIES) | {
+    uniform = settings.family_defaults("uniform") | {
         "objective": "uniform",
         "time_conditioning": "sinusoidal",  # adaln is larger
     }
