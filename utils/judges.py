@@ -51,11 +51,12 @@ class HubJudge:
                 f"judge={HUB}{name} needs the package transformers: pip install transformers"
             ) from None
         runtime.quiet_hub()
-        no_code = {"trust_remote_code": False}
         try:
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(name, **no_code)
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(
+                name, trust_remote_code=False
+            )
             model = transformers.AutoModelForCausalLM.from_pretrained(
-                name, use_safetensors=True, **no_code
+                name, trust_remote_code=False, use_safetensors=True
             )
         except Exception as error:  # those of the hub, of the network, of the file formats
             raise UserError(f"cannot load the judge {name}: {reason(error)}") from None

@@ -117,10 +117,11 @@ def trained(options, check=check_masked):
     """The checkpoint that is meant, as `Trained`; check complains of its family."""
     device = runtime.choose_device(options.device)
     model, tokenizer, cfg, state = model_of(options.checkpoint, device)
-    check(families.family_of(cfg))
+    family = families.family_of(cfg)
+    check(family)
     path = options.checkpoint or "the newest checkpoint"
     dtype = runtime.dtype_of_run(options.dtype, cfg.dtype, device, path)
-    family, hardware = families.family_of(cfg), ranks.Hardware(device, dtype)
+    hardware = ranks.Hardware(device, dtype)
     common = {
         "num_samples": options.num_samples,
         "model": f"{cfg.name} {state['step']} {state['nll']:.4f}",

@@ -176,8 +176,9 @@ def stories(rows, title, path):
     `path`."""
     plt = plots.pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
-    usual = str(SampleConfig.temperature), str(SampleConfig.top_p)
-    drawn = [row for row in rows if (row["temperature"], row["top_p"]) == usual]
+    usual = {name: getattr(SampleConfig, name) for name in ("temperature", "top_p")}
+    is_usual = lambda row: all(row[name] and float(row[name]) == usual[name] for name in usual)
+    drawn = list(filter(is_usual, rows))
     kind = lambda row: (
         row["sampler"].partition(":")[0]
         + (f", blocks of {row['decode_block']}" if row["decode_block"] != "0" else "")
