@@ -232,6 +232,14 @@ def growth(options, path):
     plots.save(figure, path)
 
 
+def hours(options, path):
+    """Held-out bound and training loss of the runs of hours on stories, with dropout and without,
+    from the logs that they wrote."""
+    names = ("hours", "hours_dropout")
+    folder = os.path.join(results.ROOT, "artifacts/benchmarks")
+    plots.loss_curves([os.path.join(folder, f"{name}.jsonl") for name in names], path)
+
+
 PICTURES = {
     picture.__name__: picture
     for picture in (
@@ -243,6 +251,7 @@ PICTURES = {
         time_embedding,
         samplers_at_work,
         growth,
+        hours,
     )
 }
 

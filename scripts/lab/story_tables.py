@@ -2,7 +2,7 @@
 
 import re
 
-from scripts.lab.results import load, runs, source
+from scripts.lab.results import load, runs, source, table
 
 
 def bits_a_byte(report):
@@ -21,29 +21,63 @@ HOUR = {
 }
 
 
+def beside(file):
+    """A line that says how much more bits a byte a report has than the report in the file."""
+    theirs = load(file)["bound_bits_per_byte"]
+    return lambda r: f"{r['bound_bits_per_byte'] / theirs - 1:+.1%}"
+
+
+TRAINED = {  # what a run of training says of itself
+    "parameters": lambda r: f"{r['parameters']:,}",
+    "steps": lambda r: f"{r['steps']:,}",
+    "of the best checkpoint": lambda r: f"{r['best_step']:,}",
+    "ms a step": lambda r: f"{1000 * r['seconds_a_step']:,.0f}",
+    "minutes": lambda r: f"{r['minutes']:.1f}",
+    "passes over the text": lambda r: f"{r['passes_over_the_text']:.1f}",
+    "NELBO, bits a byte (± s.e. over rows, over masks)": bits_a_byte,
+}
+
+
 def hour():
     """What is learned of stories in an hour: by the published recipe, and by ours."""
     files = {label: f"benchmarks/{name}.json" for label, name in HOUR.items()}
-
-    def beside(other):
-        theirs = load(files[other])["bound_bits_per_byte"]
-        return lambda r: f"{r['bound_bits_per_byte'] / theirs - 1:+.1%}"
-
-    what = {
-        "parameters": lambda r: f"{r['parameters']:,}",
-        "steps": lambda r: f"{r['steps']:,}",
-        "of the best checkpoint": lambda r: f"{r['best_step']:,}",
-        "ms a step": lambda r: f"{1000 * r['seconds_a_step']:,.0f}",
-        "minutes": lambda r: f"{r['minutes']:.1f}",
-        "passes over the text": lambda r: f"{r['passes_over_the_text']:.1f}",
-        "NELBO, bits a byte (± s.e. over rows, over masks)": bits_a_byte,
-        "beside the published recipe": beside("published recipe"),
-        "beside the autoregressive": beside("autoregressive"),
+    others = {
+        f"beside the {label}": beside(files[label])
+        for label in ("published recipe", "autoregressive")
     }
-    return runs(files, what)
+    return runs(files, TRAINED | others)
 
 
-WRITTEN = ("hour_published", "hour_masked", "hour_blocks_4", "hour_ar")
+LONGER = {"an hour": "hour_blocks_4", "nearly four, dropout 0.2": "hours_dropout"}
+
+
+def longer():
+    """What more time gives the preset."""
+    return runs({label: f"benchmarks/{name}.json" for label, name in LONGER.items()}, TRAINED)
+
+
+WIKITEXT = [f"benchmarks/wikitext2_{part}.json" for part in ("train", "valid", "test")]
+GLUON_NLP = (
+    "https://github.com/dmlc/gluon-nlp/blob/254e68c743e7f1b22b3e4729a0eb566ad35fc061/scripts/"
+    "language_model/word_language_model.rst"
+)
+LITERATURE = (  # network, source, million parameters, valid and test perplexity a word
+    ("LSTM, 2 layers of 200", f"[GluonNLP]({GLUON_NLP})", "7.3", "108.25", "102.26"),
+    ("AWD-LSTM", "[arXiv:1708.02182](https://arxiv.org/abs/1708.02182)", "33", "68.6", "65.8"),
+)
+
+
+def wikitext():
+    """The bound of the small preset on WikiText-2 a word, beside perplexities of the literature."""
+    trained, *judged = WIKITEXT
+    ours = [f"{load(file)['perplexity_of_bound_per_word']:.1f}" for file in judged]
+    millions = f"{load(trained)['parameters'] / 1e6:.1f}"
+    rows = [("`stories_small`, a bound", "blocks of 4", millions, *ours), *LITERATURE]
+    head = ["", "", "million parameters", "perplexity a word: valid", "test"]
+    return table(head, rows) + source(*WIKITEXT)
+
+
+WRITTEN = ("hour_published", "hour_masked", "hour_blocks_4", "hour_ar", "hours_dropout")
 
 
 def written():
