@@ -4,6 +4,8 @@ tokenizer.json in a folder.
     # the newest run's best, to artifacts/export/NAME; another
     python scripts/export.py
     python scripts/export.py --checkpoint artifacts/models/tales.best.pt --output my_folder
+    # half as large: 8 digits of the 24 that a weight has in binary
+    python scripts/export.py --output small --dtype bfloat16
     # and back
     python scripts/export.py --back my_folder --output artifacts/models/mine.best.pt
 """
@@ -20,6 +22,7 @@ import torch
 from config import Config
 from utils import checkpoint, cli, runtime
 from utils.cli import UserError, field, reason
+from utils.draws import at_least_float32
 
 # of a checkpoint; the rest is weights and tokenizer
 PLAIN = ("version", "config", "sample", "step", "nll")
@@ -32,19 +35,24 @@ class ExportConfig:
     output: str = field(
         "", "folder to write (default: artifacts/export/NAME); with --back, the checkpoint's path"
     )
+    dtype: str = field(
+        "float32", "of the weights that are written", choices=("float32", "bfloat16")
+    )
+
+    def __post_init__(self):
+        cli.check(self)
 
 
-def export(state, folder):
+def export(state, folder, dtype):
     """Write the weights, without optimizer state, of a checkpoint (dict) that is sampled: the
-    average where there is one."""
+    average where there is one. As numbers of that torch.dtype."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    weights = {
-        name: value.contiguous() for name, value in (state.get("ema") or state["model"]).items()
-    }
+    weights = dict(state.get("ema") or state["model"])
     if weights["head.weight"].data_ptr() == weights["embedding.weight"].data_ptr():
         del weights["head.weight"]  # tied: a file holds it once
+    weights = {name: value.to(dtype).contiguous() for name, value in weights.items()}
     with cli.replacing(os.path.join(folder, "model.safetensors"), SafetensorError) as temporary:
         save_file(weights, temporary)
     runtime.write_json(os.path.join(folder, "config.json"), {name: state[name] for name in PLAIN})
@@ -56,7 +64,7 @@ def export(state, folder):
 
 
 def read(folder):
-    """The checkpoint (dict) that `export` wrote into the folder."""
+    """The checkpoint (dict) that `export` wrote into the folder, its weights in float32."""
     from safetensors.torch import load_file
 
     try:
@@ -70,6 +78,7 @@ def read(folder):
             f"{folder} is no exported checkpoint, or a damaged one: {reason(error)}"
         ) from None
     checkpoint.check_state(state, folder)
+    state["model"] = {name: at_least_float32(value) for name, value in state["model"].items()}
     if state["config"].get("tie_embeddings") and "embedding.weight" in state["model"]:
         state["model"]["head.weight"] = state["model"]["embedding.weight"]
     return state
@@ -96,7 +105,7 @@ def run(positional, overrides):
     folder = options.output or os.path.join(
         Config.out_dir, "export", os.path.basename(path).removesuffix(".pt")
     )
-    export(state, folder)
+    export(state, folder, getattr(torch, options.dtype))
     print(f"wrote {folder}/model.safetensors, config.json and tokenizer.json")
 
 

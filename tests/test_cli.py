@@ -1557,9 +1557,29 @@ def test_export_and_back(tales_run, monkeypatch, capsys):
         ("--back out --output artifacts/models/mine.best.pt", "exists"),
         ("--back nowhere --output a.pt", "no exported"),
         ("--back out --output b", "say where to write"),
+        ("--output b --dtype float16", "bfloat16"),
     ):
         code, _, err = run(export.main, words, monkeypatch, capsys)
         assert code == 2 and message in err and err.count("\n") == 1
+
+
+def test_export_in_bfloat16(tales_run, monkeypatch, capsys):
+    """Half the size, the same weights to 8 binary digits; what comes back is in float32 again."""
+    path = str(tales_run / "models" / "tales.best.pt")
+    for words in (
+        ["--checkpoint", path, "--output", "whole"],
+        ["--checkpoint", path, "--output", "half", "--dtype", "bfloat16"],
+        "--back half --output half.pt".split(),
+    ):
+        code, _, err = run(export.main, words, monkeypatch, capsys)
+        assert code == 0, err
+    sizes = {name: os.path.getsize(f"{name}/model.safetensors") for name in ("whole", "half")}
+    assert 0.5 < sizes["half"] / sizes["whole"] < 0.6
+    before, after = (checkpoint.read(name)["model"] for name in (path, "half.pt"))
+    for name, weights in before.items():
+        assert after[name].dtype == torch.float32
+        torch.testing.assert_close(after[name], weights, rtol=2**-8, atol=0)
+        assert torch.equal(after[name], weights.bfloat16().float())
 
 
 def test_bench(monkeypatch, capsys):
