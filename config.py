@@ -206,7 +206,8 @@ PRESETS = {
     "stories": dict(
         data="data/stories.txt", tokenizer="artifacts/tokenizer/tokenizer.json", max_iters=5000),
     # The same for two CPU cores, in an hour. Blocks of 4 learn more in it than masks of the whole
-    # window, for which block_len=0; they write from left to right, and fill no holes.
+    # window, for which block_len=0; they write from left to right, and fill no holes. Two hours and
+    # more want dropout=0.2.
     "stories_small": dict(
         data="data/stories.txt", vocab_size=4096, n_layer=4, n_head=4, n_embd=256, block_len=4,
         batch_size=16, max_iters=0, max_minutes=60.0),

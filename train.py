@@ -204,7 +204,7 @@ def show_speed(run, progress, bar):
 
 def loop(run, progress, batches, minutes, stop, bar):
     """Train until all steps or minutes are done, or `stop` is filled; returns (whether they are,
-    mean seconds of a step, without evaluations)."""
+    mean seconds of a step of this session, without evaluations)."""
     cfg = run.cfg
     saved = begun = progress.step  # the last step that was saved, and where this session began
     busy, clock = 0.0, time.perf_counter()

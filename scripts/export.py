@@ -87,6 +87,11 @@ def read(folder):
 def run(positional, overrides):
     options = cli.merge(ExportConfig, overrides)
     if options.back:
+        if "dtype" in overrides:
+            raise UserError(
+                f"dtype={options.dtype} with back={options.back}: a checkpoint has float32; leave "
+                "out --dtype"
+            )
         if not options.output.endswith(".pt"):
             raise UserError(
                 f"output={options.output}: say where to write the checkpoint, "

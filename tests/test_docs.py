@@ -357,7 +357,7 @@ def parts(text):
     for paragraph in re.split(r"\n\s*\n", re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)):
         head = before if paragraph.startswith(("* ", "- ")) else []
         for number, part in enumerate(re.split(r"\n(?=\||\* |- )", paragraph)):
-            own = re.findall(r"\]\((artifacts/[^)]+\.(?:md|csv|json))\)", part)
+            own = re.findall(r"\]\((artifacts/[^)]+\.(?:md|csv|jsonl?))\)", part)
             head = own if part.startswith("|") and not number else head
             yield own + head if part.startswith("|") and number else own or head, part
         before = own if paragraph.endswith(":") else []
@@ -410,8 +410,7 @@ STATED = {
     0.008 0.999 0.9999999 0.2 0.8 0.3 0.1 0.6 1.8 0.693 4.17 2.6
     """,
     "artifacts/README.md": """
-    2,000 6,394 5,311,725 1.2 1,501 0.98 0.003 0.006 10.9 5,250 8,500 5,000 5,500 12,500
-    33,278 4,096
+    2,000 6,394 5,311,725 1.2 1,501 0.98 0.003 0.006 10.9 8,500 12,500 33,278 4,096 7.3 0.64 3.15
     """,
     "artifacts/claims.md": """
     10.7 12.2 0.9 6.50 12,228,480 6,446,080 5,000 1,024 17,400 0.1 89,000 150,000 2.59 2.63 2.73

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 
 
-def at_least_float32(logits):
-    """bfloat16 logits as float32, for softmax and losses; float32 and float64 as they are."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+def at_least_float32(values):
+    """bfloat16 as float32, for softmax and losses say; float32 and float64 as they are."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def stratified(n, generator):

@@ -22,7 +22,7 @@ HOUR = {
 
 
 def beside(file):
-    """A line that says how much more bits a byte a report has than the report in the file."""
+    """A function from a report to how many more bits a byte it has than the report in the file."""
     theirs = load(file)["bound_bits_per_byte"]
     return lambda r: f"{r['bound_bits_per_byte'] / theirs - 1:+.1%}"
 
@@ -38,9 +38,14 @@ TRAINED = {  # what a run of training says of itself
 }
 
 
+def benchmarks(names):
+    """{label: the result file} of {label: its name}."""
+    return {label: f"benchmarks/{name}.json" for label, name in names.items()}
+
+
 def hour():
     """What is learned of stories in an hour: by the published recipe, and by ours."""
-    files = {label: f"benchmarks/{name}.json" for label, name in HOUR.items()}
+    files = benchmarks(HOUR)
     others = {
         f"beside the {label}": beside(files[label])
         for label in ("published recipe", "autoregressive")
@@ -48,12 +53,24 @@ def hour():
     return runs(files, TRAINED | others)
 
 
-LONGER = {"an hour": "hour_blocks_4", "nearly four, dropout 0.2": "hours_dropout"}
+LONGER = {"an hour": "hour_blocks_4", "12,500 steps, dropout 0.2": "hours_dropout"}
+WRITES = {  # what the samples of a run are like
+    "unigram entropy, nats": ("unigram_entropy", ".2f"),
+    "longest copy of training text, tokens": ("longest_copy_mean", ".1f"),
+    "shared runs of 8 tokens": ("shared_8_grams", ".1%"),
+    "overlap of samples": ("self_overlap", ".1%"),
+}
 
 
 def longer():
     """What more time gives the preset."""
-    return runs({label: f"benchmarks/{name}.json" for label, name in LONGER.items()}, TRAINED)
+    files = benchmarks(LONGER)
+    of = lambda name, form: lambda r: f"{r['samples'][name]:{form}} ({r['reference'][name]:{form}})"
+    writes = {
+        f"{label} (of held-out text)": of(name, form) for label, (name, form) in WRITES.items()
+    }
+    what = {label: line for label, line in TRAINED.items() if label != "ms a step"}
+    return runs(files, what | {"beside an hour": beside(files["an hour"])} | writes)
 
 
 WIKITEXT = [f"benchmarks/wikitext2_{part}.json" for part in ("train", "valid", "test")]
@@ -63,17 +80,30 @@ GLUON_NLP = (
 )
 LITERATURE = (  # network, source, million parameters, valid and test perplexity a word
     ("LSTM, 2 layers of 200", f"[GluonNLP]({GLUON_NLP})", "7.3", "108.25", "102.26"),
-    ("AWD-LSTM", "[arXiv:1708.02182](https://arxiv.org/abs/1708.02182)", "33", "68.6", "65.8"),
+    ("AWD-LSTM, 3 layers of 600", f"[GluonNLP]({GLUON_NLP})", "–", "84.61", "80.96"),
+    (
+        "AWD-LSTM, 3 layers of 1,150, without cache",
+        "[arXiv:1708.02182](https://arxiv.org/abs/1708.02182)",
+        "33",
+        "68.6",
+        "65.8",
+    ),
 )
 
 
 def wikitext():
     """The bound of the small preset on WikiText-2 a word, beside perplexities of the literature."""
     trained, *judged = WIKITEXT
-    ours = [f"{load(file)['perplexity_of_bound_per_word']:.1f}" for file in judged]
+
+    def perplexity(report):  # with its standard error over masks
+        bound = report["perplexity_of_bound_per_word"]
+        relative = report["bound_se_masks"] / report["bound_nats_per_token"]
+        return f"{bound:.1f} (± {bound * report['bound_nats_per_word'] * relative:.1f})"
+
     millions = f"{load(trained)['parameters'] / 1e6:.1f}"
-    rows = [("`stories_small`, a bound", "blocks of 4", millions, *ours), *LITERATURE]
-    head = ["", "", "million parameters", "perplexity a word: valid", "test"]
+    ours = ("`stories_small`, blocks of 4: a bound (± s.e. over masks)", "this page", millions)
+    rows = [(*ours, *map(perplexity, map(load, judged))), *LITERATURE]
+    head = ["network", "source", "million parameters", "perplexity a word: valid", "test"]
     return table(head, rows) + source(*WIKITEXT)
 
 
