@@ -30,7 +30,8 @@ class Config:
     seed: int = field(1337, "of the weights, the batches and the masks", low=0, high=SEEDS)
     out_dir: str = field("artifacts", "folder for models/, logs/, plots/, tokenizer/")
     resume: str = field("", "continue a run: path of its checkpoint, or auto for the newest")
-    init_from: str = field("", "start a new run from the weights of this checkpoint (fine-tuning)")
+    init_from: str = field("", "start a new run from the weights of this checkpoint, a "
+        "file, a folder or hf:USER/NAME (fine-tuning)")
     max_iters: int = field(2000, "optimizer steps (0: no limit but max_minutes)", low=0)
     max_minutes: float = field(0.0, "stop after this long, the learning rate decayed by then (0: "
         "no limit)", low=0, high=10**6)
@@ -117,8 +118,8 @@ class Config:
 
 @dataclass(frozen=True)
 class SampleConfig:
-    checkpoint: str = field("", "path (default: the newest run in artifacts/models, its best "
-        "checkpoint)", "what")
+    checkpoint: str = field("", "a file, an exported folder, or hf:USER/NAME of the "
+        "Hugging Face hub (default: the newest run in artifacts/models, its best)", "what")
     prompt: str = field("", "text that the result begins with")
     suffix: str = field("", "text that the result ends with")
     infill: str = field("", "text with holes: 'Tom [8] a boat.' has one of 8 tokens, [___] one of "

@@ -11,7 +11,6 @@ Needs a checkpoint and nothing else: it holds the tokenizer and the settings.
 
 import contextlib
 import json
-import os
 import sys
 import time
 from typing import NamedTuple
@@ -53,8 +52,8 @@ def load(overrides):
     if "sampler" in overrides:
         families.check_sampler(family, how)
     dtype = runtime.dtype_of_run(how.dtype, cfg.dtype, device, path)
-    name = os.path.basename(path).removesuffix(".pt")
-    return how, Loaded(name, model, family, tokenizer, ranks.Hardware(device, dtype))
+    hardware = ranks.Hardware(device, dtype)
+    return how, Loaded(checkpoint.name_of(path), model, family, tokenizer, hardware)
 
 
 class Stopwatch:

@@ -51,7 +51,9 @@ NOT_AGAINST = ("num_samples", "left_to_right", "judge", "json", "plot", *HOW)
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    checkpoint: str = field("", "path (default: the newest run's best)", "what")
+    checkpoint: str = field(
+        "", "file, folder or hf:USER/NAME (default: the newest run's best)", "what"
+    )
     data: str = field("", "a text of your own instead of the run's held-out part")
     rows: int = field(None, "held-out rows (default: the run's final_rows; of --data all)", low=1)
     num_samples: int = field(
@@ -65,8 +67,8 @@ class EvaluateConfig:
     )
     judge: str = field(
         "",
-        "autoregressive model that scores the samples too: a checkpoint, or hf:NAME of the Hugging "
-        "Face hub, hf:gpt2-large say",
+        "autoregressive model that scores the samples too: a checkpoint, or another model of the "
+        "Hugging Face hub, hf:gpt2-large say",
     )
     against: str = field("", "a checkpoint to compare with, on the same held-out text")
     json: str = field("", "write the report to this file too")

@@ -1,11 +1,13 @@
-"""Checkpoints as files that other programs read, and back: model.safetensors, config.json and
-tokenizer.json in a folder.
+"""Checkpoints as files that other programs read: model.safetensors, config.json and tokenizer.json
+in a folder, which all scripts take where they take a checkpoint.
 
     # the newest run's best, to artifacts/export/NAME; another
     python scripts/export.py
     python scripts/export.py --checkpoint artifacts/models/tales.best.pt --output my_folder
     # half as large: 8 digits of the 24 that a weight has in binary
     python scripts/export.py --output small --dtype bfloat16
+    # to the Hugging Face hub, with a model card; then: python inference.py --checkpoint hf:ME/tales
+    python scripts/export.py --push ME/tales
     # and back
     python scripts/export.py --back my_folder --output artifacts/models/mine.best.pt
 """
@@ -19,99 +21,134 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import torch
 
+import inference
 from config import Config
-from utils import checkpoint, cli, runtime
-from utils.cli import UserError, field, reason
-from utils.draws import at_least_float32
-
-# of a checkpoint; the rest is weights and tokenizer
-PLAIN = ("version", "config", "sample", "step", "nll")
+from utils import checkpoint, cli, exported, families, metrics
+from utils.cli import UserError, field
 
 
 @dataclass(frozen=True)
 class ExportConfig:
-    checkpoint: str = field("", "path (default: the newest run's best)", "what")
-    back: str = field("", "folder to make a checkpoint of instead")
+    checkpoint: str = field(
+        "", "file, folder or hf:USER/NAME (default: the newest run's best)", "what"
+    )
+    back: str = field("", "exported folder to make one file of instead")
     output: str = field(
         "", "folder to write (default: artifacts/export/NAME); with --back, the checkpoint's path"
     )
     dtype: str = field(
         "float32", "of the weights that are written", choices=("float32", "bfloat16")
     )
+    push: str = field("", "upload the folder to the Hugging Face hub, as USER/NAME")
 
     def __post_init__(self):
         cli.check(self)
 
 
-def export(state, folder, dtype):
-    """Write the weights, without optimizer state, of a checkpoint (dict) that is sampled: the
-    average where there is one. As numbers of that torch.dtype."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    weights = dict(state.get("ema") or state["model"])
-    if weights["head.weight"].data_ptr() == weights["embedding.weight"].data_ptr():
-        del weights["head.weight"]  # tied: a file holds it once
-    weights = {name: value.to(dtype).contiguous() for name, value in weights.items()}
-    with cli.replacing(os.path.join(folder, "model.safetensors"), SafetensorError) as temporary:
-        save_file(weights, temporary)
-    runtime.write_json(os.path.join(folder, "config.json"), {name: state[name] for name in PLAIN})
-    with (
-        cli.replacing(os.path.join(folder, "tokenizer.json")) as temporary,
-        open(temporary, "w", encoding="utf-8") as file,
-    ):
-        file.write(state["tokenizer"])
+CARD, TRACE = "README.md", "trace.gif"  # what a pushed folder has besides
 
 
-def read(folder):
-    """The checkpoint (dict) that `export` wrote into the folder, its weights in float32."""
-    from safetensors.torch import load_file
+def card(repo_id, model, cfg, state, report):
+    """The model card (Markdown) of a checkpoint (dict): what it is, what it was trained on, how to
+    load it, and how good it is by the report (dict, or None) of its run."""
+    kind, name = families.family_of(cfg).name, repo_id.split("/")[1]
+    judged = (
+        f"```\n{metrics.show(report)}\n```"
+        if report
+        else f"The held-out bound of its run: {state['nll']:.4f} nats per token."
+    )
+    return f"""---
+library_name: nanodlm
+pipeline_tag: text-generation
+tags: [diffusion-language-model]
+---
+# {name}
 
+{kind[0].upper()}{kind[1:]}: {model.num_parameters():,} parameters ({cfg.n_layer} layers of
+{cfg.n_embd} channels), windows of {cfg.seq_len} tokens. Trained by nanoDLM on
+`{os.path.basename(cfg.data)}` for {state["step"]:,} steps of {cfg.batch_size} rows.
+
+![A text of it, as it appears]({TRACE})
+
+## How to use it
+
+In a clone of nanoDLM:
+
+    python inference.py --checkpoint {exported.HUB}{repo_id} --prompt "..."
+
+## How good it is
+
+{judged}
+"""
+
+
+def report_of(path):
+    """The report (dict) that the run wrote beside its checkpoint at `path`; None: there is none."""
+    name = checkpoint.name_of(path).removesuffix(".best")
+    folder = os.path.dirname(os.path.dirname(os.path.abspath(path)))
     try:
-        with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
-            state = dict(json.load(file))
-        with open(os.path.join(folder, "tokenizer.json"), encoding="utf-8") as file:
-            state["tokenizer"] = file.read()
-        state["model"] = load_file(os.path.join(folder, "model.safetensors"))
-    except Exception as error:  # any folder may be given, and safetensors has exceptions of its own
+        with open(os.path.join(folder, "logs", f"{name}.json"), encoding="utf-8") as file:
+            return json.load(file)
+    except (OSError, ValueError):
+        return None
+
+
+def write_trace(folder, length):
+    """A GIF of one text of at most that length as it appears, in an exported folder."""
+    every = max(1, length // 64)  # some 60 pictures are enough
+    target = os.path.join(folder, TRACE)
+    how, loaded = inference.load({"checkpoint": folder, "viz_gif": target, "trace_every": every})
+    results, frames, *_ = inference.generate(loaded, how)
+    inference.write_traces(loaded, how, frames, results[0]["sampler"])
+
+
+def check_folder(folder):
+    """Complain of a folder that holds something else, which is not to be overwritten."""
+    if os.path.isdir(folder) and os.listdir(folder):
+        if not os.path.isfile(os.path.join(folder, "model.safetensors")):
+            raise UserError(f"{folder} holds something else; give a new folder with --output")
+
+
+def back(options, overrides):
+    """An exported folder as one file."""
+    if idle := [name for name in ("dtype", "push", "checkpoint") if name in overrides]:
+        cli.refuse(options, idle, f"leave out --{idle[0]} with --back, which writes one file")
+    if not options.output.endswith(".pt"):
         raise UserError(
-            f"{folder} is no exported checkpoint, or a damaged one: {reason(error)}"
-        ) from None
-    checkpoint.check_state(state, folder)
-    state["model"] = {name: at_least_float32(value) for name, value in state["model"].items()}
-    if state["config"].get("tie_embeddings") and "embedding.weight" in state["model"]:
-        state["model"]["head.weight"] = state["model"]["embedding.weight"]
-    return state
+            f"output={options.output}: say where to write the checkpoint, "
+            "artifacts/models/mine.best.pt say"
+        )
+    if os.path.exists(options.output):
+        raise UserError(f"{options.output} exists; give another --output")
+    state = checkpoint.read(options.back)
+    # complains of what does not fit
+    checkpoint.restore(state, torch.device("cpu"), options.back)
+    checkpoint.save(options.output, state)
+    print(f"wrote {options.output}")
 
 
 def run(positional, overrides):
     options = cli.merge(ExportConfig, overrides)
     if options.back:
-        if "dtype" in overrides:
-            raise UserError(
-                f"dtype={options.dtype} with back={options.back}: a checkpoint has float32; leave "
-                "out --dtype"
-            )
-        if not options.output.endswith(".pt"):
-            raise UserError(
-                f"output={options.output}: say where to write the checkpoint, "
-                "artifacts/models/mine.best.pt say"
-            )
-        if os.path.exists(options.output):
-            raise UserError(f"{options.output} exists; give another --output")
-        state = read(options.back)
-        # complains of what does not fit
-        checkpoint.restore(state, torch.device("cpu"), options.back)
-        checkpoint.save(options.output, state)
-        return print(f"wrote {options.output}")
+        return back(options, overrides)
+    repo_id = exported.repository(exported.HUB + options.push)[0] if options.push else None
     path = options.checkpoint or checkpoint.newest()
+    folder = options.output or os.path.join(Config.out_dir, "export", checkpoint.name_of(path))
+    check_folder(folder)
     state = checkpoint.read(path)
-    checkpoint.restore(state, torch.device("cpu"), path)
-    folder = options.output or os.path.join(
-        Config.out_dir, "export", os.path.basename(path).removesuffix(".pt")
-    )
-    export(state, folder, getattr(torch, options.dtype))
+    model, _, cfg = checkpoint.restore(state, torch.device("cpu"), path)
+    exported.write(state, folder, getattr(torch, options.dtype))
     print(f"wrote {folder}/model.safetensors, config.json and tokenizer.json")
+    if not repo_id:
+        return
+    write_trace(folder, cfg.seq_len)
+    with (
+        cli.replacing(os.path.join(folder, CARD)) as temporary,
+        open(temporary, "w", encoding="utf-8") as file,
+    ):
+        file.write(card(repo_id, model, cfg, state, report_of(path)))
+    address = exported.push(folder, exported.HUB + options.push, (*exported.FILES, CARD, TRACE))
+    print(f"pushed to {address}; anybody writes with --checkpoint {exported.HUB}{repo_id}")
 
 
 main = cli.command(ExportConfig, run, __doc__, unexpected="Name the model with --checkpoint {}")

@@ -1555,7 +1555,7 @@ def test_export_and_back(tales_run, monkeypatch, capsys):
     assert texts[0] == texts[1]
     for words, message in (
         ("--back out --output artifacts/models/mine.best.pt", "exists"),
-        ("--back nowhere --output a.pt", "no exported"),
+        ("--back nowhere --output a.pt", "there is no checkpoint nowhere"),
         ("--back out --output b", "say where to write"),
         ("--output b --dtype float16", "bfloat16"),
         ("--back out --output b.pt --dtype bfloat16", "leave out --dtype"),

@@ -25,7 +25,7 @@ import train
 from model import Transformer
 from scripts import data, evaluate, export, report, train_tokenizer
 from scripts.lab import ablate, bench, front, pictures, results, variants
-from utils import corpus, metrics, policies, runtime, settings, tales, texts
+from utils import corpus, exported, metrics, policies, runtime, settings, tales, texts
 from utils.families import FAMILIES
 
 TEXT = {name: open(os.path.join(ROOT, name), encoding="utf-8").read() for name in report.PAGES}
@@ -223,6 +223,9 @@ def run_short(script, words, monkeypatch, capsys):
             },
         )
     monkeypatch.setattr(metrics, "SEARCHED", 5000)
+    # what is pushed is in the folder that was written
+    monkeypatch.setattr(exported, "push", lambda folder, name, files: name)
+    monkeypatch.setattr(exported, "fetch", lambda name, files=None: posixpath.basename(name))
     monkeypatch.setitem(FAMILIES, "squared", example("Squared"))
     code, _, err = run(MAIN[script], [*words, *short], monkeypatch, capsys)
     return code, err

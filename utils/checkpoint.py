@@ -1,4 +1,5 @@
-"""Checkpoints: one file that holds all that inference or a resumed run needs.
+"""Checkpoints: one file that holds all that inference or a resumed run needs. Where one is read, a
+folder of utils/exported.py may be given too, or hf:USER/NAME.
 
 Tensors, numbers, strings, lists and dicts only, and loaded with weights_only=True, so that opening
 a stranger's file runs no code. Written beside the old file and then renamed, so that a crash at any
@@ -18,7 +19,7 @@ import torch
 import config
 from config import Config, SampleConfig
 from model import Transformer, count_parameters
-from utils import cli, families, ranks, runtime
+from utils import cli, exported, families, ranks, runtime
 from utils import tokenizer as tokenizers
 from utils.cli import UserError, reason
 
@@ -137,12 +138,32 @@ def fitting(path):
 
 
 def read(path):
-    """The dict that `save` wrote. A file that is missing, damaged or no checkpoint is a
-    UserError."""
+    """The checkpoint (dict) at `path`: a file that `save` wrote, an exported folder (without what a
+    resumed run needs), or hf:USER/NAME[@revision]. One that is missing, damaged or no checkpoint is
+    a UserError."""
+    if path.startswith(exported.HUB):
+        state = exported.read(exported.fetch(path), path)
+    elif os.path.isdir(path):
+        state = exported.read(path, path)
+    else:
+        state = read_file(path)
+    check_state(state, path)
+    return state
+
+
+def name_of(path):
+    """What a checkpoint is called: NAME.best of artifacts/models/NAME.best.pt, the folder's name,
+    NAME of hf:USER/NAME@revision."""
+    path = exported.repository(path)[0] if path.startswith(exported.HUB) else path
+    return os.path.basename(os.path.abspath(path)).removesuffix(".pt")
+
+
+def read_file(path):
+    """The dict that `save` wrote, or whatever else the file holds."""
     if not os.path.isfile(path):
         raise UserError(f"there is no checkpoint {path}; train one with: python train.py")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError as error:
         raise UserError(f"{path} cannot be read: {reason(error)}") from None
     except Exception as error:
@@ -151,8 +172,6 @@ def read(path):
             f"{path} is no checkpoint, or a damaged one ({type(error).__name__}); take another, or "
             "train anew"
         ) from None
-    check_state(state, path)
-    return state
 
 
 def newest(folder=os.path.join(Config.out_dir, "models"), best=True):
@@ -274,8 +293,8 @@ def resumed_config(positional, overrides):
     state = read(path)
     if "optimizers" not in state:
         raise UserError(
-            f"{path} holds weights only and cannot be resumed; use the run's last checkpoint "
-            f"({path.replace('.best.pt', '.pt')}), or --init_from {path} to start a new run from it"
+            f"{path} holds weights only and cannot be resumed; use the run's last checkpoint, "
+            f"NAME.pt without .best, or --init_from {path} to start a new run from it"
         )
     before = dataclasses.asdict(cli.merge(Config, state["config"]))
     for key, value in overrides.items():

@@ -6,10 +6,9 @@ import math
 import torch
 
 import diffusion
-from utils import checkpoint, families, runtime
+from utils import checkpoint, exported, families, runtime
 from utils.cli import UserError, reason
-
-HUB = "hf:"  # before a name on the Hugging Face hub, or a folder in its format
+from utils.exported import HUB
 
 
 class CheckpointJudge:
@@ -77,8 +76,9 @@ class HubJudge:
 
 
 def load(name, device, dtype="auto"):
-    """The judge of that name: `hf:NAME`, or the path of a checkpoint."""
-    if name.startswith(HUB):
+    """The judge of that name: a checkpoint of this program, or hf:NAME of another on the Hugging
+    Face hub; or of a folder in its format."""
+    if name.startswith(HUB) and not exported.is_ours(name):
         return HubJudge(name.removeprefix(HUB), device)
     return CheckpointJudge(name, device, dtype)
 
