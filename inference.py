@@ -6,54 +6,166 @@
     python inference.py --num-samples 4 --sampler entropy_bounded:0.5 --temperature 0.8 --live
     python inference.py --prompt-file prompts.txt --gen-len 40 --json
 
-Needs a checkpoint and nothing else: it holds the tokenizer and the settings.
+Needs a checkpoint and nothing else: it holds the tokenizer and the settings. From Python:
+
+    model = load()                                   # a file, a folder, hf:USER/NAME; or the newest
+    story = model.generate("Once upon a time", seed=1)          # any of the flags by its name
+    print(story, story.nfe)                          # in a notebook the cell shows how it appeared
+    for state in model.stream("Once upon a time"):
+        print(state.text)
+    print(model.nll("Once upon a time, there was a cat."))
 """
 
 import contextlib
+import dataclasses
 import json
 import sys
 import time
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
 
 import diffusion
 from config import SampleConfig
-from utils import canvas, checkpoint, cli, families, page, ranks, runtime, terminal, trace, video
-from utils.tokenizer import Tokenizer
+from utils import (
+    canvas,
+    checkpoint,
+    cli,
+    families,
+    metrics,
+    page,
+    ranks,
+    runtime,
+    terminal,
+    trace,
+    video,
+)
+from utils.cli import UserError
 
-ALTERNATIVES = 5  # likeliest tokens that the page of --viz-html shows
+ALTERNATIVES = 5  # likeliest tokens that a page of a trace shows
 
 
-class Loaded(NamedTuple):
-    """A checkpoint that is ready to generate."""
-
-    name: str
-    model: torch.nn.Module
-    family: object  # diffusion.Masked, or one of utils/families.py
-    tokenizer: Tokenizer
-    hardware: ranks.Hardware
+# --- a model that writes --------------------------------------------------------------------------
 
 
-def load(overrides):
-    """Flags (dict) -> (SampleConfig, Loaded). Settings come from config.py, then from the
-    checkpoint (how its author wanted it sampled), then from the flags."""
-    families.check_sampling(cli.merge(SampleConfig, overrides))  # before the checkpoint is read
-    path = overrides.get("checkpoint") or checkpoint.newest()
+@dataclass(frozen=True)
+class Sample:
+    """A text that was generated, and how."""
+
+    text: str
+    seed: int
+    sampler: str
+    nfe: int  # network evaluations of this text
+    seconds: float  # of all that were generated together with it, without viewers' time
+    tokens_per_second: float  # of all those, up to the texts' ends
+    tokens: list = dataclasses.field(repr=False)  # str of each position of the row
+    confidence: list = dataclasses.field(repr=False)  # probability of the likeliest token there
+    step: list = dataclasses.field(repr=False)  # in which each settled; 0: given
+    trace: tuple = dataclasses.field(default=None, repr=False)  # trace.Trace, if recorded
+
+    def __str__(self):
+        return self.text
+
+    def _repr_html_(self):
+        """What a notebook shows: the page of --viz-html in a frame of its own."""
+        return page.framed(*self.trace) if self.trace else page.escaped(self.text)
+
+    def record(self):
+        """What --json prints (dict)."""
+        names = [f.name for f in dataclasses.fields(self) if f.name != "trace"]
+        return {name: getattr(self, name) for name in names}
+
+
+class Model:
+    """A checkpoint that is ready to generate; see `load`.
+
+    name       what it is called
+    network    model.Transformer
+    family     diffusion.Masked, or one of utils/families.py
+    tokenizer  utils.tokenizer.Tokenizer
+    hardware   ranks.Hardware: device and dtype
+    sampling   how its author wanted it sampled (dict)
+    """
+
+    def __init__(self, name, network, family, tokenizer, hardware, sampling):
+        self.name, self.network, self.family, self.tokenizer = name, network, family, tokenizer
+        self.hardware, self.sampling = hardware, sampling
+
+    def settings(self, **options):
+        """SampleConfig of options (flags of this script, by name): from config.py, then as the
+        checkpoint's author wanted it sampled, then as the options say."""
+        if idle := [name for name in OF_LOADING if name in options]:
+            raise UserError(f"{idle[0]} is chosen when a model is loaded: load(..., {idle[0]}=...)")
+        families.check_sampling(cli.merge(SampleConfig, options))
+        how = cli.merge(SampleConfig, self.sampling, options)
+        if "sampler" in options:
+            families.check_sampler(self.family, how)
+        for target, ending in (
+            (how.viz_video, ".mp4"),
+            (how.viz_gif, ".gif"),
+            (how.viz_html, ".html"),
+        ):
+            if target:  # rather now than after the work
+                trace.check(target, ending)
+        return how
+
+    def steps(self, blank, how, seeds, top):
+        """The stream of `sampling.Step`s that fills canvases blank (B, L)."""
+        stop = None if how.no_stop else self.tokenizer.end
+        more = dict(window=self.family.cfg.seq_len, seeds=seeds, top=top)
+        return diffusion.sample(self.family, self.network, blank, how, stop=stop, **more)
+
+    def generate(self, prompt="", **options):
+        """The `Sample` that continues the prompt; a list of them where several are asked for. The
+        first has a trace, where that fits into memory."""
+        how = self.settings(prompt=prompt, **options)
+        samples, *_ = generate(self, how, record=True)
+        write_traces(how, samples[0].trace)
+        return samples if len(samples) > 1 else samples[0]
+
+    def stream(self, prompt="", **options):
+        """Yields a `trace.Shown` after every step: the text as it is while it appears."""
+        how = self.settings(prompt=prompt, **options)
+        rows = canvas.rows_of(how, self.family, self.tokenizer)
+        if len(rows) > 1:
+            raise UserError(f"stream shows one text, and {len(rows)} were asked for")
+        [(row, seed)], device = rows, self.hardware.device
+        blank = torch.tensor([row], device=device)
+        steps = self.steps(blank, how, [seed], 0)
+        frames, steps = trace.record(steps, blank, self.tokenizer.mask, how.trace_every)
+        while True:
+            with self.hardware.autocast():  # not while the caller works
+                step = next(steps, None)
+            while frames:
+                yield trace.shown(frames.pop(0), row, self.tokenizer, not how.no_stop)
+            if step is None:
+                return
+
+    def nll(self, text, passes=32):
+        """`metrics.TextBound` of the text (str) and its end, in nats: an upper bound on -log p, the
+        mean over so many passes of masks; exact for an autoregressive model."""
+        with self.hardware.autocast():
+            return metrics.text_bound(self.network, self.family, self.tokenizer, text, passes)
+
+
+OF_LOADING = ("checkpoint", "device", "dtype")  # flags that `load` takes
+
+
+def load(path="", device=SampleConfig.device, dtype=SampleConfig.dtype):
+    """The `Model` of a checkpoint: a run's file, an exported folder, or hf:USER/NAME[@revision] of
+    the Hugging Face hub; the newest run's best where path is ""."""
+    path = path or checkpoint.newest()
     state = checkpoint.read(path)
-    how = cli.merge(SampleConfig, checkpoint.sampling(state, path), overrides)
-    for target, ending in ((how.viz_video, ".mp4"), (how.viz_gif, ".gif"), (how.viz_html, ".html")):
-        if target:  # rather now than after the work
-            trace.check(target, ending)
-    device = runtime.choose_device(how.device)
-    model, tokenizer, cfg = checkpoint.restore(state, device, path)
-    family = families.family_of(cfg)
-    if "sampler" in overrides:
-        families.check_sampler(family, how)
-    dtype = runtime.dtype_of_run(how.dtype, cfg.dtype, device, path)
-    hardware = ranks.Hardware(device, dtype)
-    return how, Loaded(checkpoint.name_of(path), model, family, tokenizer, hardware)
+    device = runtime.choose_device(device)
+    sampling = checkpoint.sampling(state, path)
+    network, tokenizer, cfg = checkpoint.restore(state, device, path)
+    hardware = ranks.Hardware(device, runtime.dtype_of_run(dtype, cfg.dtype, device, path))
+    family, name = families.family_of(cfg), checkpoint.name_of(path)
+    return Model(name, network, family, tokenizer, hardware, sampling)
+
+
+# --- generating -----------------------------------------------------------------------------------
 
 
 class Stopwatch:
@@ -72,50 +184,54 @@ class Stopwatch:
             start = time.perf_counter()
 
 
-def generate(loaded, how):
-    """Generate all that how (SampleConfig) asks for; returns (results, frames of the first row,
-    NFE, seconds).
-
-    A result is a dict: text, seed, sampler, nfe (network evaluations), tokens, confidence and step
-    (when each token settled; 0: given) of its own row; seconds and tokens_per_second are those of
-    the rows that are generated together with it, up to the texts' ends, without viewers' time.
-    """
-    family, tokenizer, device = loaded.family, loaded.tokenizer, loaded.hardware.device
+def generate(model, how, record=False):
+    """(list of `Sample`, NFE, seconds) of all that how (SampleConfig) asks for; record: the first
+    has a trace if that fits into memory, as it has where a viewer's file is asked for."""
+    family, tokenizer, device = model.family, model.tokenizer, model.hardware.device
     rows = canvas.rows_of(how, family, tokenizer)
-    results, frames, nfe, seconds = {}, [], 0, 0.0
-    stop = None if how.no_stop else tokenizer.end
+    viewed = bool(how.viz_video or how.viz_gif or how.viz_html)
+    if viewed:
+        trace.check_states(rows[0][0], how, family, tokenizer.mask)
+    least = trace.least_every(rows[0][0], how, family, tokenizer.mask, True)
+    record = viewed or record and how.trace_every >= least
+    samples, nfe, seconds = {}, 0, 0.0
     for members in canvas.batches(rows, family, tokenizer.vocab_size, device):
         first, blank = 0 in members, torch.tensor([rows[i][0] for i in members], device=device)
-        top = ALTERNATIVES if how.viz_html and first else 0
-        more = dict(window=family.cfg.seq_len, seeds=[rows[i][1] for i in members], top=top)
-        stream = diffusion.sample(family, loaded.model, blank, how, stop=stop, **more)
-        watch = Stopwatch(stream, device)
-        steps = iter(watch)
-        if first and (how.viz_video or how.viz_gif or how.viz_html):
-            trace.check_states(rows[0][0], how, family, tokenizer.mask)
+        top = ALTERNATIVES if first and record and (how.viz_html or not viewed) else 0
+        watch = Stopwatch(model.steps(blank, how, [rows[i][1] for i in members], top), device)
+        steps, frames = iter(watch), []
+        if first and record:
             frames, steps = trace.record(steps, blank, tokenizer.mask, how.trace_every)
         if first and how.live:
             given = (blank[0] != tokenizer.mask).tolist()
             steps = terminal.live(steps, tokenizer, given, how.frame_ms)
-        with loaded.hardware.autocast():
+        with model.hardware.autocast():
             last, settled = follow(steps, blank == tokenizer.mask, quiet=first and how.live)
         nfe, seconds, ids = nfe + last.nfe, seconds + watch.seconds, last.ids.tolist()
         end_of = lambda r, i: None if how.no_stop else canvas.end(tokenizer, ids[r], rows[i][0])
         finished = (rows[i][0][: end_of(r, i)] for r, i in enumerate(members))
         generated = sum(row.count(tokenizer.mask) for row in finished)
         for r, i in enumerate(members):
-            results[i] = {
-                "text": canvas.finished(tokenizer, ids[r], rows[i][0], not how.no_stop),
-                "seed": rows[i][1],
-                "sampler": family.procedure or how.sampler,
-                "nfe": int(last.row_nfe[r]),
-                "seconds": watch.seconds,
-                "tokens_per_second": generated / watch.seconds,
-                "tokens": tokenizer.pieces(ids[r]),
-                "confidence": [round(c, 4) for c in last.confidence[r].tolist()],
-                "step": settled[r].tolist(),
-            }
-    return [results[i] for i in range(len(rows))], frames, nfe, seconds
+            samples[i] = Sample(
+                text=canvas.finished(tokenizer, ids[r], rows[i][0], not how.no_stop),
+                seed=rows[i][1],
+                sampler=family.procedure or how.sampler,
+                nfe=int(last.row_nfe[r]),
+                seconds=watch.seconds,
+                tokens_per_second=generated / watch.seconds,
+                tokens=tokenizer.pieces(ids[r]),
+                confidence=[round(c, 4) for c in last.confidence[r].tolist()],
+                step=settled[r].tolist(),
+                trace=traced(model, how, frames) if frames and i == 0 else None,
+            )
+    return [samples[i] for i in range(len(rows))], nfe, seconds
+
+
+def traced(model, how, frames):
+    """The `trace.Trace` of frames, with a title that says how it was."""
+    procedure = model.family.procedure or how.sampler
+    words = f"{procedure} · temperature {how.temperature:g} · {frames[-1].nfe} NFE"
+    return trace.Trace(frames, model.tokenizer, f"{model.name} · {words}")
 
 
 def follow(steps, masked, quiet):
@@ -132,34 +248,33 @@ def follow(steps, masked, quiet):
     return step, settled
 
 
-def write_traces(loaded, how, frames, procedure):
-    """The files of --viz-video, --viz-gif and --viz-html."""
-    how_it_was = f"{procedure} · temperature {how.temperature:g} · {frames[-1].nfe} NFE"
-    title = f"{loaded.name} · {how_it_was}"
+def write_traces(how, seen):
+    """The files of --viz-video, --viz-gif and --viz-html of what was seen (`trace.Trace`)."""
     for target, write in ((how.viz_video, video.write_mp4), (how.viz_gif, video.write_gif)):
         if target:
-            write(target, video.pictures(frames, loaded.tokenizer, title), how.gif_frame_ms)
+            write(target, video.pictures(*seen), how.gif_frame_ms)
     if how.viz_html:
-        page.write_html(how.viz_html, frames, loaded.tokenizer, title)
+        page.write_html(how.viz_html, *seen)
     for target in filter(None, (how.viz_video, how.viz_gif, how.viz_html)):
         print(f"wrote {target}", file=sys.stderr)
 
 
 def run(positional, overrides):
-    how, loaded = load(overrides)
-    results, frames, nfe, seconds = generate(loaded, how)
-    for result in results:
-        head = f"--- seed {result['seed']}\n" if len(results) > 1 else ""
-        line = json.dumps(result, ensure_ascii=False) if how.json else head + result["text"]
-        print(line)
-    procedure = loaded.family.procedure or how.sampler
+    chosen = cli.merge(SampleConfig, overrides)
+    families.check_sampling(chosen)  # before the checkpoint is read
+    model = load(chosen.checkpoint, chosen.device, chosen.dtype)
+    how = model.settings(**{k: v for k, v in overrides.items() if k not in OF_LOADING})
+    samples, nfe, seconds = generate(model, how)
+    for sample in samples:
+        head = f"--- seed {sample.seed}\n" if len(samples) > 1 else ""
+        record = json.dumps(sample.record(), ensure_ascii=False) if how.json else ""
+        print(record or head + sample.text)
     print(
-        f"{loaded.name} on {loaded.hardware.device.type} | {procedure}, temperature "
+        f"{model.name} on {model.hardware.device.type} | {samples[0].sampler}, temperature "
         f"{how.temperature:g} | {nfe} network evaluations (NFE), {seconds:.1f} s",
         file=sys.stderr,
     )
-    if frames:
-        write_traces(loaded, how, frames, procedure)
+    write_traces(how, samples[0].trace)
 
 
 HINT = 'Give text with --prompt "..." and a model with --checkpoint PATH'

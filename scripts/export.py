@@ -97,9 +97,7 @@ def write_trace(folder, length):
     """A GIF of one text of at most that length as it appears, in an exported folder."""
     every = max(1, length // 64)  # some 60 pictures are enough
     target = os.path.join(folder, TRACE)
-    how, loaded = inference.load({"checkpoint": folder, "viz_gif": target, "trace_every": every})
-    results, frames, *_ = inference.generate(loaded, how)
-    inference.write_traces(loaded, how, frames, results[0]["sampler"])
+    inference.load(folder).generate(viz_gif=target, trace_every=every)
 
 
 def check_folder(folder):

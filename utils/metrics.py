@@ -4,11 +4,14 @@ shown."""
 import dataclasses
 import math
 import statistics
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 import diffusion
 from utils import corpus, encoding, families, judges, samples, tales
+from utils.cli import UserError
 
 SEARCHED = 5_000_000  # training tokens that copies are looked for in
 
@@ -80,6 +83,61 @@ def held_out(model, family, data, device):
             "entropy_nats_per_story": tales.entropy(),
         }
     return report
+
+
+class TextBound(NamedTuple):
+    """The bound on -log p of a text and of its end, with standard errors."""
+
+    nats: float
+    se_masks: float  # what other masks would change; 0 where the bound is exact
+    se_rows: float  # what another text of as many windows would; nan of a single one
+    tokens: int
+    nats_per_token: float
+    bits_per_byte: float
+
+
+def text_bound(model, family, tokenizer, text, passes):
+    """`TextBound` of a text (str): of rows as the model was trained on, so of a document with its
+    end to the end of the window; of a model of windows, of `<|endoftext|>`, which is given, the
+    text and `<|endoftext|>`, in windows. What fills a last block up is given, and costs nothing."""
+    device = next(model.parameters()).device
+    rows, givens = rows_of_text(text, tokenizer, family)
+    each = torch.cat(
+        [
+            family.nelbo(model, row.to(device), passes, given).double().cpu() * row.size(1)
+            for row, given in zip(rows, givens)
+        ]
+    )  # (windows, passes), nats
+    tokens = torch.tensor([(~given).sum() for given in givens])
+    nats, _, se_masks = (figure * len(each) for figure in mean_and_errors(each))
+    total, size = int(tokens.sum()), len(text.encode())
+    return TextBound(
+        nats,
+        0.0 if family.exact else se_masks,
+        judges.ratio_error(each.mean(1), tokens) * total,
+        total,
+        nats / total,
+        nats / math.log(2) / size if size else math.inf,
+    )
+
+
+def rows_of_text(text, tokenizer, family):
+    """(rows (1, l) long, and of each what of it is given (1, l) bool) for `text_bound`."""
+    if not text:
+        raise UserError("there is no text to judge")
+    L, n = family.cfg.seq_len, family.block_len or 1
+    if family.bos:
+        rows = list(encoding.document_rows([text], tokenizer, L).split(1))
+        return rows, [torch.arange(L)[None] < family.bos for _ in rows]
+    ids = encoding.token_stream([text], tokenizer).long()
+    rows = list(ids[None].split(L, 1))
+    givens = [torch.zeros_like(row, dtype=torch.bool) for row in rows]
+    if tokenizer.end is not None:
+        givens[0][0, 0] = True
+    missing = -rows[-1].size(1) % n
+    rows[-1] = F.pad(rows[-1], (0, missing), value=tokenizer.end or 0)
+    givens[-1] = F.pad(givens[-1], (0, missing), value=True)
+    return rows, givens
 
 
 def mean_and_errors(nll):

@@ -1,14 +1,15 @@
 """Text appearing out of masks on a page of HTML to step through."""
 
+import html
 import json
 import os
 
 from utils import cli
 
 
-def write_html(path, frames, tokenizer, title):
-    """One self-contained page (no network, no dependency): trace.html with the recorded frames in
-    it.
+def page(frames, tokenizer, title):
+    """One self-contained page (str; no network, no dependency): trace.html with the recorded frames
+    in it.
 
     Frames are stored as differences: what changed in a step, and the alternatives that were
     computed in it.
@@ -54,9 +55,30 @@ def write_html(path, frames, tokenizer, title):
     with open(
         os.path.join(os.path.dirname(os.path.abspath(__file__)), "trace.html"), encoding="utf-8"
     ) as file:
-        page = file.read()
+        template = file.read()
     # "<" is escaped, so that no token can end the script
     script = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
-    page = page.replace("/*DATA*/null", script)
+    return template.replace("/*DATA*/null", script)
+
+
+def write_html(path, frames, tokenizer, title):
+    """`page` as a file."""
     with cli.replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        file.write(page)
+        file.write(page(frames, tokenizer, title))
+
+
+def framed(frames, tokenizer, title):
+    """`page` for a notebook's cell: in a frame, where its names and keys are its own, as high as
+    the text may need (characters are some 11 pixels wide, lines 37 high)."""
+    length = len("".join(tokenizer.pieces(frames[-1].ids)))
+    height = min(900, 300 + 37 * (1 + length // 70))
+    inside = html.escape(page(frames, tokenizer, title))
+    return (
+        f'<iframe srcdoc="{inside}" sandbox="allow-scripts" title="{html.escape(title)}" '
+        f'style="width: 100%; height: {height}px; border: 0"></iframe>'
+    )
+
+
+def escaped(text):
+    """A text without a trace, as HTML."""
+    return f'<pre style="white-space: pre-wrap">{html.escape(text)}</pre>'

@@ -3,6 +3,7 @@
 import os
 from typing import NamedTuple
 
+from utils import canvas
 from utils.cli import UserError
 
 MOST_STATES = 2**24  # of tokens, over all frames of a trace
@@ -16,6 +17,46 @@ class Frame(NamedTuple):
     nfe: int  # of this row so far
     confidence: list  # L floats, the largest probability of each position when it was last computed
     top: list = None  # L lists of (token, probability), likeliest first, as last computed
+
+
+class Trace(NamedTuple):
+    """What the viewers are given."""
+
+    frames: list  # of Frame
+    tokenizer: object
+    title: str
+
+
+class Shown(NamedTuple):
+    """A frame in words."""
+
+    text: str  # so far, MASKED where nothing stands yet
+    tokens: list  # of each position its str, None where masked
+    fresh: list  # L bools, unmasked or changed in this step
+    remasked: list  # L bools
+    confidence: list  # L floats
+    nfe: int  # network evaluations so far
+    number: int  # of the step; 0: the canvas
+
+
+MASKED = "░"
+
+
+def shown(frame, blank, tokenizer, stop=True):
+    """The Frame in words. blank is the canvas (list of ids) that it began as; stop: the text ends
+    at its `<|endoftext|>`, once all before it is there."""
+    ids, masked = frame.ids, MASKED if tokenizer.is_char else " " + 2 * MASKED
+    end = canvas.end(tokenizer, ids, blank) if stop else len(ids)
+    tokens = [
+        None if i == tokenizer.mask else piece for i, piece in zip(ids, tokenizer.pieces(ids))
+    ]
+    if tokenizer.mask in ids[:end]:
+        text = "".join(masked if token is None else token for token in tokens)
+    else:
+        text = canvas.finished(tokenizer, ids, blank, stop)
+    return Shown(
+        text, tokens, frame.fresh, frame.remasked, frame.confidence, frame.nfe, frame.number
+    )
 
 
 def most_states(row, how, family, mask):
@@ -32,15 +73,24 @@ def most_states(row, how, family, mask):
     return most if sampler.may_remask else min(masks, most)
 
 
+def least_every(row, how, family, mask, alternatives):
+    """The least trace_every with which a trace of the row (list of ids), as how (SampleConfig)
+    wants it, fits into memory: a token takes some 90 bytes in a state, 600 with its
+    alternatives."""
+    most = MOST_STATES // (8 if alternatives else 1)
+    return -(-most_states(row, how, family, mask) * len(row) // most)
+
+
 def check_states(row, how, family, mask):
-    """Complain where a trace of the row (list of ids), as how (SampleConfig) wants it, would not
-    fit into memory: a token takes some 90 bytes in a state, and 600 with its alternatives."""
-    states, tokens, every = most_states(row, how, family, mask), len(row), how.trace_every
-    most = MOST_STATES // (8 if how.viz_html else 1)
-    if (states // every) * tokens > most:
+    """Complain where the trace of a viewer would not fit into memory."""
+    states, least = (
+        most_states(row, how, family, mask),
+        least_every(row, how, family, mask, how.viz_html),
+    )
+    if how.trace_every < least:
         raise UserError(
-            f"up to {states // every:,} states of {tokens:,} tokens are too many for a trace; give "
-            f"--trace-every {-(-states * tokens // most)}"
+            f"up to {states // how.trace_every:,} states of {len(row):,} tokens are too many for a "
+            f"trace; give --trace-every {least}"
         )
 
 
