@@ -24,7 +24,6 @@ import time
 from dataclasses import dataclass
 
 import torch
-from tqdm import tqdm
 
 import diffusion
 from config import SampleConfig
@@ -239,12 +238,11 @@ def follow(steps, masked, quiet):
     Of each row, steps in which something happened count; masked (B, L) bool is what is
     generated."""
     settled, number, count = torch.zeros_like(masked, dtype=torch.long), 0, int(masked.sum())
-    bar = tqdm(total=count, unit="token", leave=False, disable=True if quiet else None)
-    with contextlib.closing(steps), bar:
+    with contextlib.closing(steps), terminal.progress(count, "tokens", hidden=quiet) as done:
         for step in steps:
             number = number + (step.fresh | step.remasked).any(1, keepdim=True).long()
             settled = torch.where(step.fresh, number, settled)
-            bar.update(round(count * (1 - step.t.mean().item())) - bar.n)
+            done(round(count * (1 - step.t.mean().item())))
     return step, settled
 
 

@@ -288,20 +288,18 @@ def test_live_shows_the_noise_level(bpe):
 
 def test_live_terminal(bpe):
     shown = live(canvas_steps(bpe), bpe)
-    assert shown.startswith("\x1b[?1049h\x1b[?25l") and shown.endswith("\x1b[?25h\x1b[?1049l")
+    assert shown.startswith("\x1b[?1049h") and shown.endswith("\x1b[?25h\x1b[?1049l")
     assert "░" in shown and "\x1b[1;30;43m" in shown and "2 NFE, 0 of" in shown
     assert f"\x1b[4;34m{bpe.pieces(canvas_steps(bpe)[0].ids[0].tolist())[2]}\x1b[0m" in shown, (
         "given"
     )
-    last = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.split("\x1b[2J")[-1])
+    last = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.split("\x1b[H")[-1])
     assert max(map(len, last.splitlines())) <= 30 and "green kite" in last
     without = live(canvas_steps(bpe), bpe, NO_COLOR="1")
     assert "\x1b[1;30;43m" not in without and "\x1b[1m" in without and "\x1b[4m" in without
-    wide = live(canvas_steps(bpe), bpe, COLUMNS="80").split("\x1b[2J")
-    assert all("\x1b[35mmasked again\x1b[0m" in part for part in wide[1:]), (
-        "the legend, where it fits"
-    )
-    assert wide[1].count("\x1b[36m") > wide[2].count("\x1b[36m") == 1, (
+    wide = live(canvas_steps(bpe), bpe, COLUMNS="80").split("\x1b[H")[2:]
+    assert all("\x1b[35mmasked again\x1b[0m" in part for part in wide), "the legend, where it fits"
+    assert wide[0].count("\x1b[36m") > wide[1].count("\x1b[36m") == 1, (
         "unsure of tokens below one half"
     )
     dumb = live(canvas_steps(bpe), bpe, TERM="dumb")
@@ -311,6 +309,16 @@ def test_live_terminal(bpe):
         len(list(terminal.live(iter(canvas_steps(bpe)), bpe, [], out=pipe))) == 2
         and pipe.getvalue() == ""
     )
+
+
+def test_progress_is_shown_in_a_terminal_only(monkeypatch):
+    """A bar that goes away at the end; elsewhere, and where hidden, nothing."""
+    monkeypatch.setenv("TERM", "xterm")
+    for tty, hidden in ((True, False), (False, False), (True, True)):
+        out = Terminal(tty)
+        with terminal.progress(8, "tokens", hidden, out) as done:
+            done(8)
+        assert ("8/8" in out.getvalue()) == (tty and not hidden)
 
 
 def test_live_cleans_up_after_ctrl_c(bpe, monkeypatch):
