@@ -39,9 +39,11 @@ from utils import (
     runs,
     runtime,
     settings,
+    tracking,
 )
 from utils.cli import UserError
 
+TRACKED = 10  # steps between points of live curves
 SHOWN_STEPS = 64  # of the sampler, for the text that is shown at each evaluation
 
 
@@ -102,7 +104,8 @@ def gradients(
 
 
 def train_step(run, progress, batch, fraction):
-    """One optimizer step; fraction of the run that is done, in [0, 1]."""
+    """One optimizer step; fraction of the run that is done, in [0, 1]. Returns this process's part
+    of the loss, and the norm of the gradient before it is clipped."""
     cfg, scaler = run.cfg, run.scaler
     loss = gradients(run.network, run.family, batch, run.hardware, run.token_nll, scaler.scale)
     for optimizer in run.optimizers:
@@ -121,6 +124,7 @@ def train_step(run, progress, batch, fraction):
         optim.update_average(run.ema, run.model, cfg.ema, progress.step)
     progress.running = progress.running + loss
     progress.step, progress.counted = progress.step + 1, progress.counted + 1
+    return loss, norm
 
 
 # --- evaluating, saving, logging: nothing here changes what is trained ---------------------------
@@ -144,6 +148,8 @@ def evaluate(run, progress, so_far):
     if not hardware.rank:
         entry = {"step": progress.step, "loss": loss, "bound": progress.nll, "bound_se_rows": error}
         runtime.write_line(run.path["log"], entry | {"minutes": progress.minutes})
+        figures = {name: number for name, number in entry.items() if name != "step"}
+        run.track(progress.step, figures, text)
     run.say(
         f"step {progress.step:,} | training loss {loss:.4f} | held-out bound {progress.nll:.4f} "
         f"± {error:.4f} nats per token | {cli.duration(60 * progress.minutes)}\n    {text[:300]!r}"
@@ -199,6 +205,22 @@ def show_speed(run, progress, bar):
     bar.set_postfix_str(f"loss {so_far.item() / progress.counted:.4f}, {rate:,.0f} tokens/s")
 
 
+def track_step(run, progress, loss, norm, steps_per_second):
+    """The figures of a step, for live curves."""
+    loss = run.hardware.sum(loss)
+    rates = {
+        f"learning_rate_{type(optimizer).__name__}".lower(): optimizer.param_groups[0]["lr"]
+        for optimizer in run.optimizers
+    }
+    figures = {
+        "loss_of_step": loss.item(),
+        "gradient_norm": norm.item(),
+        "tokens_per_second": steps_per_second * run.cfg.batch_size * run.cfg.seq_len,
+    }
+    if not run.hardware.rank:
+        run.track(progress.step, figures | rates)
+
+
 # --- the loop ------------------------------------------------------------------------------------
 
 
@@ -208,6 +230,7 @@ def loop(run, progress, batches, minutes, stop, bar):
     cfg = run.cfg
     saved = begun = progress.step  # the last step that was saved, and where this session began
     busy, clock = 0.0, time.perf_counter()
+    tracked = begun, 0.0  # the last step of the live curves, and how busy it was then
     due = lambda interval: progress.step % interval == 0
     while True:
         # all processes must decide alike, so the first one's clock and Ctrl-C count
@@ -236,8 +259,12 @@ def loop(run, progress, batches, minutes, stop, bar):
             clock = time.perf_counter()
         if importance.is_due(cfg, progress.step):
             progress.density = importance.measure(run, progress.step)
-        train_step(run, progress, next(batches), fraction)
+        loss, norm = train_step(run, progress, next(batches), fraction)
         show_speed(run, progress, bar)
+        if cfg.track != "none" and due(TRACKED):
+            spent, (step, before) = busy + time.perf_counter() - clock, tracked
+            track_step(run, progress, loss, norm, (progress.step - step) / (spent - before))
+            tracked = progress.step, spent
 
 
 def batches_of(run, progress, pool):
@@ -286,6 +313,9 @@ def train(cfg, state=None, quiet=False):
             disable=run.quiet or None,
         )
         after.enter_context(bar)
+        if cfg.track != "none" and not hardware.rank:
+            run.track, close = tracking.start(run.cfg, progress.step)
+            after.callback(close)
         cuda = hardware.device.type == "cuda"
         batches = batches_of(
             run, progress, after.enter_context(ThreadPoolExecutor(1)) if cuda else None

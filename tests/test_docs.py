@@ -552,10 +552,13 @@ def test_pyproject_and_requirements_name_the_same_packages():
     """The one with the numbers that were tested as lower bounds, the other with them alone."""
     with open(os.path.join(ROOT, "pyproject.toml"), "rb") as file:
         project = tomllib.load(file)["project"]
-    with open(os.path.join(ROOT, "requirements.txt"), encoding="utf-8") as file:
-        pinned = dict(line.strip().split("==") for line in file)
-    wanted = project["dependencies"] + project["optional-dependencies"]["dev"]
-    assert dict(line.split(">=") for line in wanted) == pinned
+    extras = project["optional-dependencies"]
+    for name, wanted in (
+        ("requirements.txt", project["dependencies"]),
+        ("requirements-dev.txt", ["-r requirements.txt", *extras["dev"]]),
+    ):
+        with open(os.path.join(ROOT, name), encoding="utf-8") as file:
+            assert [line.replace(">=", "==") for line in wanted] == file.read().splitlines()
 
 
 def test_the_workflow_runs_the_tests_on_three_systems():

@@ -25,8 +25,8 @@ from utils.cli import UserError, reason
 
 # what a resumed run may change (out_dir for "auto"); everything else would make it another run
 MAY_CHANGE = set(
-    "max_iters max_minutes save_interval device dtype compile lr muon_lr lr_decay decay_share "
-    "eval_interval final_rows final_masks final_samples resume micro_batch out_dir "
+    "max_iters max_minutes save_interval track device dtype compile lr muon_lr lr_decay "
+    "decay_share eval_interval final_rows final_masks final_samples resume micro_batch out_dir "
     "activation_checkpointing".split()
 )
 

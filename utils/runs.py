@@ -25,6 +25,7 @@ from utils import (
     plots,
     ranks,
     runtime,
+    tracking,
 )
 from utils import tokenizer as tokenizers
 from utils.cli import UserError
@@ -73,6 +74,7 @@ class Run:
     network: Callable = None  # the model, compiled and distributed where that pays
     token_nll: Callable = diffusion.token_nll
     seconds: float = 0.0  # of a pass forward and backward
+    track: Callable = tracking.nowhere
 
     def say(self, line):
         """Tell the user."""
