@@ -23,7 +23,7 @@ import diffusion
 import inference
 import train
 from model import Transformer
-from scripts import data, evaluate, export, report, train_tokenizer
+from scripts import data, evaluate, export, playground, report, train_tokenizer
 from scripts.lab import ablate, bench, front, pictures, results, variants
 from utils import corpus, exported, metrics, policies, runtime, settings, tales, texts
 from utils.families import FAMILIES
@@ -31,7 +31,18 @@ from utils.families import FAMILIES
 TEXT = {name: open(os.path.join(ROOT, name), encoding="utf-8").read() for name in report.PAGES}
 MAIN = {"train.py": train.main, "inference.py": inference.main} | {
     f"{script.__name__.replace('.', '/')}.py": script.main
-    for script in (ablate, bench, data, evaluate, export, front, pictures, report, train_tokenizer)
+    for script in (
+        ablate,
+        bench,
+        data,
+        evaluate,
+        export,
+        front,
+        pictures,
+        playground,
+        report,
+        train_tokenizer,
+    )
 }
 
 
@@ -81,6 +92,7 @@ SHORT = {  # appended to the words of a command: later flags win
     "scripts/evaluate.py": ["--rows", "4", "--device", "cpu"],
     "scripts/data.py": [],
     "scripts/export.py": [],
+    "scripts/playground.py": ["--device", "cpu"],
     "scripts/lab/front.py": [],
     "scripts/report.py": ["--check"],
     "scripts/lab/pictures.py": [],
@@ -223,6 +235,10 @@ def run_short(script, words, monkeypatch, capsys):
             },
         )
     monkeypatch.setattr(metrics, "SEARCHED", 5000)
+    if script == "scripts/playground.py":
+        import gradio
+
+        monkeypatch.setattr(gradio.Blocks, "launch", lambda self, **options: None)
     # what is pushed is in the folder that was written
     monkeypatch.setattr(exported, "push", lambda folder, name, files: name)
     monkeypatch.setattr(exported, "fetch", lambda name, files=None: posixpath.basename(name))

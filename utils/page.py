@@ -1,4 +1,4 @@
-"""Text appearing out of masks on a page of HTML to step through."""
+"""Text appearing out of masks in HTML: a page to step through, and single states."""
 
 import html
 import json
@@ -77,6 +77,53 @@ def framed(frames, tokenizer, title):
         f'<iframe srcdoc="{inside}" sandbox="allow-scripts" title="{html.escape(title)}" '
         f'style="width: 100%; height: {height}px; border: 0"></iframe>'
     )
+
+
+# the marks of the page, for `marked`; .dark is how gradio says that it is
+STYLE = """<style>
+.trace { font: 1.05rem/1.9 ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace;
+  white-space: pre-wrap; overflow-wrap: anywhere; --faint: #8a867d; --given: #0072b2;
+  --tint: 120, 175, 230; }
+.dark .trace { --faint: #8d8f96; --given: #6cb8ea; --tint: 50, 105, 165; }
+.trace span { border-radius: 4px; padding: .1em 0; }
+.trace .mask { box-shadow: inset 0 0 0 1px var(--faint); }
+.trace .fresh { background: #e69f00 !important; color: #1d1d1f; font-weight: 700; }
+.trace .again { box-shadow: inset 0 0 0 2px #cc79a7; background: repeating-linear-gradient(135deg,
+  transparent 0 4px, #cc79a7 4px 5px) !important; }
+.trace .given { color: var(--given); text-decoration: underline; text-underline-offset: .25em; }
+</style>"""
+
+
+LEGEND = (
+    '<div class="trace">'
+    + " ".join(
+        f'<span class="{kind}"{style}>{name}</span>'
+        for kind, style, name in (
+            ("mask", "", "masked"),
+            ("fresh", "", "fresh"),
+            ("", ' style="background: rgba(var(--tint), .8)"', "unsure"),
+            ("again", "", "masked again"),
+            ("given", "", "given"),
+        )
+    )
+    + "</div>"
+)
+
+
+def marked(shown, given):
+    """A `trace.Shown` with the marks of the page, in `STYLE`; given (L bools) is what the user
+    wrote."""
+    spans = []
+    for i, token in enumerate(shown.tokens):
+        states = {"mask": token is None, "again": shown.remasked[i], "fresh": shown.fresh[i]}
+        kinds = [kind for kind, here in (states | {"given": given[i]}).items() if here]
+        share = 0 if given[i] or token is None else 0.9 * (1 - shown.confidence[i])
+        tint = f' style="background: rgba(var(--tint), {share:.2f})"' if share > 0.005 else ""
+        text = "\u00a0\u00a0\u00a0" if token is None else html.escape(token)
+        spans.append(f'<span class="{" ".join(kinds)}"{tint}>{text}</span>')
+        if token is None:
+            spans.append(" ")
+    return f'<div class="trace">{"".join(spans)}</div>'
 
 
 def escaped(text):

@@ -1,0 +1,246 @@
+"""A page to play with: text appearing out of masks in the browser, one sampler or two side by side
+on the same canvas and seed.
+
+    pip install gradio
+    python scripts/playground.py                     # then open http://127.0.0.1:7860
+    python scripts/playground.py --checkpoint hf:ME/tales --port 8000
+
+The page is reachable from this machine alone, unless --host or --share says otherwise.
+"""
+
+import functools
+import glob
+import os
+import shlex
+import sys
+import time
+from dataclasses import dataclass
+from itertools import zip_longest
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from config import DEVICES, Config
+from inference import load
+from utils import checkpoint, cli, page, runtime, tales
+from utils.cli import UserError, field
+
+
+@dataclass(frozen=True)
+class PlaygroundConfig:
+    checkpoint: str = field("", "file, folder or hf:USER/NAME to begin with", "what")
+    host: str = field("127.0.0.1", "address to listen at; 0.0.0.0: reachable from other machines")
+    port: int = field(7860, "of the page", low=1, high=65535)
+    share: bool = field(False, "a public address for three days, through gradio's server")
+    device: str = field("auto", "auto: cuda, else mps, else cpu", choices=DEVICES)
+
+    def __post_init__(self):
+        cli.check(self)
+
+
+NONE, OWN = "none", "as the model generates"  # no second sampler; a family without a choice
+
+
+def checkpoints():
+    """Paths of what can be chosen: the runs' best, newest first, exported folders and those that
+    came with the repository."""
+    files = glob.glob(os.path.join(Config.out_dir, "models", "*.pt"))
+    best = [f for f in files if f.endswith(".best.pt")]
+    last = [f for f in files if f not in best and f.removesuffix(".pt") + ".best.pt" not in best]
+    folders = [
+        os.path.dirname(file)
+        for place in ("export", "pretrained")
+        for file in sorted(glob.glob(os.path.join(Config.out_dir, place, "*", "config.json")))
+    ]
+    return sorted(best + last, key=os.path.getmtime, reverse=True) + folders
+
+
+@functools.lru_cache(maxsize=4)
+def model_of(path, device):
+    return load(path, device)
+
+
+def options_of(model, prompt, suffix, infill, gen_len, steps, temperature, seed, sampler, number):
+    """Options (dict) of `Model.stream` for what stands in the page's fields, without those that
+    are as the model has them anyway. A template takes the place of prompt and suffix."""
+    prompt, suffix = ("", "") if infill else (prompt, suffix)
+    named = "" if sampler == OWN else f"{sampler}:{number}" if number.strip() else sampler
+    found = dict(prompt=prompt, suffix=suffix, infill=infill, gen_len=int(gen_len or 0) or None)
+    found |= dict(steps=int(steps or 0) or None, temperature=temperature, seed=int(seed or 0))
+    usual = model.settings()
+    return {
+        name: value
+        for name, value in (found | {"sampler": named}).items()
+        if value not in (None, "") and value != getattr(usual, name)
+    }
+
+
+def command_of(path, options):
+    """The command line (str) that gives the same text."""
+    words = ["python", "inference.py", "--checkpoint", path]
+    for name, value in options.items():
+        shown = f"{value:g}" if isinstance(value, float) else str(value)
+        words += [f"--{name.replace('_', '-')}", shown]
+    return shlex.join(words)
+
+
+def watch(model, options):
+    """Yields (HTML of the text, line about it) after every step."""
+    seconds, given, total = 0.0, None, 0
+    states, start = model.stream(**options), time.perf_counter()
+    for state in states:
+        seconds += time.perf_counter() - start
+        if given is None:
+            given, total = [token is not None for token in state.tokens], state.tokens.count(None)
+        left = state.tokens.count(None)
+        rate = f", {(total - left) / seconds:,.0f} tokens/s" if state.nfe and total > left else ""
+        line = f"step {state.number}, {state.nfe} NFE, {left} of {total} masks left{rate}"
+        done = not left
+        yield page.marked(state, given), line + (f". {verdict(model, state.text)}" if done else "")
+        start = time.perf_counter()
+
+
+def verdict(model, text):
+    """What the grammar says of a text of a model of tales; "" of others."""
+    if model.family.cfg.data != "tales":
+        return ""
+    log_p = tales.log_prob(text)
+    if log_p > -float("inf"):
+        return f"A story of the grammar, log-probability {log_p:.1f}"
+    said = tales.judge(text)
+    return f"No story of the grammar: {said.count('ok')} of {len(said)} sentences fit"
+
+
+def write(path, device, fields_, samplers):
+    """Yields (HTML, line, HTML, line, command) while one or two texts are written, turn by turn.
+    samplers: (name, number) of each."""
+    model = model_of(path, device)
+    chosen = [one for one in samplers if one[0] != NONE]
+    all_options = [options_of(model, *fields_, *one) for one in chosen]
+    commands = "\n".join(command_of(path, options) for options in all_options)
+    streams = [watch(model, options) for options in all_options]
+    shown = [("", "")] * 2
+    for states in zip_longest(*streams):
+        for number, state in enumerate(states):
+            shown[number] = state or shown[number]
+        yield *shown[0], *shown[1], commands
+
+
+def about(model):
+    """A line about a model."""
+    cfg, name = model.family.cfg, model.family.name
+    size = model.network.num_parameters()
+    return f"{name[0].upper()}{name[1:]}, {size:,} parameters, {os.path.basename(cfg.data)}"
+
+
+def blocks(options):
+    """The page (gradio.Blocks)."""
+    import gradio as gr
+
+    paths = checkpoints()
+    first = options.checkpoint or (paths[0] if paths else "")
+
+    def chosen(path):
+        """What a checkpoint makes of the page."""
+        try:
+            model = model_of(path, options.device)
+        except UserError as error:
+            raise gr.Error(str(error), print_exception=False) from None
+        usual = model.settings()
+        names = [OWN] if model.family.procedure else list(model.family.samplers)
+        name, _, number = usual.sampler.partition(":")
+        name = name if name in names else names[0]
+        return (
+            about(model),
+            gr.Dropdown(names, value=name),
+            number,
+            gr.Dropdown([NONE, *names], value=NONE),
+            usual.temperature,
+        )
+
+    def run(path, prompt, suffix, infill, gen_len, steps, temperature, seed, *samplers):
+        fields_ = (prompt, suffix, infill, gen_len, steps, temperature, seed)
+        try:
+            yield from write(path, options.device, fields_, (samplers[:2], samplers[2:]))
+        except UserError as error:
+            raise gr.Error(str(error), print_exception=False) from None
+
+    with gr.Blocks(title="nanoDLM", analytics_enabled=False) as demo:
+        gr.HTML(page.STYLE + "<h1>nanoDLM: text out of masks</h1>")
+        with gr.Row():
+            path = gr.Dropdown(
+                [first, *(p for p in paths if p != first)] if first else [],
+                value=first or None,
+                label="Checkpoint (or type a path, or hf:USER/NAME)",
+                allow_custom_value=True,
+                scale=2,
+            )
+            info = gr.Textbox(label="What it is", interactive=False, scale=2)
+        with gr.Row():
+            prompt = gr.Textbox(label="Prompt", value="Once upon a time", scale=2)
+            suffix = gr.Textbox(label="Suffix (the text ends with it)")
+            infill = gr.Textbox(label="Or a template: Tom [8] a boat.")
+        with gr.Row():
+            samplers = []
+            for number in ("Sampler", "Beside it"):
+                samplers += [
+                    gr.Dropdown([NONE], value=NONE, label=number, min_width=160),
+                    gr.Textbox(label="its number (empty: the usual)", min_width=80),
+                ]
+        with gr.Row():
+            steps = gr.Number(
+                label="Steps (0: as many as it needs)", value=0, precision=0, min_width=90
+            )
+            temperature = gr.Slider(0, 2, value=1.0, step=0.05, label="Temperature", min_width=180)
+            length = gr.Number(
+                label="Tokens to write (0: the window)", value=0, precision=0, min_width=90
+            )
+            seed = gr.Number(label="Seed", value=0, precision=0, min_width=80)
+            go = gr.Button("Write", variant="primary", min_width=80)
+            stop = gr.Button("Stop", min_width=80)
+        gr.HTML(page.LEGEND)
+        with gr.Row():
+            outputs = []
+            for _ in range(2):
+                with gr.Column(min_width=280):
+                    line, text = gr.Markdown(), gr.HTML()
+                    outputs += [text, line]
+        command = gr.Code(
+            label="The same from the command line", language="shell", lines=1, wrap_lines=True
+        )
+        inputs = [path, prompt, suffix, infill, length, steps, temperature, seed, *samplers]
+        begun = [
+            event(run, inputs, [*outputs, command], show_progress="hidden")
+            for event in (go.click, prompt.submit)
+        ]
+        stop.click(None, cancels=begun)
+        looks = [info, samplers[0], samplers[1], samplers[2], temperature]
+        path.change(chosen, path, looks)
+        if first:
+            demo.load(chosen, path, looks)
+    return demo
+
+
+def run(positional, overrides):
+    options = cli.merge(PlaygroundConfig, overrides)
+    runtime.choose_device(options.device)  # complains of one that is missing
+    try:
+        import gradio  # noqa: F401
+    except ImportError:
+        raise UserError("the playground needs the package gradio: pip install gradio") from None
+    if options.checkpoint:
+        checkpoint.read(options.checkpoint)  # rather now than in the page
+    elif not checkpoints():
+        raise UserError(
+            f"there is no checkpoint in {Config.out_dir}/models; train one with: python train.py"
+        )
+    try:
+        blocks(options).queue().launch(
+            server_name=options.host, server_port=options.port, share=options.share
+        )
+    except OSError as error:
+        raise UserError(f"cannot open the page: {cli.reason(error)}; try another --port") from None
+
+
+main = cli.command(PlaygroundConfig, run, __doc__, unexpected="Name the model with --checkpoint {}")
+if __name__ == "__main__":
+    cli.run(main)
