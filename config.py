@@ -36,8 +36,8 @@ class Config:
     max_minutes: float = field(0.0, "stop after this long, the learning rate decayed by then (0: "
         "no limit)", low=0, high=10**6)
     save_interval: int = field(0, "steps between checkpoints (0: eval_interval)", low=0)
-    track: str = field("none", "live curves (pip install it)", choices=(
-        "none", "wandb", "trackio", "tensorboard"))
+    track: str = field("none", "live curves by wandb, trackio or tensorboard, which is to be "
+        "installed")
     device: str = field("auto", "auto: cuda, else mps, else cpu", choices=DEVICES)
     dtype: str = field("auto", "of matrix products; auto: bfloat16 where the hardware has it",
         choices=DTYPES)

@@ -260,6 +260,8 @@ class Masked:
         if self.block_len:  # each row has K strata of its own, in its blocks in random order
             u = u.view(B, K)
             u = u.gather(1, torch.rand(u.shape, generator=generator).argsort(1)).flatten()
+        if given is not None and cfg.complementary:
+            raise ValueError("complementary rows mask everything once, given tokens too")
         draw, maskable = CORRUPTIONS[cfg.corruption], self.maskable(given, n)
         masked, elbo, weight, most = draw(cfg, u, n, generator, density, maskable)
         masked = F.pad(masked.view(B, -1), (self.bos, 0))
@@ -270,8 +272,6 @@ class Masked:
 
     def maskable(self, given, n):
         """What may be masked in each unit of n positions, (units, n) bool; None: all."""
-        if given is not None and self.cfg.complementary:
-            raise ValueError("complementary rows mask everything once, given tokens too")
         return None if given is None else ~given[:, self.bos :].reshape(-1, n)
 
     def pack(self, masked, weight, most=None):

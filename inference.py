@@ -18,6 +18,7 @@ Needs a checkpoint and nothing else: it holds the tokenizer and the settings. Fr
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import sys
 import time
@@ -94,19 +95,11 @@ class Model:
     def settings(self, **options):
         """SampleConfig of options (flags of this script, by name): from config.py, then as the
         checkpoint's author wanted it sampled, then as the options say."""
-        if idle := [name for name in OF_LOADING if name in options]:
-            raise UserError(f"{idle[0]} is chosen when a model is loaded: load(..., {idle[0]}=...)")
-        families.check_sampling(cli.merge(SampleConfig, options))
+        refuse(options, OF_LOADING, "is chosen when a model is loaded: load(path, device, dtype)")
+        check_options(options)
         how = cli.merge(SampleConfig, self.sampling, options)
         if "sampler" in options:
             families.check_sampler(self.family, how)
-        for target, ending in (
-            (how.viz_video, ".mp4"),
-            (how.viz_gif, ".gif"),
-            (how.viz_html, ".html"),
-        ):
-            if target:  # rather now than after the work
-                trace.check(target, ending)
         return how
 
     def steps(self, blank, how, seeds, top):
@@ -117,38 +110,61 @@ class Model:
 
     def generate(self, prompt="", **options):
         """The `Sample` that continues the prompt; a list of them where several are asked for. The
-        first has a trace, where that fits into memory."""
+        first has a trace, of fewer states where it is long."""
+        refuse(options, ("json",), "is for the command line; a Sample has record()")
         how = self.settings(prompt=prompt, **options)
         samples, *_ = generate(self, how, record=True)
         write_traces(how, samples[0].trace)
         return samples if len(samples) > 1 else samples[0]
 
     def stream(self, prompt="", **options):
-        """Yields a `trace.Shown` after every step: the text as it is while it appears."""
+        """Yields a `trace.Shown` of the canvas and after every step: the text while it appears."""
+        refuse(options, OF_GENERATING, "is for generate")
         how = self.settings(prompt=prompt, **options)
         rows = canvas.rows_of(how, self.family, self.tokenizer)
         if len(rows) > 1:
             raise UserError(f"stream shows one text, and {len(rows)} were asked for")
         [(row, seed)], device = rows, self.hardware.device
         blank = torch.tensor([row], device=device)
+        shown = lambda frame: trace.shown(frame, row, self.tokenizer, not how.no_stop)
+        yield shown(trace.blank_frame(blank[0], self.tokenizer.mask))
         steps = self.steps(blank, how, [seed], 0)
-        frames, steps = trace.record(steps, blank, self.tokenizer.mask, how.trace_every)
-        while True:
+        for number in itertools.count(1):
             with self.hardware.autocast():  # not while the caller works
                 step = next(steps, None)
-            while frames:
-                yield trace.shown(frames.pop(0), row, self.tokenizer, not how.no_stop)
             if step is None:
                 return
+            yield shown(trace.frame_of(number, step, step.fresh[0], step.remasked[0]))
 
     def nll(self, text, passes=32):
         """`metrics.TextBound` of the text (str) and its end, in nats: an upper bound on -log p, the
         mean over so many passes of masks; exact for an autoregressive model."""
+        if not isinstance(text, str) or not isinstance(passes, int) or passes < 1:
+            raise UserError("nll takes a text (str) and a number of passes of at least 1")
         with self.hardware.autocast():
             return metrics.text_bound(self.network, self.family, self.tokenizer, text, passes)
 
 
 OF_LOADING = ("checkpoint", "device", "dtype")  # flags that `load` takes
+OF_GENERATING = ("viz_video", "viz_gif", "viz_html", "live", "json", "trace_every")
+
+
+def refuse(options, names, why):
+    """Complain of the first option (by name) that is no option here."""
+    for name in names:
+        if name in options:
+            raise UserError(f"{name} {why}")
+
+
+def check_options(options):
+    """Complain of options (dict) that no model has, or of a file that cannot be written: rather now
+    than after the work."""
+    how = cli.merge(SampleConfig, options)
+    families.check_sampling(how)
+    for target, ending in ((how.viz_video, ".mp4"), (how.viz_gif, ".gif"), (how.viz_html, ".html")):
+        if target:
+            trace.check(target, ending)
+    return how
 
 
 def load(path="", device=SampleConfig.device, dtype=SampleConfig.dtype):
@@ -185,14 +201,15 @@ class Stopwatch:
 
 def generate(model, how, record=False):
     """(list of `Sample`, NFE, seconds) of all that how (SampleConfig) asks for; record: the first
-    has a trace if that fits into memory, as it has where a viewer's file is asked for."""
+    has a trace, as it has where a viewer's file is asked for."""
     family, tokenizer, device = model.family, model.tokenizer, model.hardware.device
     rows = canvas.rows_of(how, family, tokenizer)
     viewed = bool(how.viz_video or how.viz_gif or how.viz_html)
     if viewed:
         trace.check_states(rows[0][0], how, family, tokenizer.mask)
-    least = trace.least_every(rows[0][0], how, family, tokenizer.mask, True)
-    record = viewed or record and how.trace_every >= least
+    light = trace.least_every(rows[0][0], how, family, tokenizer.mask, trace.UNASKED)
+    every = how.trace_every if viewed else max(how.trace_every, light)
+    record = record or viewed
     samples, nfe, seconds = {}, 0, 0.0
     for members in canvas.batches(rows, family, tokenizer.vocab_size, device):
         first, blank = 0 in members, torch.tensor([rows[i][0] for i in members], device=device)
@@ -200,7 +217,7 @@ def generate(model, how, record=False):
         watch = Stopwatch(model.steps(blank, how, [rows[i][1] for i in members], top), device)
         steps, frames = iter(watch), []
         if first and record:
-            frames, steps = trace.record(steps, blank, tokenizer.mask, how.trace_every)
+            frames, steps = trace.record(steps, blank, tokenizer.mask, every)
         if first and how.live:
             given = (blank[0] != tokenizer.mask).tolist()
             steps = terminal.live(steps, tokenizer, given, how.frame_ms)
@@ -258,8 +275,7 @@ def write_traces(how, seen):
 
 
 def run(positional, overrides):
-    chosen = cli.merge(SampleConfig, overrides)
-    families.check_sampling(chosen)  # before the checkpoint is read
+    chosen = check_options(overrides)  # before the checkpoint is read
     model = load(chosen.checkpoint, chosen.device, chosen.dtype)
     how = model.settings(**{k: v for k, v in overrides.items() if k not in OF_LOADING})
     samples, nfe, seconds = generate(model, how)

@@ -299,9 +299,12 @@ def train(cfg, state=None, quiet=False):
     minutes = lambda: before + (time.perf_counter() - started) / 60
     runs.choose_network(run, progress, partial(one_pass, run, progress.step))
     total = runs.introduce(run, progress, minutes())
-    if not hardware.rank:
-        runtime.begin_log(run.path["log"], progress.step)
     with contextlib.ExitStack() as after:  # closes and puts back, however the run ends
+        if cfg.track != "none" and not hardware.rank:
+            run.track, close = tracking.start(run.cfg, progress.step)
+            after.callback(close)
+        if not hardware.rank:
+            runtime.begin_log(run.path["log"], progress.step)
         stop = []  # filled by Ctrl-C: finish the step, save, leave
         if not quiet or hardware.rank:  # a comparison, which is quiet, is stopped at once
             after.callback(runtime.restore_signals, runtime.on_interrupt(lambda: stop.append(True)))
@@ -313,9 +316,6 @@ def train(cfg, state=None, quiet=False):
             disable=run.quiet or None,
         )
         after.enter_context(bar)
-        if cfg.track != "none" and not hardware.rank:
-            run.track, close = tracking.start(run.cfg, progress.step)
-            after.callback(close)
         cuda = hardware.device.type == "cuda"
         batches = batches_of(
             run, progress, after.enter_context(ThreadPoolExecutor(1)) if cuda else None

@@ -2,6 +2,7 @@
 # The whole thing in one command: sets everything up (once, in .venv), trains on the built-in tales
 # for eight minutes, writes a story from a prompt, and an MP4 and a GIF in which it appears out of
 # masks.
+requirements=requirements.txt
 source "$(dirname "$0")/setup.sh"
 "$python" train.py tales --name demo --max_minutes 8
 "$python" inference.py --prompt "Once upon a time" \

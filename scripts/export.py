@@ -82,15 +82,19 @@ In a clone of nanoDLM:
 """
 
 
-def report_of(path):
-    """The report (dict) that the run wrote beside its checkpoint at `path`; None: there is none."""
+def report_of(path, step):
+    """The report (dict) that the run wrote of its checkpoint, the file at `path`, of that step;
+    None: there is none."""
+    if not path.endswith(".pt"):
+        return None
     name = checkpoint.name_of(path).removesuffix(".best")
     folder = os.path.dirname(os.path.dirname(os.path.abspath(path)))
     try:
         with open(os.path.join(folder, "logs", f"{name}.json"), encoding="utf-8") as file:
-            return json.load(file)
+            report = json.load(file)
     except (OSError, ValueError):
         return None
+    return report if isinstance(report, dict) and report.get("best_step") == step else None
 
 
 def write_trace(folder, length):
@@ -103,7 +107,7 @@ def write_trace(folder, length):
 def check_folder(folder):
     """Complain of a folder that holds something else, which is not to be overwritten."""
     if os.path.isdir(folder) and os.listdir(folder):
-        if not os.path.isfile(os.path.join(folder, "model.safetensors")):
+        if not exported.has_config(folder):
             raise UserError(f"{folder} holds something else; give a new folder with --output")
 
 
@@ -129,7 +133,9 @@ def run(positional, overrides):
     options = cli.merge(ExportConfig, overrides)
     if options.back:
         return back(options, overrides)
-    repo_id = exported.repository(exported.HUB + options.push)[0] if options.push else None
+    repo_id = options.push.removeprefix(exported.HUB)
+    if repo_id and exported.repository(exported.HUB + repo_id)[1]:
+        raise UserError(f"push={options.push}: give USER/NAME without a revision")
     path = options.checkpoint or checkpoint.newest()
     folder = options.output or os.path.join(Config.out_dir, "export", checkpoint.name_of(path))
     check_folder(folder)
@@ -144,8 +150,8 @@ def run(positional, overrides):
         cli.replacing(os.path.join(folder, CARD)) as temporary,
         open(temporary, "w", encoding="utf-8") as file,
     ):
-        file.write(card(repo_id, model, cfg, state, report_of(path)))
-    address = exported.push(folder, exported.HUB + options.push, (*exported.FILES, CARD, TRACE))
+        file.write(card(repo_id, model, cfg, state, report_of(path, state["step"])))
+    address = exported.push(folder, repo_id, (*exported.FILES, CARD, TRACE))
     print(f"pushed to {address}; anybody writes with --checkpoint {exported.HUB}{repo_id}")
 
 

@@ -54,15 +54,21 @@ def checkpoints():
     return sorted(best + last, key=os.path.getmtime, reverse=True) + folders
 
 
-@functools.lru_cache(maxsize=4)
 def model_of(path, device):
+    """The Model of a checkpoint, which is kept until its file changes."""
+    file = os.path.join(path, "model.safetensors") if os.path.isdir(path) else path
+    return kept_model(path, device, os.path.getmtime(file) if os.path.exists(file) else None)
+
+
+@functools.lru_cache(maxsize=4)
+def kept_model(path, device, changed):
     return load(path, device)
 
 
 def options_of(model, prompt, suffix, infill, gen_len, steps, temperature, seed, sampler, number):
     """Options (dict) of `Model.stream` for what stands in the page's fields, without those that
-    are as the model has them anyway. A template takes the place of prompt and suffix."""
-    prompt, suffix = ("", "") if infill else (prompt, suffix)
+    are as the model has them anyway. A template takes the place of prompt, suffix and length."""
+    prompt, suffix, gen_len = ("", "", 0) if infill else (prompt, suffix, gen_len)
     named = "" if sampler == OWN else f"{sampler}:{number}" if number.strip() else sampler
     found = dict(prompt=prompt, suffix=suffix, infill=infill, gen_len=int(gen_len or 0) or None)
     found |= dict(steps=int(steps or 0) or None, temperature=temperature, seed=int(seed or 0))
@@ -74,29 +80,34 @@ def options_of(model, prompt, suffix, infill, gen_len, steps, temperature, seed,
     }
 
 
-def command_of(path, options):
+def command_of(path, device, options):
     """The command line (str) that gives the same text."""
     words = ["python", "inference.py", "--checkpoint", path]
-    for name, value in options.items():
-        shown = f"{value:g}" if isinstance(value, float) else str(value)
-        words += [f"--{name.replace('_', '-')}", shown]
+    for name, value in (options | ({} if device == "auto" else {"device": device})).items():
+        words += [f"--{name.replace('_', '-')}", str(value)]
     return shlex.join(words)
 
 
 def watch(model, options):
-    """Yields (HTML of the text, line about it) after every step."""
-    seconds, given, total = 0.0, None, 0
+    """Yields (HTML of the text, line about it) after every step. Tokens a second are those that are
+    unmasked, of the time without the page's."""
+    seconds, given, total, state = 0.0, None, 0, None
     states, start = model.stream(**options), time.perf_counter()
     for state in states:
         seconds += time.perf_counter() - start
         if given is None:
             given, total = [token is not None for token in state.tokens], state.tokens.count(None)
-        left = state.tokens.count(None)
-        rate = f", {(total - left) / seconds:,.0f} tokens/s" if state.nfe and total > left else ""
-        line = f"step {state.number}, {state.nfe} NFE, {left} of {total} masks left{rate}"
-        done = not left
-        yield page.marked(state, given), line + (f". {verdict(model, state.text)}" if done else "")
+        written = (1 - state.noise) * total
+        masks = state.tokens.count(None)
+        left = f"{masks} of {total} masks left"
+        if state.noise and not masks:  # of uniform noise, which has no masks
+            left = f"noise level {state.noise:.2f}"
+        rate = f", {written / seconds:,.0f} tokens/s" if state.nfe else ""
+        line = f"step {state.number}, {state.nfe} NFE, {left}{rate}"
+        yield page.marked(state, given), line
         start = time.perf_counter()
+    if said := verdict(model, state.text):
+        yield page.marked(state, given), f"{line}. {said}"
 
 
 def verdict(model, text):
@@ -116,7 +127,7 @@ def write(path, device, fields_, samplers):
     model = model_of(path, device)
     chosen = [one for one in samplers if one[0] != NONE]
     all_options = [options_of(model, *fields_, *one) for one in chosen]
-    commands = "\n".join(command_of(path, options) for options in all_options)
+    commands = "\n".join(command_of(path, device, options) for options in all_options)
     streams = [watch(model, options) for options in all_options]
     shown = [("", "")] * 2
     for states in zip_longest(*streams):
@@ -138,10 +149,13 @@ def blocks(options):
 
     paths = checkpoints()
     first = options.checkpoint or (paths[0] if paths else "")
+    offered = [first, *(path for path in paths if path != first)] if first else []
+    local = options.host in ("127.0.0.1", "localhost", "::1") and not options.share
 
     def chosen(path):
         """What a checkpoint makes of the page."""
         try:
+            check_path(path)
             model = model_of(path, options.device)
         except UserError as error:
             raise gr.Error(str(error), print_exception=False) from None
@@ -157,9 +171,15 @@ def blocks(options):
             usual.temperature,
         )
 
+    def check_path(path):
+        """Who comes from another machine chooses from what is offered, and reads no other file."""
+        if path not in offered and not local:
+            raise UserError(f"{path} is none of the checkpoints that are offered here")
+
     def run(path, prompt, suffix, infill, gen_len, steps, temperature, seed, *samplers):
         fields_ = (prompt, suffix, infill, gen_len, steps, temperature, seed)
         try:
+            check_path(path)
             yield from write(path, options.device, fields_, (samplers[:2], samplers[2:]))
         except UserError as error:
             raise gr.Error(str(error), print_exception=False) from None
@@ -168,10 +188,10 @@ def blocks(options):
         gr.HTML(page.STYLE + "<h1>nanoDLM: text out of masks</h1>")
         with gr.Row():
             path = gr.Dropdown(
-                [first, *(p for p in paths if p != first)] if first else [],
+                offered,
                 value=first or None,
                 label="Checkpoint (or type a path, or hf:USER/NAME)",
-                allow_custom_value=True,
+                allow_custom_value=local,
                 scale=2,
             )
             info = gr.Textbox(label="What it is", interactive=False, scale=2)
@@ -237,8 +257,10 @@ def run(positional, overrides):
         blocks(options).queue().launch(
             server_name=options.host, server_port=options.port, share=options.share
         )
-    except OSError as error:
-        raise UserError(f"cannot open the page: {cli.reason(error)}; try another --port") from None
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"cannot open the page: {cli.reason(error)}; try another --port or --host"
+        ) from None
 
 
 main = cli.command(PlaygroundConfig, run, __doc__, unexpected="Name the model with --checkpoint {}")

@@ -53,6 +53,8 @@ class Hub:
         if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             repo, name, file = found.groups()
             sha, files = self.revision(repo, name)
+            if file not in files:
+                return 404, {"X-Error-Code": "EntryNotFound"}, {}
             tag = hashlib.sha256(files[file]).hexdigest()
             return 200, {"ETag": f'"{tag}"', "X-Repo-Commit": sha}, files[file]
         return 404, {}, {}

@@ -14,6 +14,7 @@ import inference
 import train
 from utils import checkpoint, encoding, trace
 from utils.cli import UserError
+from utils.families import family_of
 
 SMALL = [*TINY, "--rows", "stream", "--seq_len", "24"]
 
@@ -26,6 +27,7 @@ def folder(tmp_path_factory):
         ("documents", TINY),
         ("blocks", [*SMALL, "--block_len", "4"]),
         ("ar", [*SMALL, "--objective", "ar"]),
+        ("uniform", [*SMALL, "--objective", "uniform", "--time_conditioning", "sinusoidal"]),
     ):
         train.train(
             load(["tales", *words, "--name", name, "--out_dir", str(folder)])[0], quiet=True
@@ -37,7 +39,7 @@ def model_of(folder, name):
     return inference.load(str(folder / f"{name}.best.pt"), device="cpu")
 
 
-@pytest.mark.parametrize("name", ("documents", "blocks", "ar"))
+@pytest.mark.parametrize("name", ("documents", "blocks", "ar", "uniform"))
 def test_python_and_the_command_line_write_the_same(name, folder, monkeypatch, capsys):
     """Options by their names; several texts are a list; the record is that of --json."""
     model = model_of(folder, name)
@@ -75,6 +77,17 @@ def test_stream_shows_every_state(name, folder):
     assert all(state.text.startswith("One day") for state in states)
     assert trace.MASKED in states[0].text and states[-1].text == sample.text
     assert states[-1].nfe == sample.nfe and len(sample.trace.frames) == len(states)
+
+
+def test_stream_of_uniform_noise(folder):
+    """No masks, a noise level that falls, as many NFE as `generate` needs."""
+    model, how = model_of(folder, "uniform"), dict(seed=3, steps=12)
+    states, sample = list(model.stream("One day", **how)), model.generate("One day", **how)
+    noise = [state.noise for state in states]
+    assert noise == sorted(noise, reverse=True) and noise[0] == 1 and noise[-1] == 0
+    assert len(states) == 13 and None not in states[1].tokens
+    assert states[-1].text == sample.text and states[-1].nfe == sample.nfe == 12
+    assert sample.trace.frames[-1].nfe == 12
 
 
 def test_stream_leaves_the_caller_alone(folder):
@@ -123,6 +136,21 @@ def test_the_bound_of_a_text(folder):
     assert found.tokens == 66
 
 
+def test_windows_of_a_text_have_masks_of_their_own(folder):
+    """So that their errors do not add up: more windows, relatively less error."""
+    model, text = model_of(folder, "uniform"), "One day, Tom saw a cat by the sea. " * 12
+    one, many = (model.nll(words, passes=16) for words in (text[:60], text))
+    assert many.tokens > 5 * one.tokens
+    assert many.se_masks / many.nats < 0.6 * one.se_masks / one.nats
+
+
+def test_the_bound_of_a_model_that_pairs_its_masks(folder):
+    model = model_of(folder, "documents")
+    found = model.nll("One day", passes=8)
+    model.family = family_of(dataclasses.replace(model.family.cfg, complementary=True))
+    assert model.nll("One day", passes=8).nats == found.nats
+
+
 @pytest.mark.parametrize("name", ("documents", "blocks", "ar"))
 @pytest.mark.parametrize(
     "text", ("One day", "One day,", "One day, Tom", "One day, Tom saw a cat " * 4)
@@ -147,7 +175,11 @@ def test_mistakes(folder):
     model = model_of(folder, "documents")
     for call, message in (
         (lambda: model.generate(stepz=3), "did you mean steps"),
-        (lambda: model.generate(device="cuda"), "load(..., device=...)"),
+        (lambda: model.generate(device="cuda"), "chosen when a model is loaded"),
+        (lambda: model.generate(json=True), "for the command line"),
+        (lambda: next(model.stream(viz_gif="t.gif")), "viz_gif is for generate"),
+        (lambda: model.nll("One day", passes=0), "at least 1"),
+        (lambda: model.nll(3), "takes a text"),
         (lambda: model.generate(temperature="warm"), "must be of type float"),
         (lambda: model.generate(sampler="best"), "there is no sampler best"),
         (lambda: model.generate("One day " * 100), "shorten it"),
@@ -156,7 +188,7 @@ def test_mistakes(folder):
         (lambda: inference.load("nowhere.pt"), "there is no checkpoint nowhere.pt"),
         (lambda: inference.load(device="cpu"), "train one with"),
     ):
-        with pytest.raises(UserError, match=message.replace("(", r"\(").replace(")", r"\)")):
+        with pytest.raises(UserError, match=message):
             call()
     state = checkpoint.read(str(folder / "documents.best.pt"))
     assert state["sample"]["temperature"] == model.settings().temperature

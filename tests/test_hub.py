@@ -1,6 +1,7 @@
 """A checkpoint is a file, a folder or a name on the hub, wherever one is given."""
 
 import contextlib
+import glob
 import io
 import json
 import os
@@ -136,7 +137,6 @@ def test_all_scripts_take_all_three(best, ar_folder, monkeypatch, capsys):
     words = f"--checkpoint {best} --against hf:me/tales --rows 4 --device cpu"
     code, out, err = run(evaluate.main, words, monkeypatch, capsys)
     assert code == 0 and "0.0000" in out, err
-    weights = []
     for name in ("mine", "hf:me/tales"):
         words = ["tales", *TINY, "--max_iters", "1", "--init_from", name, "--name", "tuned"]
         assert run(train.main, words, monkeypatch, capsys)[0] == 0
@@ -146,10 +146,19 @@ def test_all_scripts_take_all_three(best, ar_folder, monkeypatch, capsys):
     assert code == 2 and "cannot be resumed" in err and "--init_from mine" in err
 
 
+def test_the_card_has_the_figures_of_its_checkpoint(best, tmp_path):
+    """And none of another step's."""
+    state = checkpoint.read(best)
+    assert export.report_of(best, state["step"])["best_step"] == state["step"]
+    assert export.report_of(best, state["step"] + 1) is None
+    assert export.report_of("tales", state["step"]) is None
+
+
 def test_mistakes_with_the_hub(best, tmp_path):
     """One line each, and nothing lost."""
     write = "inference --device cpu --checkpoint "
     with serve() as hub:
+        hub.commit("me/gpt2", {"config.json": b'{"model_type": "gpt2"}'})
         results = commands_beside(
             hub,
             [
@@ -158,24 +167,41 @@ def test_mistakes_with_the_hub(best, tmp_path):
                 write + "hf:me/tales@a:b",
                 f"export --checkpoint {best} --push tales",
                 f"export --checkpoint {best} --push you/tales",
+                f"export --checkpoint {best} --push me/gpt2",
+                f"export --checkpoint {best} --push me/tales@v2",
             ],
             tmp_path,
         )
+        assert hub.revision("me/gpt2", "main")[1] == {"config.json": b'{"model_type": "gpt2"}'}
     messages = [
         "cannot fetch hf:me/none",
         "expected hf:USER/NAME",
         "expected hf:USER/NAME",
         "expected hf:USER/NAME",
         f"all is in {FOLDER}",
+        "the model of another program",
+        "without a revision",
     ]
     for (code, out, err), message in zip(results, messages, strict=True):
-        lines = [line for line in err.splitlines() if not line.startswith("wrote")]
-        assert code == 2 and message in lines[0] and len(lines) == 1, (message, err)
+        *before, last = err.splitlines()
+        assert code == 2 and last.startswith("error: ") and message in last, (message, err)
+        assert all(line.startswith(("wrote", "Fetching")) for line in before if line), err
 
 
 def test_export_leaves_other_folders_alone(best, monkeypatch, capsys):
     os.mkdir("mine")
-    open("mine/README.md", "w").write("mine")
+    open("mine/config.json", "w").write('{"model_type": "gpt2"}')
+    open("mine/model.safetensors", "w").write("mine")
     words = f"--checkpoint {best} --output mine"
     code, _, err = run(export.main, words, monkeypatch, capsys)
-    assert code == 2 and "holds something else" in err and os.listdir("mine") == ["README.md"]
+    assert code == 2 and "holds something else" in err
+    assert open("mine/model.safetensors").read() == "mine"
+
+
+@pytest.mark.parametrize("folder", sorted(glob.glob(os.path.join(ROOT, "artifacts/pretrained/*"))))
+def test_weights_that_ship_write(folder, monkeypatch, capsys):
+    """Small enough to be fetched with the repository, and they write."""
+    assert sum(os.path.getsize(os.path.join(folder, name)) for name in exported.FILES) < 12e6
+    words = ["--checkpoint", folder, "--prompt", "Once upon a time", "--gen-len", "16"]
+    code, out, err = run(inference.main, [*words, "--device", "cpu"], monkeypatch, capsys)
+    assert code == 0 and out.startswith("Once upon a time") and len(out.split()) > 8, err

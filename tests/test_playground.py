@@ -1,6 +1,7 @@
 """The page to play with: what it writes, its command lines, and a real browser where there is
 one."""
 
+import os
 import re
 import shlex
 import shutil
@@ -45,7 +46,7 @@ def test_the_command_line_gives_the_same_text(name, runs, monkeypatch, capsys):
     *_, (text, line, _, other, commands) = playground.write(
         runs[name], "cpu", fields, ((sampler, ""), (playground.NONE, ""))
     )
-    assert "masks left" in line and "sentences fit" in line or "story of the grammar" in line
+    assert "step " in line and "tory of the grammar" in line
     assert not other and text.startswith('<div class="trace">')
     [command] = commands.splitlines()
     words = shlex.split(command)
@@ -53,7 +54,7 @@ def test_the_command_line_gives_the_same_text(name, runs, monkeypatch, capsys):
     code, out, err = run(inference.main, [*words[2:], "--device", "cpu"], monkeypatch, capsys)
     options = playground.options_of(model, *fields, sampler, "")
     assert code == 0 and out == model.generate(**options).text + "\n", err
-    assert len(words) == 4 + 2 * len(options), "what is usual is not said"
+    assert len(words) == 6 + 2 * len(options), "what is usual is not said"
 
 
 def test_two_samplers_side_by_side(runs):
@@ -62,13 +63,32 @@ def test_two_samplers_side_by_side(runs):
     fields = ("One day", " sad.", "Tom [6] a boat [3].", 0, 0, 1.0, 3)
     samplers = (("confidence", ""), ("threshold", "0.01"))
     states = list(playground.write(runs["masked"], "cpu", fields, samplers))
-    assert len(states) == 10, "the canvas and a token a step"
+    assert len(states) == 11, "the canvas, a token a step, and the verdict"
     first, line, second, beside, commands = states[-1]
     assert "9 NFE" in line and "1 NFE" in beside
     left, right = commands.splitlines()
     assert "--infill 'Tom [6] a boat [3].'" in left and "--prompt" not in left
     assert "--sampler confidence" in left and "--sampler threshold:0.01" in right
     assert 'class="given">Tom' in first and 'class="given">Tom' in second
+
+
+def test_uniform_noise_says_how_much_is_left(runs):
+    """And the grammar judges the last state alone."""
+    fields = USUAL[:4] + (8, 1.0, 0)
+    sampler = (("reverse", ""), (playground.NONE, ""))
+    lines = [line for _, line, *_ in playground.write(runs["uniform"], "cpu", fields, sampler)]
+    assert "noise level 0.88" in lines[1] and lines[1] != lines[-1]
+    assert sum("of the grammar" in line for line in lines) == 1 and "grammar" in lines[-1]
+
+
+def test_a_checkpoint_that_changes_is_read_anew(runs, tmp_path):
+    """A run that trains beside the page."""
+    path = str(tmp_path / "x.pt")
+    shutil.copy(runs["masked"], path)
+    first = playground.model_of(path, "cpu")
+    assert playground.model_of(path, "cpu") is first
+    os.utime(path, (1, 1))
+    assert playground.model_of(path, "cpu") is not first
 
 
 def test_marks(runs):

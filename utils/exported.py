@@ -12,7 +12,7 @@ from utils.draws import at_least_float32
 HUB = "hf:"  # before a name on the Hugging Face hub
 FILES = ("model.safetensors", "config.json", "tokenizer.json")
 # of a checkpoint, in config.json; the rest is weights and tokenizer
-PLAIN = ("version", "config", "sample", "step", "nll")
+KEPT = ("version", "config", "sample", "step", "nll")
 
 
 def write(state, folder, dtype):
@@ -27,7 +27,7 @@ def write(state, folder, dtype):
     weights = {name: value.to(dtype).contiguous() for name, value in weights.items()}
     with cli.replacing(os.path.join(folder, "model.safetensors"), SafetensorError) as temporary:
         save_file(weights, temporary)
-    runtime.write_json(os.path.join(folder, "config.json"), {name: state[name] for name in PLAIN})
+    runtime.write_json(os.path.join(folder, "config.json"), {name: state[name] for name in KEPT})
     with (
         cli.replacing(os.path.join(folder, "tokenizer.json")) as temporary,
         open(temporary, "w", encoding="utf-8") as file,
@@ -88,25 +88,33 @@ def is_ours(name):
     if os.path.isdir(path) or "/" not in path:  # gpt2 has no user
         return False
     try:
-        with open(os.path.join(fetch(name, ["config.json"]), "config.json"), "rb") as file:
-            return set(PLAIN) <= json.load(file).keys()
-    except (UserError, OSError, ValueError, AttributeError):
+        return has_config(fetch(name, ["config.json"]))
+    except UserError:
         return False
 
 
-def push(folder, name, files):
-    """Upload the files of the folder to hf:USER/NAME[@revision], which is made if need be; returns
-    its address. Who does so is known from the hub's own login or HF_TOKEN."""
+def has_config(folder):
+    """Whether the folder has a config.json of this program."""
+    try:
+        with open(os.path.join(folder, "config.json"), "rb") as file:
+            return set(KEPT) <= json.load(file).keys()
+    except (OSError, ValueError, AttributeError, RecursionError):  # a stranger's file
+        return False
+
+
+def push(folder, repo_id, files):
+    """Upload the files of the folder to the repository USER/NAME, which is made if need be; returns
+    its address. One that holds a model of another program is left alone. Who does so is known from
+    the hub's own login or HF_TOKEN."""
     import huggingface_hub
 
-    repo_id, revision = repository(name)
     runtime.quiet_hub()
-    api = huggingface_hub.HfApi()
+    api, name = huggingface_hub.HfApi(), HUB + repo_id
     try:
         address = api.create_repo(repo_id, exist_ok=True)
-        api.upload_folder(
-            repo_id=repo_id, folder_path=folder, revision=revision, allow_patterns=list(files)
-        )
+        if api.file_exists(repo_id, "config.json") and not is_ours(name):
+            raise UserError("it holds the model of another program; give another name")
+        api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=list(files))
     except Exception as error:
         raise UserError(
             f"cannot push {folder} to {name}: {reason(error)}; all is in {folder}, and "

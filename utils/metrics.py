@@ -90,54 +90,57 @@ class TextBound(NamedTuple):
 
     nats: float
     se_masks: float  # what other masks would change; 0 where the bound is exact
-    se_rows: float  # what another text of as many windows would; nan of a single one
+    se_rows: float  # what another text of as many rows would; nan of a single one
     tokens: int
     nats_per_token: float
     bits_per_byte: float
 
 
 def text_bound(model, family, tokenizer, text, passes):
-    """`TextBound` of a text (str): of rows as the model was trained on, so of a document with its
-    end to the end of the window; of a model of windows, of `<|endoftext|>`, which is given, the
-    text and `<|endoftext|>`, in windows. What fills a last block up is given, and costs nothing."""
+    """`TextBound` of a text (str), in rows as the model was trained on.
+
+    Of a model of documents: `<|endoftext|>`, which is given, the text, and `<|endoftext|>` to the
+    end of the window (none if the text just fills it). Of one of windows: `<|endoftext|>`, which is
+    given, the text and `<|endoftext|>`, cut into windows; what fills a last block up is given too.
+    """
     device = next(model.parameters()).device
-    rows, givens = rows_of_text(text, tokenizer, family)
+    parts = rows_of_text(text, tokenizer, family)
     each = torch.cat(
         [
-            family.nelbo(model, row.to(device), passes, given).double().cpu() * row.size(1)
-            for row, given in zip(rows, givens)
+            family.nelbo(model, rows.to(device), passes, given).double().cpu() * rows.size(1)
+            for rows, given in parts
         ]
-    )  # (windows, passes), nats
-    tokens = torch.tensor([(~given).sum() for given in givens])
+    )  # (rows, passes), nats
+    tokens = torch.cat([(~given).sum(1) for _, given in parts])
     nats, _, se_masks = (figure * len(each) for figure in mean_and_errors(each))
-    total, size = int(tokens.sum()), len(text.encode())
+    total = int(tokens.sum())
     return TextBound(
         nats,
         0.0 if family.exact else se_masks,
         judges.ratio_error(each.mean(1), tokens) * total,
         total,
         nats / total,
-        nats / math.log(2) / size if size else math.inf,
+        nats / math.log(2) / len(text.encode()),
     )
 
 
 def rows_of_text(text, tokenizer, family):
-    """(rows (1, l) long, and of each what of it is given (1, l) bool) for `text_bound`."""
+    """[(rows (R, l) long, what of them is given (R, l) bool)] of a text: those of whole windows,
+    and the last one, which may be shorter."""
     if not text:
         raise UserError("there is no text to judge")
+    tokenizer.encode([text], "the text")  # complains of what it does not know
     L, n = family.cfg.seq_len, family.block_len or 1
     if family.bos:
-        rows = list(encoding.document_rows([text], tokenizer, L).split(1))
-        return rows, [torch.arange(L)[None] < family.bos for _ in rows]
+        rows = encoding.document_rows([text], tokenizer, L)
+        return [(rows, (torch.arange(L) < family.bos).expand(rows.shape))]
     ids = encoding.token_stream([text], tokenizer).long()
-    rows = list(ids[None].split(L, 1))
-    givens = [torch.zeros_like(row, dtype=torch.bool) for row in rows]
-    if tokenizer.end is not None:
-        givens[0][0, 0] = True
-    missing = -rows[-1].size(1) % n
-    rows[-1] = F.pad(rows[-1], (0, missing), value=tokenizer.end or 0)
-    givens[-1] = F.pad(givens[-1], (0, missing), value=True)
-    return rows, givens
+    given = torch.arange(len(ids)) < int(tokenizer.end is not None)
+    whole, missing = len(ids) // L * L, -(len(ids) % L) % n
+    last = F.pad(ids[whole:], (0, missing), value=tokenizer.end or 0)
+    last_given = F.pad(given[whole:], (0, missing), value=True)
+    parts = [(ids[:whole].view(-1, L), given[:whole].view(-1, L)), (last[None], last_given[None])]
+    return [(rows, given) for rows, given in parts if rows.numel()]
 
 
 def mean_and_errors(nll):

@@ -90,6 +90,8 @@ def set_up(cfg, state=None, quiet=False):
     family = families.checked(cfg)
     if not cfg.name:
         raise UserError("the run has no name; give it one with --name")
+    if cfg.track != "none":
+        tracking.check(cfg.track)
     runtime.keep_memory()
     hardware = ranks.start(cfg.device, cfg.dtype)
     piece = cfg.micro_batch or (2 if cfg.complementary else 1)

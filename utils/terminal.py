@@ -32,8 +32,9 @@ def live(steps, tokenizer, given, frame_ms=0, out=None):
     from rich.console import Console
     from rich.live import Live
 
-    console = Console(file=out or sys.stdout, highlight=False)
-    if not (console.is_terminal or console.is_jupyter):
+    out = out or sys.stdout
+    console = Console(file=out, highlight=False)
+    if not (out.isatty() or console.is_jupyter):  # FORCE_COLOR makes no terminal of a pipe
         yield from steps
         return
     full, empty = "█░" if console.encoding.startswith("utf") else "#_"

@@ -7,6 +7,7 @@ from utils import canvas
 from utils.cli import UserError
 
 MOST_STATES = 2**24  # of tokens, over all frames of a trace
+UNASKED = 2**17  # the same of a trace that nobody asked for: 80 MB
 
 
 class Frame(NamedTuple):
@@ -17,6 +18,7 @@ class Frame(NamedTuple):
     nfe: int  # of this row so far
     confidence: list  # L floats, the largest probability of each position when it was last computed
     top: list = None  # L lists of (token, probability), likeliest first, as last computed
+    noise: float = 1.0  # share of noise in what is generated, from 1 to 0
 
 
 class Trace(NamedTuple):
@@ -37,6 +39,7 @@ class Shown(NamedTuple):
     confidence: list  # L floats
     nfe: int  # network evaluations so far
     number: int  # of the step; 0: the canvas
+    noise: float  # share of noise in what is generated, from 1 to 0
 
 
 MASKED = "░"
@@ -44,7 +47,7 @@ MASKED = "░"
 
 def shown(frame, blank, tokenizer, stop=True):
     """The Frame in words. blank is the canvas (list of ids) that it began as; stop: the text ends
-    at its `<|endoftext|>`, once all before it is there."""
+    at its `<|endoftext|>`, once all before it is there, and what follows is "" in its tokens."""
     ids, masked = frame.ids, MASKED if tokenizer.is_char else " " + 2 * MASKED
     end = canvas.end(tokenizer, ids, blank) if stop else len(ids)
     tokens = [
@@ -54,8 +57,16 @@ def shown(frame, blank, tokenizer, stop=True):
         text = "".join(masked if token is None else token for token in tokens)
     else:
         text = canvas.finished(tokenizer, ids, blank, stop)
+        tokens[end:] = [""] * (len(ids) - end)
     return Shown(
-        text, tokens, frame.fresh, frame.remasked, frame.confidence, frame.nfe, frame.number
+        text,
+        tokens,
+        frame.fresh,
+        frame.remasked,
+        frame.confidence,
+        frame.nfe,
+        frame.number,
+        frame.noise,
     )
 
 
@@ -73,11 +84,10 @@ def most_states(row, how, family, mask):
     return most if sampler.may_remask else min(masks, most)
 
 
-def least_every(row, how, family, mask, alternatives):
+def least_every(row, how, family, mask, most):
     """The least trace_every with which a trace of the row (list of ids), as how (SampleConfig)
-    wants it, fits into memory: a token takes some 90 bytes in a state, 600 with its
-    alternatives."""
-    most = MOST_STATES // (8 if alternatives else 1)
+    wants it, has at most so many states of tokens: one takes some 90 bytes, with its alternatives
+    600."""
     return -(-most_states(row, how, family, mask) * len(row) // most)
 
 
@@ -85,13 +95,19 @@ def check_states(row, how, family, mask):
     """Complain where the trace of a viewer would not fit into memory."""
     states, least = (
         most_states(row, how, family, mask),
-        least_every(row, how, family, mask, how.viz_html),
+        least_every(row, how, family, mask, MOST_STATES // (8 if how.viz_html else 1)),
     )
     if how.trace_every < least:
         raise UserError(
             f"up to {states // how.trace_every:,} states of {len(row):,} tokens are too many for a "
             f"trace; give --trace-every {least}"
         )
+
+
+def blank_frame(canvas, mask):
+    """The Frame of a canvas (L,) before the first step."""
+    nothing = [False] * len(canvas)
+    return Frame(0, canvas.tolist(), nothing, nothing, 0, (canvas != mask).float().tolist())
 
 
 def record(steps, canvas, mask, every=1):
@@ -101,8 +117,7 @@ def record(steps, canvas, mask, every=1):
     of the last, unless nothing changed in it. What became fresh or was masked in steps between is
     marked in the next frame.
     """
-    blank = [False] * canvas.size(1)
-    frames = [Frame(0, canvas[0].tolist(), blank, blank, 0, (canvas[0] != mask).float().tolist())]
+    frames = [blank_frame(canvas[0], mask)]
 
     def watch():
         fresh = remasked = None
@@ -114,16 +129,19 @@ def record(steps, canvas, mask, every=1):
                 else remasked & ~step.fresh[0] | step.remasked[0]
             )
             if number % every == 0 and (fresh | remasked).any():
-                frames.append(_frame(number, step, fresh, remasked))
+                frames.append(frame_of(number, step, fresh, remasked))
                 fresh = remasked = None
             yield step
         if fresh is not None and (fresh | remasked).any():
-            frames.append(_frame(number, step, fresh, remasked))
+            frames.append(frame_of(number, step, fresh, remasked))
+        elif len(frames) > 1:  # what was asked since changed nothing
+            frames[-1] = frames[-1]._replace(nfe=int(step.row_nfe[0]), noise=float(step.t[0]))
 
     return frames, watch()
 
 
-def _frame(number, step, fresh, remasked):
+def frame_of(number, step, fresh, remasked):
+    """The `Frame` of row 0 of a Step; fresh and remasked (L) bool are of the frame."""
     top = None
     if step.top is not None:
         tokens, p = (part[0].tolist() for part in step.top)
@@ -137,6 +155,7 @@ def _frame(number, step, fresh, remasked):
         int(step.row_nfe[0]),
         step.confidence[0].tolist(),
         top,
+        float(step.t[0]),
     )
 
 

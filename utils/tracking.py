@@ -2,17 +2,23 @@
 when --track names it; the log of the run stays what it is.
 
 To add a tracker, write a function and an entry in TRACKERS. It is given the run's Config, its
-`identity` (what the function returned when the run began; None: it begins) and the first step that
-comes, and returns (identity, log, close), log being a function of (step, {name: number}, text).
+`identity` (what the function returned when the run began; None: it begins) and how many steps are
+done, and returns (identity, log, close), log being a function of (step, {name: number}, text).
+
+A run that is killed goes on from its last checkpoint, and so repeats steps that were logged
+already: TensorBoard drops the old points, wandb the new ones, and trackio keeps both.
 """
 
+import contextlib
 import dataclasses
+import importlib
 import json
 import os
+import secrets
 
 from tqdm import tqdm
 
-from utils import page, runtime
+from utils import cli, page, runtime
 from utils.cli import UserError, reason
 
 PROJECT = "nanodlm"
@@ -27,7 +33,7 @@ def by_wandb(cfg, identity, step):
         name=cfg.name,
         id=identity,
         resume="allow",
-        dir=cfg.out_dir,
+        dir=os.path.abspath(cfg.out_dir),  # its helper process has a folder of its own
         config=dataclasses.asdict(cfg),
     )
 
@@ -44,14 +50,14 @@ def by_trackio(cfg, identity, step):
 
     run = trackio.init(
         project=PROJECT,
-        name=identity or cfg.name,
-        resume="must" if identity else "never",
+        name=identity or f"{cfg.name}-{secrets.token_hex(3)}",  # all folders share a database
+        resume="allow",
         config=dataclasses.asdict(cfg),
         embed=False,
     )
 
     def log(step, figures, text=""):
-        sample = {"sample": trackio.Markdown(text)} if text else {}
+        sample = {"sample": trackio.Markdown(verbatim(text))} if text else {}
         trackio.log(figures | sample, step=step)
 
     return run.name, log, trackio.finish
@@ -61,22 +67,24 @@ def by_tensorboard(cfg, identity, step):
     """In OUT_DIR/tensorboard/NAME: tensorboard --logdir artifacts/tensorboard."""
     from torch.utils.tensorboard import SummaryWriter
 
-    # what a stopped run wrote beyond its last checkpoint is dropped
-    writer = SummaryWriter(
-        os.path.join(cfg.out_dir, "tensorboard", cfg.name), purge_step=step or None
-    )
+    folder = os.path.join(cfg.out_dir, "tensorboard", cfg.name)
+    writer = SummaryWriter(folder, purge_step=step + 1 if step else None)
     if not identity:
-        settings = json.dumps(dataclasses.asdict(cfg), indent=1).replace("\n", "\n    ")
-        writer.add_text("config", f"    {settings}", 0)
+        writer.add_text("config", verbatim(json.dumps(dataclasses.asdict(cfg), indent=1)), 0)
 
     def log(step, figures, text=""):
         for name, number in figures.items():
             writer.add_scalar(name, number, step)
         if text:
-            writer.add_text("sample", text, step)
+            writer.add_text("sample", verbatim(text), step)
         writer.flush()
 
     return cfg.name, log, writer.close
+
+
+def verbatim(text):
+    """A text as Markdown that shows it as it stands."""
+    return "".join(f"    {line}\n" for line in text.split("\n"))
 
 
 TRACKERS = {"wandb": by_wandb, "trackio": by_trackio, "tensorboard": by_tensorboard}
@@ -86,15 +94,26 @@ def nowhere(step, figures, text=""):
     """The log of a run that is not tracked."""
 
 
-def guarded(log, name):
-    """The log, which after an exception does nothing more: training goes on without curves."""
-    broken = []
+def check(name):
+    """Complain of a tracker that there is not, or whose package is missing."""
+    cli.check_name("tracker", name, TRACKERS)
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        raise UserError(
+            f"track={name} needs a package: pip install {name}; or leave out --track"
+        ) from None
 
-    def careful(step, figures, text=""):
+
+def guarded(do, name, broken):
+    """The function `do`, whose exceptions are told, once, and collected in the list `broken`: then
+    it does nothing more, and training goes on without curves."""
+
+    def careful(*args):
         if broken:
             return
         try:
-            log(step, figures, text)
+            do(*args)
         except Exception as error:
             broken.append(error)
             tqdm.write(f"{name} no longer tracks this run: {reason(error)}")
@@ -105,17 +124,14 @@ def guarded(log, name):
 def start(cfg, step):
     """(log, close) of the tracker that cfg.track names, for a run of which `step` steps are done.
     The run's identity is kept beside its log, so that resuming goes on with the same curves."""
-    identity, path = None, os.path.join(cfg.out_dir, "logs", f"{cfg.name}.track")
-    if step and os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            identity = json.load(file).get(cfg.track)
+    path, known = os.path.join(cfg.out_dir, "logs", f"{cfg.name}.track"), {}
+    if step:
+        with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8") as file:
+            known = dict(json.load(file))
     try:
-        identity, log, close = TRACKERS[cfg.track](cfg, identity, step)
-    except ImportError:
-        raise UserError(
-            f"track={cfg.track} needs a package: pip install {cfg.track}; or leave out --track"
-        ) from None
+        identity, log, close = TRACKERS[cfg.track](cfg, known.get(cfg.track), step)
     except Exception as error:  # a login that is missing, a server out of reach
         raise UserError(f"cannot track by {cfg.track}: {reason(error)}") from None
-    runtime.write_json(path, {cfg.track: identity})
-    return guarded(log, cfg.track), close
+    runtime.write_json(path, known | {cfg.track: identity})
+    broken = []
+    return guarded(log, cfg.track, broken), guarded(close, cfg.track, broken)
