@@ -56,6 +56,7 @@ def hour():
 LONGER = {
     "an hour": "hour_blocks_4",
     "1,500 steps, float32": "hour_float32",
+    "4,000 steps, float32": "hours_float32",
     "12,500 steps, dropout 0.2": "hours_dropout",
 }
 WRITES = {  # what the samples of a run are like
@@ -111,7 +112,7 @@ def wikitext():
     return table(head, rows) + source(*WIKITEXT)
 
 
-WRITTEN = ("hour_published", "hour_masked", "hour_blocks_4", "hour_ar", "hours_dropout", "float32")
+WRITTEN = ("hour_published", "hour_masked", "hour_blocks_4", "hour_ar", "hours_dropout", "stories_small")
 
 
 def written():
