@@ -4,8 +4,8 @@ in a folder, which all scripts take where they take a checkpoint.
     # the newest run's best, to artifacts/export/NAME; another
     python scripts/export.py
     python scripts/export.py --checkpoint artifacts/models/tales.best.pt --output my_folder
-    # half as large: 8 digits of the 24 that a weight has in binary
-    python scripts/export.py --output small --dtype bfloat16
+    # half as large: 8 digits of the 24 that a weight has in binary; and colder, if nobody says
+    python scripts/export.py --output small --dtype bfloat16 --temperature 0.9
     # to the Hugging Face hub, with a model card; then: python inference.py --checkpoint hf:ME/tales
     python scripts/export.py --push ME/tales
     # and back
@@ -39,12 +39,17 @@ class ExportConfig:
     dtype: str = field(
         "float32", "of the weights that are written", choices=("float32", "bfloat16")
     )
+    temperature: float = field(
+        None, "with which it is sampled unless a flag says otherwise (default: the checkpoint's)"
+    )
+    top_p: float = field(None, "likewise: draw from the likeliest tokens that sum to this (1: all)")
     push: str = field("", "upload the folder to the Hugging Face hub, as USER/NAME")
 
     def __post_init__(self):
         cli.check(self)
 
 
+SAMPLED = ("temperature", "top_p")  # flags that say how the exported model is sampled
 CARD, TRACE = "README.md", "trace.gif"  # what a pushed folder has besides
 
 
@@ -113,7 +118,7 @@ def check_folder(folder):
 
 def back(options, overrides):
     """An exported folder as one file."""
-    if idle := [name for name in ("dtype", "push", "checkpoint") if name in overrides]:
+    if idle := [name for name in ("dtype", "push", "checkpoint", *SAMPLED) if name in overrides]:
         cli.refuse(options, idle, f"leave out --{idle[0]} with --back, which writes one file")
     if not options.output.endswith(".pt"):
         raise UserError(
@@ -140,6 +145,8 @@ def run(positional, overrides):
     folder = options.output or os.path.join(Config.out_dir, "export", checkpoint.name_of(path))
     check_folder(folder)
     state = checkpoint.read(path)
+    wanted = {name: getattr(options, name) for name in SAMPLED}
+    state["sample"] |= {name: value for name, value in wanted.items() if value is not None}
     model, _, cfg = checkpoint.restore(state, torch.device("cpu"), path)
     exported.write(state, folder, getattr(torch, options.dtype))
     print(f"wrote {folder}/model.safetensors, config.json and tokenizer.json")

@@ -1569,13 +1569,17 @@ def test_export_in_bfloat16(tales_run, monkeypatch, capsys):
     path = str(tales_run / "models" / "tales.best.pt")
     for words in (
         ["--checkpoint", path, "--output", "whole"],
-        ["--checkpoint", path, "--output", "half", "--dtype", "bfloat16"],
+        ["--checkpoint", path, "--output", "half", "--dtype", "bfloat16", "--temperature", "0.5"],
         "--back half --output half.pt".split(),
     ):
         code, _, err = run(export.main, words, monkeypatch, capsys)
         assert code == 0, err
     sizes = {name: os.path.getsize(f"{name}/model.safetensors") for name in ("whole", "half")}
     assert 0.5 < sizes["half"] / sizes["whole"] < 0.6
+    samples = [checkpoint.read(name)["sample"] for name in ("whole", "half.pt")]
+    assert samples[1] == samples[0] | {"temperature": 0.5}
+    code, _, err = run(export.main, "--output none --temperature -1", monkeypatch, capsys)
+    assert code == 2 and err.count("\n") == 1 and not os.path.exists("none")
     before, after = (checkpoint.read(name)["model"] for name in (path, "half.pt"))
     for name, weights in before.items():
         assert after[name].dtype == torch.float32

@@ -37,8 +37,8 @@ def story_settings(options):
         rows += [
             {"sampler": name, "steps": steps}
             for name in ("random", "confidence")
-            for steps in (16, 32, 64, 128, 256)
-            if steps >= least
+            for steps in (16, 32, 63, 64, 128, 256)  # 63: one for each block of 4, with a prompt
+            if steps >= least - 1
         ]
         rows += [{"sampler": f"entropy_bounded:{bound:g}"} for bound in (0.03, 0.1, 0.3, 1.0, 3.0)]
     if not family.procedure and not family.block_len:

@@ -198,6 +198,10 @@ def stories(rows, title, path):
             if row["sampler"] == "held-out text":
                 axis.axhline(float(row[what]), color="#1d1d1f", lw=1, label="held-out text")
         axis.set(xscale="log", xlabel="network evaluations (NFE) a sample", ylabel=words)
+        powers = (16, 32, 64, 128, 256)
+        axis.set_xticks(powers, map(str, powers))
+        axis.set_xticks([], minor=True)
+        axis.set_xlim(min(map(cost, drawn)) / 1.1, max(map(cost, drawn)) * 1.1)
         axis.grid(alpha=0.3)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
     figure.suptitle(title)

@@ -112,7 +112,14 @@ def wikitext():
     return table(head, rows) + source(*WIKITEXT)
 
 
-WRITTEN = ("hour_published", "hour_masked", "hour_blocks_4", "hour_ar", "hours_dropout", "stories_small")
+WRITTEN = (
+    "hour_published",
+    "hour_masked",
+    "hour_blocks_4",
+    "hour_ar",
+    "hours_dropout",
+    "stories_small",
+)
 
 
 def written():

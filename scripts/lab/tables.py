@@ -253,6 +253,10 @@ TABLES = {
     "hour": story_tables.hour,
     "longer": story_tables.longer,
     "written": story_tables.written,
+    "stories": functools.partial(listed, "ablations/stories.csv", story_tables.STORIES),
+    "long_stories": functools.partial(
+        listed, "ablations/long_stories.csv", story_tables.LONG_STORIES
+    ),
     "wikitext": story_tables.wikitext,
     "recipe": functools.partial(trained, "ablations/recipe_shakespeare.csv"),
     "families": functools.partial(trained, "ablations/families.csv"),
