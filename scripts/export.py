@@ -40,9 +40,13 @@ class ExportConfig:
         "float32", "of the weights that are written", choices=("float32", "bfloat16")
     )
     temperature: float = field(
-        None, "with which it is sampled unless a flag says otherwise (default: the checkpoint's)"
+        None,
+        "with which it is sampled unless a flag says otherwise (default: the checkpoint's)",
+        low=0,
     )
-    top_p: float = field(None, "likewise: draw from the likeliest tokens that sum to this (1: all)")
+    top_p: float = field(
+        None, "top-p with which it is sampled (default: the checkpoint's)", above=0, high=1
+    )
     push: str = field("", "upload the folder to the Hugging Face hub, as USER/NAME")
 
     def __post_init__(self):

@@ -1578,8 +1578,12 @@ def test_export_in_bfloat16(tales_run, monkeypatch, capsys):
     assert 0.5 < sizes["half"] / sizes["whole"] < 0.6
     samples = [checkpoint.read(name)["sample"] for name in ("whole", "half.pt")]
     assert samples[1] == samples[0] | {"temperature": 0.5}
-    code, _, err = run(export.main, "--output none --temperature -1", monkeypatch, capsys)
-    assert code == 2 and err.count("\n") == 1 and not os.path.exists("none")
+    for words, message in (
+        ("--temperature -1", "temperature=-1.0 must be at least 0"),
+        ("--top_p 2", "top_p=2.0 must be at most 1"),
+    ):
+        code, _, err = run(export.main, f"--output none {words}", monkeypatch, capsys)
+        assert code == 2 and message in err and not os.path.exists("none")
     before, after = (checkpoint.read(name)["model"] for name in (path, "half.pt"))
     for name, weights in before.items():
         assert after[name].dtype == torch.float32

@@ -114,6 +114,7 @@ def folder(tmp_path_factory):
     """Where the commands run one after the other, with the texts and the runs that they speak
     of."""
     folder = tmp_path_factory.mktemp("docs")
+    shutil.copytree(os.path.join(ROOT, "artifacts/pretrained"), folder / "artifacts/pretrained")
     stories = tales.generate("docs", 400)
     (folder / "data").mkdir()
     (folder / "local.jsonl").write_text(

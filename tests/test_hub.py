@@ -198,10 +198,18 @@ def test_export_leaves_other_folders_alone(best, monkeypatch, capsys):
     assert open("mine/model.safetensors").read() == "mine"
 
 
-@pytest.mark.parametrize("folder", sorted(glob.glob(os.path.join(ROOT, "artifacts/pretrained/*"))))
+SHIPPED = sorted(glob.glob(os.path.join(ROOT, "artifacts/pretrained/*")))
+
+
+def test_there_are_weights_that_ship():
+    assert "stories_small" in map(os.path.basename, SHIPPED)
+
+
+@pytest.mark.parametrize("folder", SHIPPED)
 def test_weights_that_ship_write(folder, monkeypatch, capsys):
-    """Small enough to be fetched with the repository, and they write."""
+    """Small enough to be fetched with the repository; they write, as their config wants it."""
     assert sum(os.path.getsize(os.path.join(folder, name)) for name in exported.FILES) < 12e6
     words = ["--checkpoint", folder, "--prompt", "Once upon a time", "--gen-len", "16"]
+    assert inference.load(folder, device="cpu").settings().top_p < 0.98, "no default"
     code, out, err = run(inference.main, [*words, "--device", "cpu"], monkeypatch, capsys)
     assert code == 0 and out.startswith("Once upon a time") and len(out.split()) > 8, err

@@ -204,6 +204,7 @@ def step_of(n, fresh=True, remasked=False, ids=None):
         confidence=torch.tensor([[0.5]]),
         masked=torch.tensor([[remasked]]),
         top=None,
+        t=torch.tensor([0.5]),
     )
 
 

@@ -36,7 +36,7 @@ def variant_config(comparison, options, variant, seed):
 
 TABLES = {"seq_len": "block_size"}  # as the tables that are there call it
 # what all was before these were settings
-LATER = {"objective": "masked", "time_sampling": "uniform"}
+LATER = {"objective": "masked", "time_sampling": "uniform", "track": "none"}
 
 
 def train_settings(comparison, options):

@@ -17,6 +17,7 @@ HOUR = {
     "masked": "hour_masked",
     "blocks of 4": "hour_blocks_4",
     "autoregressive": "hour_ar",
+    "autoregressive, float32": "stories_judge",
     "blocks of 4, three minutes": "three_minutes",
 }
 
@@ -48,7 +49,7 @@ def hour():
     files = benchmarks(HOUR)
     others = {
         f"beside the {label}": beside(files[label])
-        for label in ("published recipe", "autoregressive")
+        for label in ("published recipe", "autoregressive", "autoregressive, float32")
     }
     return runs(files, TRAINED | others)
 
@@ -159,6 +160,7 @@ STORIES = {  # what samples of a model of stories are like, beside held-out ones
     "± s.e. over texts": maybe("judge_se_texts", ".3f"),
     "unigram entropy, nats": maybe("unigram_entropy", ".2f"),
     "repetition": maybe("repetition", ".1%"),
+    "overlap": maybe("self_overlap", ".1%"),
     "longest copy, tokens": maybe("longest_copy", ".1f"),
     "known words": maybe("known_words", ".1%"),
     "ended": maybe("ended", ".0%"),

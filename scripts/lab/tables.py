@@ -186,9 +186,8 @@ def steps():
 SHAPES = ("stories", "shakespeare", "tales")
 
 
-def growth():
+def growth(file):
     """How a step grows, and the exponents."""
-    file = "benchmarks/growth_cpu.json"
     [report] = load(file)
     names = dict(seq_len="window", batch_size="rows", n_embd="width", data="corpus, tokens")
     rows = [
@@ -265,7 +264,8 @@ TABLES = {
     "overfitting": functools.partial(trained, "ablations/ar_vs_diffusion_on_stories_847.csv"),
     "others": others,
     "steps": steps,
-    "growth": growth,
+    "growth": functools.partial(growth, "benchmarks/growth_cpu.json"),
+    "growth_float32": functools.partial(growth, "benchmarks/growth_cpu_float32.json"),
     "sampling_long": functools.partial(sampling, "benchmarks/sample_256_cpu.json"),
     "stories_long": stories_long,
     "sampling": functools.partial(sampling, "benchmarks/sample_tales_cpu.json"),
