@@ -201,7 +201,8 @@ def stories(rows, title, path):
         powers = (16, 32, 64, 128, 256)
         axis.set_xticks(powers, map(str, powers))
         axis.set_xticks([], minor=True)
-        axis.set_xlim(min(map(cost, drawn)) / 1.1, max(map(cost, drawn)) * 1.1)
+        if drawn:
+            axis.set_xlim(min(map(cost, drawn)) / 1.1, max(map(cost, drawn)) * 1.1)
         axis.grid(alpha=0.3)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
     figure.suptitle(title)
