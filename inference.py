@@ -95,7 +95,9 @@ class Model:
     def settings(self, **options):
         """SampleConfig of options (flags of this script, by name): from config.py, then as the
         checkpoint's author wanted it sampled, then as the options say."""
-        refuse(options, OF_LOADING, "is chosen when a model is loaded: load(path, device, dtype)")
+        refuse_options(
+            options, OF_LOADING, "is chosen when a model is loaded: load(path, device, dtype)"
+        )
         check_options(options)
         how = cli.merge(SampleConfig, self.sampling, options)
         if "sampler" in options:
@@ -111,7 +113,7 @@ class Model:
     def generate(self, prompt="", **options):
         """The `Sample` that continues the prompt; a list of them where several are asked for. The
         first has a trace, of fewer states where it is long."""
-        refuse(options, ("json",), "is for the command line; a Sample has record()")
+        refuse_options(options, ("json",), "is for the command line; a Sample has record()")
         how = self.settings(prompt=prompt, **options)
         samples, *_ = generate(self, how, record=True)
         write_traces(how, samples[0].trace)
@@ -119,7 +121,7 @@ class Model:
 
     def stream(self, prompt="", **options):
         """Yields a `trace.Shown` of the canvas and after every step: the text while it appears."""
-        refuse(options, OF_GENERATING, "is for generate")
+        refuse_options(options, OF_GENERATING, "is for generate")
         how = self.settings(prompt=prompt, **options)
         rows = canvas.rows_of(how, self.family, self.tokenizer)
         if len(rows) > 1:
@@ -149,7 +151,7 @@ OF_LOADING = ("checkpoint", "device", "dtype")  # flags that `load` takes
 OF_GENERATING = ("viz_video", "viz_gif", "viz_html", "live", "json", "trace_every")
 
 
-def refuse(options, names, why):
+def refuse_options(options, names, why):
     """Complain of the first option (by name) that is no option here."""
     for name in names:
         if name in options:
