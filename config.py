@@ -121,7 +121,8 @@ class Config:
 @dataclass(frozen=True)
 class SampleConfig:
     checkpoint: str = field("", "a file, an exported folder, or hf:USER/NAME of the "
-        "Hugging Face hub (default: the newest run in artifacts/models, its best)", "what")
+        "Hugging Face hub (default: the newest run in artifacts/models, its best; before there is "
+        "one, artifacts/pretrained/tales)", "what")
     prompt: str = field("", "text that the result begins with")
     suffix: str = field("", "text that the result ends with")
     infill: str = field("", "text with holes: 'Tom [8] a boat.' has one of 8 tokens, [___] one of "

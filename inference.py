@@ -171,8 +171,8 @@ def check_options(options):
 
 def load(path="", device=SampleConfig.device, dtype=SampleConfig.dtype):
     """The `Model` of a checkpoint: a run's file, an exported folder, or hf:USER/NAME[@revision] of
-    the Hugging Face hub; the newest run's best where path is ""."""
-    path = path or checkpoint.newest()
+    the Hugging Face hub; `checkpoint.default` where path is ""."""
+    path = path or checkpoint.default()
     state = checkpoint.read(path)
     device = runtime.choose_device(device)
     sampling = checkpoint.sampling(state, path)

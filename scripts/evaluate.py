@@ -52,7 +52,7 @@ NOT_AGAINST = ("num_samples", "left_to_right", "judge", "json", "plot", *HOW)
 @dataclass(frozen=True)
 class EvaluateConfig:
     checkpoint: str = field(
-        "", "file, folder or hf:USER/NAME (default: the newest run's best)", "what"
+        "", "file, folder or hf:USER/NAME (default: as inference.py has it)", "what"
     )
     data: str = field("", "a text of your own instead of the run's held-out part")
     rows: int = field(None, "held-out rows (default: the run's final_rows; of --data all)", low=1)
@@ -250,7 +250,7 @@ def run(positional, overrides):
             f"--{', --'.join(idle)}"
         )
     device = runtime.choose_device(options.device)
-    loaded = load(options.checkpoint or checkpoint.newest(), options, device)
+    loaded = load(options.checkpoint or checkpoint.default(), options, device)
     if options.against:
         return print("\n".join(compare(loaded, load(options.against, options, device), device)))
     report = evaluate(loaded, options, device)

@@ -198,6 +198,23 @@ def test_export_leaves_other_folders_alone(best, monkeypatch, capsys):
     assert open("mine/model.safetensors").read() == "mine"
 
 
+def test_weights_that_ship_write_until_there_is_a_run(best, monkeypatch, capsys):
+    """Without a run inference.py and evaluate.py take them, and say so; then the run's."""
+    code, _, err = run(inference.main, "--prompt One", monkeypatch, capsys)
+    assert code == 2 and "there is no checkpoint in artifacts/models" in err
+    words = f"--checkpoint {best} --output {checkpoint.SHIPPED}"
+    assert run(export.main, words, monkeypatch, capsys)[0] == 0
+    for script, words in ((inference, "--prompt One"), (evaluate, "--rows 4 --num_samples 0")):
+        code, out, err = run(script.main, f"{words} --device cpu", monkeypatch, capsys)
+        assert code == 0 and out and f"Until then: {checkpoint.SHIPPED}" in err, err
+    code, _, err = run(export.main, "", monkeypatch, capsys)
+    assert code == 2 and "there is no checkpoint" in err, "only a run is exported"
+    os.mkdir("artifacts/models")
+    os.symlink(best, "artifacts/models/mine.best.pt")
+    code, out, err = run(inference.main, "--prompt One --device cpu", monkeypatch, capsys)
+    assert code == 0 and out and "mine.best on cpu" in err and "Until then" not in err
+
+
 SHIPPED = sorted(glob.glob(os.path.join(ROOT, "artifacts/pretrained/*")))
 
 

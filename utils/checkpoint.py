@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,8 @@ from model import Transformer, count_parameters
 from utils import cli, exported, families, ranks, runtime
 from utils import tokenizer as tokenizers
 from utils.cli import UserError, reason
+
+SHIPPED = os.path.join(Config.out_dir, "pretrained", "tales")
 
 # what a resumed run may change (out_dir for "auto"); everything else would make it another run
 MAY_CHANGE = set(
@@ -188,6 +191,18 @@ def newest(folder=os.path.join(Config.out_dir, "models"), best=True):
     path = max(last or files, key=os.path.getmtime)
     candidate = path.removesuffix(".pt") + ".best.pt"
     return candidate if best and os.path.exists(candidate) else path
+
+
+def default():
+    """Path of the checkpoint to use where none is named: the newest run's best; before there is
+    one, the tales that come with the repository, and that is said."""
+    try:
+        return newest()
+    except UserError as error:
+        if not os.path.isdir(SHIPPED):
+            raise
+        print(f"{error}. Until then: {SHIPPED}, which comes with nanoDLM", file=sys.stderr)
+    return SHIPPED
 
 
 def unused_name(out_dir, name):
