@@ -90,6 +90,18 @@ def test_samplers_write_stories_that_are_judged(monkeypatch, capsys):
     assert float(real["known_words"]) > 0.8 and float(real["judge_perplexity"]) > 1
     assert float(written["nfe"]) > 1 and os.path.getsize("out/stories.png") > 10_000
     assert float(real["judge_se_texts"]) > 0 and real["judge"] == "artifacts/models/judge.best.pt"
+    few = lambda options: compare_stories.block_settings(options)[:2]
+    monkeypatch.setitem(
+        ablate.COMPARISONS,
+        "block_lengths",
+        ablate.COMPARISONS["block_lengths"]._replace(settings=few),
+    )
+    code, out, err = run(
+        ablate.main, words.replace("stories", "block_lengths", 1), monkeypatch, capsys
+    )
+    real, written = ablate.read_table("out/block_lengths.csv")
+    assert code == 0 and os.path.getsize("out/block_lengths.png") > 10_000, err
+    assert written["block_len"] == "129" and written["nfe"] == written["steps"] == "16"
     monkeypatch.setattr(compare_stories, "LONG", 400)
     monkeypatch.setitem(
         ablate.COMPARISONS,

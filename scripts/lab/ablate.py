@@ -91,6 +91,11 @@ COMPARISONS = {
     "stories": Comparison(
         compare_stories.story_settings, compare_stories.judge_stories, figures.stories
     ),
+    "block_lengths": Comparison(
+        compare_stories.block_settings,
+        compare_stories.judge_blocks,
+        partial(figures.stories, usual=compare_stories.BLOCKS_USUAL),
+    ),
     "long_stories": Comparison(
         compare_stories.long_settings, compare_stories.judge_long, figures.along_the_text
     ),

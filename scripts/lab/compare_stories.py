@@ -1,5 +1,5 @@
 """How well the samplers of one network write stories that no grammar can judge: the comparisons
-`stories` and `long_stories` of scripts/lab/ablate.py, which runs them."""
+`stories`, `block_lengths` and `long_stories` of scripts/lab/ablate.py, which runs them."""
 
 import math
 import time
@@ -122,6 +122,32 @@ def judge_stories(options):
         )
 
     return measure, one.common | {"judge": options.judge}
+
+
+BLOCKS_USUAL = dict(temperature=0.9, top_p=0.95)  # as the weights that ship are sampled
+
+
+def block_settings(options):
+    """Held-out text, and samplers at some 16 to 256 NFE: for models that differ in the length of
+    their blocks."""
+    family, rows = family_of(options), []
+    least = family.cfg.seq_len // family.block_len if family.block_len else 1  # NFE
+    for name in ("random", "confidence"):
+        # the step for what a row of blocks is given is its own
+        steps = (number - bool(family.block_len) for number in (16, 32, 64, 128, 256))
+        rows += [{"sampler": name, "steps": number} for number in steps if number >= least - 1]
+    rows += [{"sampler": f"entropy_bounded:{bound:g}"} for bound in (0.1, 0.3, 1.0, 3.0)]
+    if not family.block_len:
+        rows += [{"sampler": f"local_entropy:{size}"} for size in (16, 32, 64)]
+        rows += [{"sampler": "entropy_bounded:0.1", "decode_block": size} for size in (16, 64)]
+    return [DEFAULT | REAL] + [DEFAULT | BLOCKS_USUAL | row for row in rows]
+
+
+def judge_blocks(options):
+    """`judge_stories`, and the block length with its figures."""
+    measure, common = judge_stories(options)
+    family = family_of(options)
+    return measure, common | {"block_len": family.block_len or family.cfg.seq_len}
 
 
 LONG, PARTS = 1000, 4  # tokens, and equal parts with figures of their own

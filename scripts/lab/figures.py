@@ -170,13 +170,15 @@ def quality_against_cost(rows, title, path):
     plt.close(figure)
 
 
-def stories(rows, title, path):
+USUAL = {name: getattr(SampleConfig, name) for name in ("temperature", "top_p")}
+
+
+def stories(rows, title, path, usual=USUAL):
     """Generative NLL and unigram entropy over NFE at the usual temperature and top-p, each beside
     that of held-out text; rows are those of scripts/lab/ablate.py stories (dicts of str). A PNG at
     `path`."""
     plt = plots.pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
-    usual = {name: getattr(SampleConfig, name) for name in ("temperature", "top_p")}
     is_usual = lambda row: all(row[name] and float(row[name]) == usual[name] for name in usual)
     drawn = list(filter(is_usual, rows))
     kind = lambda row: (
