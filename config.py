@@ -44,8 +44,8 @@ class Config:
     compile: str = field("auto", "torch.compile; auto: on CUDA, and on a CPU for runs that are "
         "long enough", choices=("auto", "on", "off"))
 
-    data: str = field("data/stories.txt", "tales (built in), a .txt, .jsonl or .parquet file, or a "
-        "folder of shards (scripts/data.py --tokens)", "data")
+    data: str = field("data/stories.txt", "tales, sudoku4, sudoku6 or sudoku9 (built in), a .txt, "
+        ".jsonl or .parquet file, or a folder of shards (scripts/data.py --tokens)", "data")
     held_out: str = field("", "a file that is held out (default: a tenth of data)")
     tokenizer: str = field("bpe", "char, bpe (trained on the corpus), or the path of a "
         "tokenizer.json; shards have their own")
@@ -127,6 +127,7 @@ class SampleConfig:
     suffix: str = field("", "text that the result ends with")
     infill: str = field("", "text with holes: 'Tom [8] a boat.' has one of 8 tokens, [___] one of "
         "5, \\[ is a bracket")
+    puzzle: str = field("", "a Sudoku row by row, with dots for holes: '..2.4. .....1 ...'")
     prompt_file: str = field("", "a file with a prompt on each line; one result each")
     gen_len: int = field(None, "tokens to generate (default: to the end of the window); may go "
         "beyond it", low=1, high=LONGEST)
@@ -188,6 +189,12 @@ NOTES = MICRO | dict(
     data="data/shakespeare.txt", tokenizer="char", schedule="cos2_s008",
     time_conditioning="sinusoidal", loss_weighting="pooled", seq_len=128, max_iters=105_000)
 
+# What the corpora that are made here share.
+MADE = dict(
+    rows="document", n_layer=4, n_head=4, n_embd=128, batch_size=48, tie_embeddings=True,
+    init="zero", rope_base=10_000.0, loss_weighting="elbo", lr=4e-3, muon_lr=0.02, beta1=0.9,
+    warmup_iters=50, max_iters=5000)
+
 # What the largest presets share: learning rates that suit 10M parameters are too large for 100M.
 LARGE = dict(
     tie_embeddings=False, init="zero", rope_base=10_000.0, lr=3e-3, muon_lr=0.02, beta1=0.9,
@@ -197,10 +204,13 @@ PRESETS = {
     # The built-in stories. A 2-core CPU trains it in minutes, nearly to their entropy: there the
     # bound itself is the better loss, with smaller steps, and large tied embeddings learn to copy
     # names.
-    "tales": dict(
-        data="tales", rows="document", vocab_size=1024, seq_len=67, n_layer=4, n_head=4, n_embd=128,
-        batch_size=48, tie_embeddings=True, init="zero", rope_base=10_000.0, loss_weighting="elbo",
-        lr=4e-3, muon_lr=0.02, beta1=0.9, warmup_iters=50, max_iters=5000),
+    "tales": MADE | dict(data="tales", vocab_size=1024, seq_len=67),
+    # Sudoku grids, of which all is known too, and puzzles with one solution.
+    "sudoku": MADE | dict(data="sudoku6", tokenizer="char", seq_len=43),
+    "sudoku4": MADE | dict(data="sudoku4", tokenizer="char", seq_len=21, max_iters=1000),
+    "sudoku9": MADE | dict(
+        data="sudoku9", tokenizer="char", seq_len=91, n_layer=6, n_embd=256, max_iters=0,
+        max_minutes=120.0),
     # The standard small benchmark: nanoGPT's size and text, with our recipe. Few rows a step: on a
     # CPU, steps are what a short run lacks.
     "shakespeare": dict(

@@ -41,6 +41,7 @@ from utils import (
     runtime,
     texts,
 )
+from utils.built_in import BUILT_IN
 from utils.cli import UserError, field
 
 # options that are SampleConfig's too
@@ -124,7 +125,7 @@ def load(path, options, device):
             raise UserError(f"there is no file {options.data}")
         training = None
         # what the run was trained on need not be at hand, nor be whole
-        if cfg.data == "tales" or os.path.exists(cfg.data):
+        if cfg.data in BUILT_IN or os.path.exists(cfg.data):
             with contextlib.suppress(UserError):
                 training = corpus.load(cfg, tokenizer).training
         cfg = dataclasses.replace(cfg, data=options.data, held_out="")

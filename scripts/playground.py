@@ -21,7 +21,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from config import DEVICES, Config
 from inference import load
-from utils import checkpoint, cli, page, runtime, tales
+from utils import checkpoint, cli, page, runtime
+from utils.built_in import BUILT_IN
 from utils.cli import UserError, field
 
 
@@ -111,14 +112,9 @@ def watch(model, options):
 
 
 def verdict(model, text):
-    """What the grammar says of a text of a model of tales; "" of others."""
-    if model.family.cfg.data != "tales":
-        return ""
-    log_p = tales.log_prob(text)
-    if log_p > -float("inf"):
-        return f"A story of the grammar, log-probability {log_p:.1f}"
-    said = tales.judge(text)
-    return f"No story of the grammar: {said.count('ok')} of {len(said)} sentences fit"
+    """What is known of a text of a model of a built-in corpus; "" of others."""
+    made = BUILT_IN.get(model.family.cfg.data)
+    return made.verdict(text) if made else ""
 
 
 def write(path, device, fields_, samplers):

@@ -16,7 +16,7 @@ import torch  # noqa: E402
 
 import config  # noqa: E402
 import train  # noqa: E402
-from utils import checkpoint, cli, corpus, runs, settings, tales, tokenizer  # noqa: E402
+from utils import built_in, checkpoint, cli, runs, settings, tales, tokenizer  # noqa: E402
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
@@ -45,7 +45,7 @@ def made_once():
 
 
 # enough for tiny runs; encoding 2,048 takes as long as training. Children import this file too
-corpus.TALES_HELD_OUT = 256
+built_in.HELD_OUT = 256
 
 
 @pytest.fixture(autouse=True)

@@ -31,6 +31,7 @@ from utils import (
     video,
 )
 from utils import page as pages
+from utils.built_in import BUILT_IN
 from utils.cli import UserError
 from utils.encoding import Corpus
 from utils.families import family_of
@@ -40,7 +41,7 @@ from utils.tokenizer import train_bpe, train_char
 
 def test_real_stories_are_judged_perfect():
     stories = tales.generate(3, 200)
-    report = samples.judge_tales(stories)
+    report = BUILT_IN["tales"].figures(stories)
     assert (report["valid"], report["grammatical"], report["agreeing"], report["distinct"]) == (
         1,
         1,
@@ -49,7 +50,7 @@ def test_real_stories_are_judged_perfect():
     )
     assert report["log_prob"] == pytest.approx(-tales.entropy(), abs=0.5)
     broken = stories[0].replace(".", "!", 1)
-    report = samples.judge_tales([stories[0], stories[0], broken, broken])
+    report = BUILT_IN["tales"].figures([stories[0], stories[0], broken, broken])
     assert (
         report["valid"] == 0.5
         and report["distinct"] == 0.5

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from config import Config
-from utils import canvas, corpus, encoding, tales, texts, tokenizer
+from utils import built_in, canvas, corpus, encoding, tales, texts, tokenizer
+from utils.built_in import BUILT_IN
 from utils.cli import UserError
 
 STRINGS = [
@@ -209,7 +210,7 @@ def test_documents_are_joined_by_the_end_token(tmp_path):
         assert found == "".join(texts.split(texts.read_documents(str(path)))[1])
 
 
-def test_tales_batches_are_whole_fresh_stories():
+def test_tales_batches_are_whole_fresh_stories(monkeypatch):
     cfg = small(data="tales", rows="document", seq_len=67, vocab_size=1024)
     data = corpus.load(cfg)
     written = [
@@ -219,13 +220,12 @@ def test_tales_batches_are_whole_fresh_stories():
     ]
     assert len(set(written)) == 20 and all(tales.log_prob(text) > -1e9 for text in written)
     held_out = {canvas.finished(data.tokenizer, row) for row in data.held_out.tolist()}
-    assert len(held_out) == corpus.TALES_HELD_OUT and not held_out & set(written)
-    assert corpus.tales_held_out(cfg)[0] in held_out
+    assert len(held_out) == built_in.HELD_OUT and not held_out & set(written)
+    assert BUILT_IN["tales"].held_out(cfg.seed)[0] in held_out
     stories = tales.generate(f"train {cfg.seed} 0", 4)
     for rows, size in (("document", 67), ("stream", 200)):
-        batch = corpus.tales_batch(
-            data.tokenizer, small(data="tales", rows=rows, seq_len=size), {stories[1]}, 0
-        )
+        monkeypatch.setattr(built_in.Tales, "held_out", lambda self, seed: [stories[1]])
+        batch = corpus.fresh_batch(data.tokenizer, small(data="tales", rows=rows, seq_len=size), 0)
         assert batch.shape == (4, size)
         known = "".join(map(data.tokenizer.decode, batch.tolist()))
         assert stories[2][20:] in known and stories[1][20:] not in known, (

@@ -4,7 +4,7 @@ samples differ only in where the MASKs are."""
 import re
 
 from config import LONGEST
-from utils import runtime
+from utils import runtime, sudoku
 from utils import tokenizer as tokenizers
 from utils.cli import UserError, reason
 
@@ -129,8 +129,8 @@ def documents(tokenizer, ids, rows):
 def rows_of(how, family, tokenizer):
     """Rows to fill: list of (canvas, a list of ids; seed), as how (SampleConfig) has prompts, holes
     and numbers of samples."""
-    if how.infill:
-        templates = [parse_infill(how.infill)]
+    if how.infill or how.puzzle:
+        templates = [parse_infill(how.infill or template_of(how.puzzle, family.cfg))]
     else:
         prompts = read_prompts(how.prompt_file) if how.prompt_file else [how.prompt]
         templates = [
@@ -139,14 +139,14 @@ def rows_of(how, family, tokenizer):
     rows = [build(tokenizer, template, family.cfg.seq_len) for template in templates]
     if how.min_len > (least := min(row.count(tokenizer.mask) for row in rows)):
         raise UserError(
-            f"min_len={how.min_len}, but there are only {least} tokens to generate; say with "
-            "--gen-len how many"
+            f"min_len={how.min_len}, but there are only {least} tokens to generate"
+            + ("" if how.infill or how.puzzle else "; say with --gen-len how many")
         )
     if family.block_len and any(given_after_a_hole(row, tokenizer.mask) for row in rows):
         raise UserError(
             "this model generates from left to right and sees nothing of what comes after; give a "
-            "--prompt, without --suffix and --infill, or train a masked model (--objective masked "
-            "--block_len 0)"
+            "--prompt, without --suffix, --infill and --puzzle, or train a masked model "
+            "(--objective masked --block_len 0)"
         )
     if sum(map(len, rows)) * how.num_samples > MOST_TOKENS:
         raise UserError(
@@ -154,6 +154,30 @@ def rows_of(how, family, tokenizer):
             f"more than {MOST_TOKENS:,} tokens together; ask for fewer at a time"
         )
     return [(row, how.seed + i) for row in rows for i in range(how.num_samples)]
+
+
+def sudoku_template(puzzle):
+    """(template (str) with a hole of one token for each dot of a Sudoku; its side)."""
+    try:
+        cells, side = sudoku.parse(puzzle)
+    except ValueError as error:
+        raise UserError(f"--puzzle has {error}") from None
+    if None not in cells:
+        raise UserError("--puzzle has no hole; write a dot for each cell to be filled")
+    if not sudoku.solve(cells, side, limit=1).grids:
+        raise UserError("--puzzle has no solution")
+    return sudoku.to_text(cells, side, "[1]"), side
+
+
+def template_of(puzzle, cfg):
+    """The template of a Sudoku (str) for a model of such grids."""
+    template, side = sudoku_template(puzzle)
+    if cfg.data != f"sudoku{side}":
+        raise UserError(
+            f"--puzzle is of {side} x {side}, and this model was trained on {cfg.data}; train one "
+            f"with: python train.py --data sudoku{side}"
+        )
+    return template
 
 
 def read_prompts(path):

@@ -58,9 +58,10 @@ def sampling(how):
     given = how.prompt or how.suffix or how.prompt_file
     cached = how.cache in ("prefix", "dual")
     for wrong, names, why in (
-        (how.infill and (given or how.gen_len), ("infill",),
-         "it says itself what is given and how much to generate; leave out --prompt, --suffix, "
-         "--prompt-file and --gen-len"),
+        *((getattr(how, name) and (given or how.gen_len), (name,),
+           "it says itself what is given and how much to generate; leave out --prompt, --suffix, "
+           "--prompt-file and --gen-len") for name in ("infill", "puzzle")),
+        (how.infill and how.puzzle, ("infill", "puzzle"), "give one of them"),
         (how.no_stop and how.min_len, ("no_stop", "min_len"), "one or the other"),
         (how.prompt_file and how.prompt, ("prompt_file", "prompt"), "give one of them"),
         (cached and not how.decode_block, ("cache", "decode_block"),

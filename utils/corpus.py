@@ -6,17 +6,13 @@ from functools import partial
 
 import torch
 
-from utils import tales, texts
+from utils import texts
 from utils import tokenizer as tokenizers
+from utils.built_in import BUILT_IN
 from utils.cli import UserError
 from utils.encoding import Corpus, document_rows, held_out_rows, token_stream
 from utils.runtime import generator, is_first
 from utils.shards import load_shards
-
-TALES_HELD_OUT = 2048  # stories
-# tokens; a tale has 65 words and punctuation marks, which no tokenizer trained here joins
-SHORTEST_TALE = 60
-
 
 # --- corpora --------------------------------------------------------------------------------------
 
@@ -38,25 +34,18 @@ def pool_batch(table, cfg, step, rows=slice(None)):
     ].long()
 
 
-def tales_held_out(cfg):
-    """Held-out stories of a run (list of str)."""
-    return tales.generate(f"held out {cfg.seed}", TALES_HELD_OUT)
-
-
-def tales_batch(tokenizer, cfg, held_out, step, rows=slice(None)):
-    """A batch of stories that nobody has seen, none of them in the set `held_out`: one a row, or
-    (rows=stream) windows of stories that follow each other."""
-    size = cfg.batch_size * cfg.seq_len
-    n = cfg.batch_size if cfg.rows == "document" else size // SHORTEST_TALE + 2
-    stories = tales.generate(f"train {cfg.seed} {step}", n)
-    fresh = [story for story in stories if story not in held_out]
-    stories = (fresh * n)[:n]
+def fresh_batch(tokenizer, cfg, step, rows=slice(None)):
+    """A batch of new texts of a built-in corpus: one a row, or (rows=stream) windows of texts that
+    follow each other."""
+    made, size = BUILT_IN[cfg.data], cfg.batch_size * cfg.seq_len
+    n = cfg.batch_size if cfg.rows == "document" else size // made.shortest + 2
+    found = made.training(cfg.seed, step, n)
     if cfg.rows == "document":
-        return document_rows(stories[rows], tokenizer, cfg.seq_len)
-    ids = token_stream(stories, tokenizer)
+        return document_rows(found[rows], tokenizer, cfg.seq_len)
+    ids = token_stream(found, tokenizer)
     if len(ids) < size:
         raise UserError(
-            f"tokenizer={cfg.tokenizer} joins words; rows=stream of the tales needs one that does "
+            f"tokenizer={cfg.tokenizer} joins words; rows=stream of {cfg.data} needs one that does "
             "not: bpe or char"
         )
     start = torch.randint(len(ids) - size + 1, (), generator=generator(cfg.seed, "rows", step))
@@ -73,15 +62,15 @@ def latest(batch, cfg, steps, limit):
 def load(cfg, tokenizer=None):
     """Corpus of cfg.data. tokenizer: that of a checkpoint to go on with; None: cfg.tokenizer
     decides."""
-    if cfg.data == "tales" or os.path.isdir(cfg.data):
+    if cfg.data in BUILT_IN or os.path.isdir(cfg.data):
         for name, what in (
             ("max_documents", "is cut to its first documents"),
             ("held_out", "goes with a held-out file"),
         ):
             if value := getattr(cfg, name):
                 raise UserError(f"{name}={value} with {cfg.data}: only a text file {what}")
-    if cfg.data == "tales":
-        return load_tales(cfg, tokenizer)
+    if cfg.data in BUILT_IN:
+        return load_built_in(cfg, tokenizer)
     if not os.path.exists(cfg.data):
         texts.prepare(cfg.data)
     if os.path.isdir(cfg.data):
@@ -120,19 +109,25 @@ def parts(cfg, documents):
     return texts.split(documents)
 
 
-def load_tales(cfg, tokenizer=None):
-    """Corpus of tales, other ones at every step."""
-    held_out = tales_held_out(cfg)
+def load_built_in(cfg, tokenizer=None):
+    """Corpus of a built-in one, other texts at every step."""
+    made = BUILT_IN[cfg.data]
+    held_out = made.held_out(cfg.seed)
     if tokenizer is None:
-        sample = tales.generate(f"tokenizer {cfg.seed}", 4000)
+        sample = made.generate(f"tokenizer {cfg.seed}", 4000)
         tokenizer = make_tokenizer(cfg, sample, documents=True)
+    if made.of_characters and not tokenizer.is_char:
+        raise UserError(
+            f"tokenizer={cfg.tokenizer} with data={cfg.data}: its cells are characters; use "
+            "--tokenizer char"
+        )
     rows = held_out_rows(held_out, tokenizer, cfg)
     if cfg.rows == "document" and len(rows) != len(held_out):
         raise UserError(
-            f"seq_len={cfg.seq_len} is shorter than a tale with tokenizer={cfg.tokenizer}; use at "
-            "least 67 with bpe, 320 with char"
+            f"seq_len={cfg.seq_len} is shorter than a {made.noun} with "
+            f"tokenizer={cfg.tokenizer}; use at least {made.windows}"
         )
-    batch = partial(tales_batch, tokenizer, cfg, set(held_out))
+    batch = partial(fresh_batch, tokenizer, cfg)
     return Corpus(batch, rows, tokenizer, 0, fingerprint(rows), partial(latest, batch, cfg))
 
 

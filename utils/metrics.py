@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 import diffusion
-from utils import corpus, encoding, families, judges, samples, tales
+from utils import encoding, families, judges, samples
+from utils.built_in import BUILT_IN
 from utils.cli import UserError
 
 SEARCHED = 5_000_000  # training tokens that copies are looked for in
@@ -18,22 +19,28 @@ SEARCHED = 5_000_000  # training tokens that copies are looked for in
 
 def final(model, family, data, hardware, steps, count, how, judge=None):
     """The final metrics block but for `held_out` (dict): `levels_of`, and of `count` samples what
-    `samples.judge_rows` says.
+    `samples.judge_rows` says; of a corpus with puzzles, how many of as many are solved, at
+    temperature 0.
 
     steps     of the run, which say what it was trained on where that has no end
     how       SampleConfig of the samples
     judge     of `utils.judges`, which scores the samples too
     """
+    cfg = family.cfg
     with hardware.autocast():
         report = levels_of(model, family, data, hardware.device)
         if not count:
             return report
-        rows, figures = samples.generate_rows(
-            model, family, data.tokenizer, count, hardware.device, how
-        )
+        rest = (model, family, data.tokenizer)
+        rows, figures = samples.generate_rows(*rest, count, hardware.device, how)
+        puzzles = BUILT_IN[cfg.data].puzzles(count) if cfg.data in BUILT_IN else []
+        # a model of blocks fills no holes, and a window has to hold a puzzle
+        if puzzles and not family.block_len and cfg.rows == "document":
+            sure = dataclasses.replace(how, temperature=0.0)
+            report |= samples.solve_puzzles(*rest, puzzles, hardware.device, sure)
     # what it was trained on need not be at hand
     searched = data.training(steps, SEARCHED) if data.training else None
-    rest = dict(tokenizer=data.tokenizer, cfg=family.cfg, training=searched, judge=judge)
+    rest = dict(tokenizer=data.tokenizer, cfg=cfg, training=searched, judge=judge)
     return report | {
         "samples": samples.judge_rows(rows, **rest) | figures,
         "reference": samples.judge_rows(
@@ -49,8 +56,8 @@ def held_out(model, family, data, device):
 
     `<|endoftext|>` counts in nats and not in characters: a model also has to say where a text ends.
     Words are counted as `encoding.words` says, so that its perplexity stands beside published ones.
-    On tales the exact -log_prob of the same stories stands beside the bound. Of an autoregressive
-    model the "bound" is exact.
+    On a built-in corpus the exact -log_prob of the same texts stands beside the bound. Of an
+    autoregressive model the "bound" is exact.
     """
     cfg = family.cfg
     rows = data.held_out[: cfg.final_rows].to(device)
@@ -74,13 +81,14 @@ def held_out(model, family, data, device):
         "held_out_rows": len(rows),
         "masks_a_row": 0 if exact else cfg.final_masks,
     }
-    if cfg.data == "tales" and cfg.rows == "document":
-        truth = -sum(map(tales.log_prob, corpus.tales_held_out(cfg)[: len(rows)])) / len(rows)
+    if cfg.data in BUILT_IN and cfg.rows == "document":
+        made = BUILT_IN[cfg.data]
+        truth = -sum(map(made.log_prob, made.held_out(cfg.seed)[: len(rows)])) / len(rows)
         report |= {
-            "bound_nats_per_story": mean * cfg.seq_len,
-            "exact_nats_per_story": truth,
+            f"bound_nats_per_{made.noun}": mean * cfg.seq_len,
+            f"exact_nats_per_{made.noun}": truth,
             "excess_over_exact": mean * cfg.seq_len / truth - 1,
-            "entropy_nats_per_story": tales.entropy(),
+            f"entropy_nats_per_{made.noun}": made.entropy(),
         }
     return report
 

@@ -28,6 +28,7 @@ from utils import (
     tracking,
 )
 from utils import tokenizer as tokenizers
+from utils.built_in import BUILT_IN
 from utils.cli import UserError
 
 # seconds of eager CPU training: compiling takes up to a minute, a step is then 1.2 (float32) to 2
@@ -257,7 +258,8 @@ def introduce(run, progress, minutes):
         total = min(total, progress.step + max(1, int(left / run.seconds)))
     parameters, steps = run.model.num_parameters(), total - progress.step
     memory = runtime.peak_memory(hardware.device) + 8 * parameters  # and the optimizers' averages
-    tokens = f"{data.tokens:,} training tokens" if data.tokens else "fresh stories every step"
+    fresh = f"fresh {BUILT_IN[cfg.data].nouns} every step" if cfg.data in BUILT_IN else ""
+    tokens = fresh or f"{data.tokens:,} training tokens"
     run.say(
         f"{cfg.name}: {parameters:,} parameters, vocabulary {data.tokenizer.vocab_size:,} | "
         f"{tokens}, {len(data.held_out):,} held-out rows of {cfg.seq_len}"
@@ -320,7 +322,7 @@ def finish(run, progress, seconds_a_step):
         "seconds_a_step": seconds_a_step,
         "tokens_per_second_of_training": rate,
     } | report
-    if cfg.rows == "stream" and data.tokens:  # not fresh stories every step
+    if cfg.rows == "stream" and data.tokens:  # not fresh texts every step
         report["passes_over_the_text"] = progress.step * cfg.batch_size * cfg.seq_len / data.tokens
     runtime.write_json(path["metrics"], report)
     say(metrics.show(report))
@@ -333,7 +335,8 @@ def finish(run, progress, seconds_a_step):
     idle = () if "levels" in report else ("levels",)  # of an earlier run, perhaps
     files = [file for kind, file in path.items() if kind not in idle and os.path.exists(file)]
     say("wrote " + ", ".join(files))
-    prompt = "" if data.tokenizer.is_char or cfg.data != "tales" else ' --prompt "Once upon a time"'
+    words = BUILT_IN[cfg.data].prompt if cfg.data in BUILT_IN else ""
+    prompt = f' --prompt "{words}"' if words and not data.tokenizer.is_char else ""
     say(
         f"next: python inference.py --checkpoint {path['best']}{prompt} --viz-video "
         f"{cfg.out_dir}/media/trace.mp4"

@@ -8,8 +8,9 @@ from collections import Counter
 import torch
 
 import diffusion
-from utils import canvas, judges, runtime, tales
+from utils import canvas, judges, runtime
 from utils import tokenizer as tokenizers
+from utils.built_in import BUILT_IN
 
 
 def sample_rows(generate, family, tokenizer, count, device, length=None):
@@ -51,6 +52,27 @@ def generate_rows(model, family, tokenizer, count, device, how):
     }
 
 
+def solve_puzzles(model, family, tokenizer, puzzles, device, how):
+    """What the model makes of puzzles, a list of (text with sudoku.HOLE, solution): a dict of the
+    share that it solves, which is all holes right, and the NFE of each."""
+    parsed = (canvas.parse_infill(canvas.sudoku_template(text)[0]) for text, _ in puzzles)
+    rows = torch.tensor([canvas.build(tokenizer, parts, 0) for parts in parsed])
+    size = runtime.rows_that_fit(family, tokenizer.vocab_size, rows.size(1), device)
+    texts, nfe = [], 0
+    for seeds in torch.arange(len(rows)).split(size):
+        blank = rows[seeds].to(device)
+        for step in diffusion.sample(family, model, blank, how, seeds=seeds.tolist()):
+            pass
+        nfe += step.row_nfe.sum().item()
+        texts += [canvas.finished(tokenizer, row, stop=False) for row in step.ids.tolist()]
+    right = sum(text == solution for text, (_, solution) in zip(texts, puzzles, strict=True))
+    return {
+        "puzzles": len(puzzles),
+        "puzzles_solved": right / len(puzzles),
+        "nfe_a_puzzle": nfe / len(puzzles),
+    }
+
+
 def reference_rows(held_out, tokenizer, count):
     """Up to `count` held-out windows (R, L) that begin as samples do: where there is an
     `<|endoftext|>`, with one."""
@@ -71,7 +93,8 @@ def reference_rows(held_out, tokenizer, count):
 
 def judge_rows(rows, *, tokenizer, cfg, training, judge):
     """Figures (dict) of samples or real text, rows (R, L) long: diversity, copies from the
-    `training` rows (N, L), validity on tales, and what the judge says (`judges.score`)."""
+    `training` rows (N, L), what is known of a built-in corpus, and what the judge says
+    (`judges.score`)."""
     between = f"\n{tokenizers.END}\n"  # documents of a stream
     texts = [
         canvas.finished(tokenizer, row, stop=cfg.rows == "document").replace(between, "\n")
@@ -86,9 +109,9 @@ def judge_rows(rows, *, tokenizer, cfg, training, judge):
             "longest_copy_max": copies.max().item(),
             "shared_8_grams": shared_runs(own, training, 8),
         }
-    if cfg.data == "tales":
-        report |= judge_tales(
-            [story for row in rows.tolist() for story in canvas.documents(tokenizer, row, cfg.rows)]
+    if cfg.data in BUILT_IN:
+        report |= BUILT_IN[cfg.data].figures(
+            [text for row in rows.tolist() for text in canvas.documents(tokenizer, row, cfg.rows)]
         )
     if judge:
         report |= judges.score(texts, judge)
@@ -103,27 +126,6 @@ def without_filling(rows, tokenizer, cfg):
         for row in rows:
             row[canvas.end(tokenizer, row.tolist()) + 1 :] = -1
     return rows
-
-
-def judge_tales(texts):
-    """What the grammar says of sampled stories (list of str): shares in [0, 1], and nats.
-
-    valid        whole stories of the grammar       grammatical  sentences that the grammar has
-    agreeing     sentences that also fit the story so far
-    distinct     different texts                    log_prob     mean exact log-probability of the
-                 valid ones; against -entropy: lower is broken, higher collapsed
-    """
-    log_probs = [p for text in texts if (p := tales.log_prob(text)) > -math.inf]
-    verdicts = [verdict for text in texts for verdict in tales.judge(text)]
-    count, sentences = max(1, len(texts)), max(1, len(verdicts))
-    return {
-        "samples": len(texts),
-        "valid": len(log_probs) / count,
-        "grammatical": sum(v != "ungrammatical" for v in verdicts) / sentences,
-        "agreeing": sum(v == "ok" for v in verdicts) / sentences,
-        "distinct": len(set(texts)) / count,
-        "log_prob": sum(log_probs) / len(log_probs) if log_probs else None,
-    }
 
 
 def diversity(texts):

@@ -9,6 +9,7 @@ import runpy
 from config import PRESETS, Config
 from utils import checkpoint, corpus, families, runs, runtime, texts
 from utils import tokenizer as tokenizers
+from utils.built_in import BUILT_IN
 from utils.cli import UserError, merge, nearest, reason
 
 
@@ -157,13 +158,14 @@ def load(positional, overrides):
         raise UserError(f"one preset at a time, got {' '.join(positional)}")
     named = {name: value for name, value in overrides.items() if name == "device"}
     device = runtime.choose_device(merge(Config, named).device)  # one that config.py knows
-    own = not positional and overrides.get("data", "tales") != "tales"
+    own = not positional and overrides.get("data", "tales") not in BUILT_IN
     if own:
         base, why = own_text(overrides["data"], device, overrides), ""
     else:
         chosen, why = (positional[0], "as asked") if positional else default(overrides, device)
         base, why = preset(chosen), f"preset {chosen}: {why}"
-        if not positional and chosen != "tales" and os.path.exists(tokenizers.DEFAULT):
+        made = base.get("data") in BUILT_IN
+        if not positional and not made and os.path.exists(tokenizers.DEFAULT):
             base["tokenizer"] = tokenizers.DEFAULT  # scripts/train_tokenizer.py made it to be used
             size = tokenizers.load(tokenizers.DEFAULT).vocab_size
             why += f"; with {tokenizers.DEFAULT}, of {size:,} tokens"
@@ -183,9 +185,9 @@ def load(positional, overrides):
 
 def default(overrides, device):
     """(name of the preset of a command line that names none, why)."""
-    stories = PRESETS["stories"]["data"]
-    if overrides.get("data") == "tales":
-        return "tales", "as asked"
+    stories, data = PRESETS["stories"]["data"], overrides.get("data")
+    if data in BUILT_IN:
+        return next(n for n, changes in PRESETS.items() if changes.get("data") == data), "as asked"
     if not os.path.exists(stories):
         return "tales", f"the built-in corpus; no {stories} has been prepared"
     chosen = "stories_small" if device.type == "cpu" else "stories"

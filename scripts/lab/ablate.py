@@ -25,7 +25,14 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspa
 
 
 from config import DEVICES, DTYPES
-from scripts.lab import compare_samplers, compare_stories, compare_training, figures, variants
+from scripts.lab import (
+    compare_puzzles,
+    compare_samplers,
+    compare_stories,
+    compare_training,
+    figures,
+    variants,
+)
 from utils import cli
 from utils.cli import UserError, field
 
@@ -82,6 +89,9 @@ COMPARISONS = {
         compare_samplers.sampler_settings,
         compare_samplers.judge_samplers,
         figures.quality_against_cost,
+    ),
+    "puzzles": Comparison(
+        compare_puzzles.puzzle_settings, compare_puzzles.judge_puzzles, figures.solved
     ),
     "temperature": Comparison(
         compare_samplers.temperature_settings,

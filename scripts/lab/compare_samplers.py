@@ -28,6 +28,7 @@ from utils import (
     tales,
 )
 from utils import tokenizer as tokenizers
+from utils.built_in import BUILT_IN
 from utils.cli import UserError
 
 # --- on tales, where truth is known ---------------------------------------------------------------
@@ -167,7 +168,7 @@ def judge_samplers(options):
             for row in rows.tolist()
             for story in canvas.documents(one.tokenizer, row, cfg.rows)
         ]
-        figures = samples.judge_tales(stories) | samples.diversity(stories)
+        figures = BUILT_IN["tales"].figures(stories) | samples.diversity(stories)
         return (
             {"nfe": nfe.float().mean().item()}
             | figures

@@ -11,6 +11,7 @@ from config import SampleConfig
 from scripts.lab.compare_samplers import generate, model_of, trained
 from scripts.lab.stories import Checker, error_rates
 from utils import canvas, corpus, families, judges, metrics, samples, texts
+from utils.built_in import BUILT_IN
 from utils.cli import UserError
 
 DEFAULT = dict(sampler="", steps="", decode_block=0, temperature=1.0, top_p=SampleConfig.top_p)
@@ -74,7 +75,7 @@ def prepared(options, name):
         raise UserError(f"{name} needs a --judge: an autoregressive checkpoint, or hf:gpt2-large")
     judge = judges.load(options.judge, one.hardware.device)
     cfg = one.family.cfg
-    if cfg.data == "tales" or one.tokenizer.end is None:
+    if cfg.data in BUILT_IN or one.tokenizer.end is None:
         raise UserError(
             f"{name} judges stories of a file, and {cfg.name} was trained on {cfg.data}"
         )
@@ -134,12 +135,11 @@ def block_settings(options):
     least = family.cfg.seq_len // family.block_len if family.block_len else 1  # NFE
     for name in ("random", "confidence"):
         # the step for what a row of blocks is given is its own
-        steps = (number - bool(family.block_len) for number in (16, 32, 64, 128, 256))
+        steps = (number - bool(family.block_len) for number in (16, 32, 64, 128))
         rows += [{"sampler": name, "steps": number} for number in steps if number >= least - 1]
-    rows += [{"sampler": f"entropy_bounded:{bound:g}"} for bound in (0.1, 0.3, 1.0, 3.0)]
+    rows += [{"sampler": f"entropy_bounded:{bound:g}"} for bound in (0.1, 1.0, 3.0)]
     if not family.block_len:
         rows += [{"sampler": f"local_entropy:{size}"} for size in (16, 32, 64)]
-        rows += [{"sampler": "entropy_bounded:0.1", "decode_block": size} for size in (16, 64)]
     return [DEFAULT | REAL] + [DEFAULT | BLOCKS_USUAL | row for row in rows]
 
 

@@ -170,6 +170,37 @@ def quality_against_cost(rows, title, path):
     plt.close(figure)
 
 
+def solved(rows, title, path):
+    """Share of puzzles that are solved over NFE, by sampler: always the likeliest digit, and drawn;
+    rows are those of scripts/lab/ablate.py puzzles (dicts of str). A PNG at `path`."""
+    plt = plots.pyplot()
+    temperatures = list(dict.fromkeys(row["temperature"] for row in rows))
+    figure, axes = plt.subplots(
+        1, len(temperatures), figsize=(13, 5), sharey=True, squeeze=False, layout="constrained"
+    )
+    kind = lambda row: row["sampler"].partition(":")[0]
+    styles = [(colour, marker) for marker in "osD^" for colour in plots.OKABE_ITO]
+    for axis, t in zip(axes[0], temperatures):
+        drawn = [row for row in rows if row["temperature"] == t]
+        for name, (colour, marker) in zip(dict.fromkeys(map(kind, drawn)), styles):
+            own = sorted((row for row in drawn if kind(row) == name), key=cost)
+            share = [100 * float(row["solved"]) for row in own]
+            error = [100 * float(row["se"]) for row in own]
+            style = dict(marker=marker, color=colour, label=name, capsize=2)
+            axis.errorbar(list(map(cost, own)), share, yerr=error, **style)
+        axis.set(xlabel="network evaluations (NFE) a puzzle", ylim=(-2, 104))
+        axis.set_title(f"temperature {float(t):g}", fontsize=10)
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:.0f}")
+        axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("% of puzzles solved (± standard error)")
+    below = dict(loc="outside lower center", ncols=6, fontsize=9)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), **below)
+    figure.suptitle(title)
+    plots.save(figure, path)
+    plt.close(figure)
+
+
 USUAL = {name: getattr(SampleConfig, name) for name in ("temperature", "top_p")}
 
 

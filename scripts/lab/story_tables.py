@@ -167,6 +167,49 @@ STORIES = {  # what samples of a model of stories are like, beside held-out ones
     "names stay": maybe("names_stay", ".0%"),
     "pronouns agree": maybe("pronouns_agree", ".0%"),
 }
+LIMITS = (16, 32, 64, 128, 256)  # NFE
+
+
+def likeliest(rows, limit):
+    """The setting with the lowest NLL among those of at most so many NFE: NLL, its standard error,
+    entropy and sampler."""
+    # means over samples, some of which end sooner or later
+    found = [row for row in rows if row["nfe"] and float(row["nfe"]) <= 1.02 * limit]
+    if not found:
+        return "–"
+    best = min(found, key=lambda row: float(row["judge_nats_per_character"]))
+    return (
+        f"{float(best['judge_nats_per_character']):.3f} ± {float(best['judge_se_texts']):.3f}, "
+        f"{float(best['unigram_entropy']):.2f}, {sampler_name(best)}"
+    )
+
+
+def block_lengths():
+    """What networks that differ in the length of their blocks write best at so many NFE."""
+    file, groups = "ablations/block_lengths.csv", {}
+    for row in load(file):
+        groups.setdefault((int(row["block_len"]), row["model"].split()[1]), []).append(row)
+    [real] = {
+        f"{float(row['judge_nats_per_character']):.3f}, {float(row['unigram_entropy']):.2f}"
+        for rows in groups.values()
+        for row in rows
+        if row["sampler"] == "held-out text"
+    }
+    name = lambda block, steps: (
+        f"{'the window' if block == 256 else f'blocks of {block}'}, {int(steps):,} steps"
+    )
+    rows = [
+        [
+            name(*key),
+            *(likeliest([row for row in rows if row["temperature"]], limit) for limit in LIMITS),
+        ]
+        for key, rows in sorted(groups.items())
+    ]
+    rows.append(["held-out text", real, *[""] * (len(LIMITS) - 1)])
+    head = ["masks of", *(f"at most {limit} NFE" for limit in LIMITS)]
+    return table(head, rows) + source(file)
+
+
 LONG_STORIES = {  # what becomes of 1,000 tokens, in four parts
     "": sampler_name,
     "temperature": maybe("temperature", "g"),
