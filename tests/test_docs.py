@@ -26,6 +26,7 @@ from model import Transformer
 from scripts import data, evaluate, export, playground, report, train_tokenizer
 from scripts.lab import ablate, bench, front, pictures, results, variants
 from utils import corpus, exported, metrics, policies, runtime, settings, tales, texts
+from utils.built_in import BUILT_IN
 from utils.families import FAMILIES
 
 TEXT = {name: open(os.path.join(ROOT, name), encoding="utf-8").read() for name in report.PAGES}
@@ -320,6 +321,14 @@ def test_links_into_pages_hit_a_heading(name):
         assert anchor in slugs, (page, anchor)
 
 
+def test_the_python_of_the_front_page_runs(monkeypatch, capsys):
+    [block] = re.findall(r"^```python\n(.*?)^```$", TEXT["README.md"], re.M | re.S)
+    monkeypatch.chdir(ROOT)
+    exec(block, {})
+    *states, bound = capsys.readouterr().out.splitlines()
+    assert "░" in "".join(states) and bound.startswith("TextBound(nats=") and len(states) > 10
+
+
 def test_the_course_runs_as_it_stands(monkeypatch):
     """All examples of learning.md, in one go, and the entries that they add to the dictionaries are
     gone afterwards."""
@@ -423,7 +432,7 @@ def stands(number, unit, values):
 STATED = {
     "README.md": """
     886,272 4,194,304 11,403,264 12,228,480 10,963,200 6,446,080 135,266,304 268,435,456 84,977,664
-    85,330,944 10,667,520 10,706,304 1,024 1,600 3.11
+    85,330,944 10,667,520 10,706,304 787,584 787,328 4,721,664 1,024 1,600 3.11
     """,
     "learning.md": """
     10.7 0.9 0.4 15 19 45 63 0.37 5,000 1,024 10,000 5.2 10.5 1.51 7.9 2,200 3.5
@@ -451,6 +460,8 @@ def test_parameter_counts(row):
         vocab_size = (
             corpus.load(cfg).tokenizer.vocab_size
             if name == "tales"
+            else BUILT_IN[cfg.data].side + 3  # a line break, an end, MASK
+            if cfg.data in BUILT_IN
             else 66
             if "shakespeare" in cfg.data
             else 28
