@@ -256,6 +256,7 @@ TABLES = {
     "long_stories": functools.partial(
         listed, "ablations/long_stories.csv", story_tables.LONG_STORIES
     ),
+    "block_lengths": story_tables.block_lengths,
     "wikitext": story_tables.wikitext,
     "recipe": functools.partial(trained, "ablations/recipe_shakespeare.csv"),
     "families": functools.partial(trained, "ablations/families.csv"),
