@@ -52,7 +52,8 @@ class Config:
     vocab_size: int = field(2048, "for a bpe trained here, MASK included; char has as many as the "
         "text", low=2, high=2**20)
     rows: str = field("stream", "stream: windows anywhere in the text; document: one document a "
-        "row", choices=("stream", "document"))
+        "row; pair: a question, which is given, and its answer (.jsonl of prompt and completion, "
+        "or of messages)", choices=("stream", "document", "pair"))
     max_documents: int = field(0, "train on the first so many training documents (0: all)", low=0)
     short_rows: float = field(0.01, "share of steps on short rows (for short texts)", low=0, high=1)
 
@@ -205,6 +206,9 @@ PRESETS = {
     # bound itself is the better loss, with smaller steps, and large tied embeddings learn to copy
     # names.
     "tales": MADE | dict(data="tales", vocab_size=1024, seq_len=67),
+    # Stories on request: questions and answers.
+    "tales_asked": MADE | dict(
+        data="tales_asked", rows="pair", vocab_size=1024, seq_len=97, short_rows=0.0),
     # Sudoku grids, of which all is known too, and puzzles with one solution.
     "sudoku": MADE | dict(data="sudoku6", tokenizer="char", seq_len=43),
     "sudoku4": MADE | dict(data="sudoku4", tokenizer="char", seq_len=21, max_iters=1000),

@@ -115,11 +115,11 @@ def count_masks(cfg, u, n, generator, density=None, maskable=None):
     deviates 8 times less at L = 256. The ELBO weighs a masked token 1 / (p(l) l). With
     cfg.complementary each u makes two units, that of its l masks and that of the n - l others.
     """
+    # a row always gets the same strata, so its largest counts are known
+    ends = (draws.stratum_of(len(u)) + 1).double() / len(u)
+    most = mask_counts(cfg, importance.inverse_cdf(ends, density), n)
     u_position, n = draws.position_uniforms(len(u), n, generator, maskable)
-    counts, most = mask_counts(cfg, u, n), None
-    if maskable is None:  # a row always gets the same strata, so its largest counts are known
-        ends = (draws.stratum_of(len(u)) + 1).double() / len(u)
-        most = mask_counts(cfg, importance.inverse_cdf(ends, density), n)
+    counts = mask_counts(cfg, u, n)
     masked = draws.first_of(u_position, counts)
     if cfg.complementary:  # the others of n masks would be none: there both units have all n
         others = ~draws.first_of(u_position, counts % n)
@@ -208,9 +208,9 @@ def nelbo_masks(R, K, n, passes, maskable=None):
 
 
 def bos_tokens(cfg):
-    """Tokens at the start of every row that are never noised: the `<|endoftext|>` of documents. It
-    tells positions apart when all else is masked, since rotary positions are relative."""
-    return int(cfg.rows == "document")
+    """Tokens at the start of every row that are never noised: the `<|endoftext|>` of documents and
+    pairs. It tells positions apart when all else is masked, since rotary positions are relative."""
+    return int(cfg.rows != "stream")
 
 
 class Masked:
@@ -251,7 +251,7 @@ class Masked:
 
         density  (n,) of the times that are drawn (utils/importance.py); rows are reweighted so that
                  the mean of their losses is what it is without
-        given    (B, L) bool, tokens that are never masked, as BOS is (of no corpus yet: prompts)
+        given    (B, L) bool, tokens that are never masked, as BOS is: those of prompts
         """
         cfg, (B, L) = self.cfg, shape
         K, n = self.units(L)
@@ -260,8 +260,6 @@ class Masked:
         if self.block_len:  # each row has K strata of its own, in its blocks in random order
             u = u.view(B, K)
             u = u.gather(1, torch.rand(u.shape, generator=generator).argsort(1)).flatten()
-        if given is not None and cfg.complementary:
-            raise ValueError("complementary rows mask everything once, given tokens too")
         draw, maskable = CORRUPTIONS[cfg.corruption], self.maskable(given, n)
         masked, elbo, weight, most = draw(cfg, u, n, generator, density, maskable)
         masked = F.pad(masked.view(B, -1), (self.bos, 0))
@@ -336,13 +334,16 @@ class Masked:
             network = Plain(logits)
         return Denoiser(network, MaskNoise(mask), canvas, decode_block, origin, window, self.bos)
 
-    def probes(self, model, shape, number, generator):
-        """For metrics: (mask ratio, Corruption of (B, L) rows) at some `number` of even ratios."""
+    def probes(self, model, shape, number, generator, given=None):
+        """For metrics: (mask ratio, Corruption of (B, L) rows) at some `number` of even ratios, of
+        what is not given (B, L)."""
         B, (K, n) = shape[0], self.units(shape[1])
         for level in [1.0] if n == 1 else [(i + 0.5) / number for i in range(number)]:
-            counts = torch.full((B * K,), max(1, round(level * n)))
-            masked = draws.exactly(counts, n, generator).view(B, -1)
-            yield counts[0].item() / n, Corruption(F.pad(masked, (self.bos, 0)), torch.ones(B))
+            u, sizes = draws.position_uniforms(B * K, n, generator, self.maskable(given, n))
+            counts = (level * torch.ones(B * K).double() * sizes).round().clamp(min=1)
+            masked = draws.first_of(u, counts).view(B, -1)
+            ratio = level if given is not None else counts[0].item() / n
+            yield ratio, Corruption(F.pad(masked, (self.bos, 0)), torch.ones(B))
 
     def log_p(self, model, x0, corruption, index):
         """log p(x0_i | xt), (N, V), at the flat positions index (N,) of what is corrupted."""

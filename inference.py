@@ -138,13 +138,15 @@ class Model:
                 return
             yield shown(trace.frame_of(number, step, step.fresh[0], step.remasked[0]))
 
-    def nll(self, text, passes=32):
+    def nll(self, text, passes=32, prompt=""):
         """`metrics.TextBound` of the text (str) and its end, in nats: an upper bound on -log p, the
-        mean over so many passes of masks; exact for an autoregressive model."""
+        mean over so many passes of masks; exact for an autoregressive model. A model of pairs
+        judges it as the answer to the prompt."""
         if not isinstance(text, str) or not isinstance(passes, int) or passes < 1:
             raise UserError("nll takes a text (str) and a number of passes of at least 1")
         with self.hardware.autocast():
-            return metrics.text_bound(self.network, self.family, self.tokenizer, text, passes)
+            rest = (self.tokenizer, text, passes, prompt)
+            return metrics.text_bound(self.network, self.family, *rest)
 
 
 OF_LOADING = ("checkpoint", "device", "dtype")  # flags that `load` takes

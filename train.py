@@ -21,6 +21,7 @@ import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -31,6 +32,7 @@ from utils import (
     canvas,
     checkpoint,
     cli,
+    encoding,
     families,
     importance,
     metrics,
@@ -38,6 +40,7 @@ from utils import (
     ranks,
     runs,
     runtime,
+    samples,
     settings,
     tracking,
 )
@@ -50,9 +53,18 @@ SHOWN_STEPS = 64  # of the sampler, for the text that is shown at each evaluatio
 # --- a step of training --------------------------------------------------------------------------
 
 
+class Batch(NamedTuple):
+    """A process's part of a step's global batch, on the CPU."""
+
+    pieces: list  # of (x0 (b, L), Corruption)
+    seed: int  # of its dropout
+    # rows of the global batch; of pairs, whose loss is stated per token of the answers, what those
+    # make when put together to rows
+    rows: float
+
+
 def draw_batch(family, data, step, hardware, density=None):
-    """(this process's part of the step's global batch: a list of (x0 (b, L), Corruption), on the
-    CPU; seed of its dropout).
+    """The `Batch` of a step.
 
     Everything random is a function of (seed, step), drawn for the whole batch and cut by row: so
     the number of processes and of micro-batches changes nothing (but what dropout drops), and a
@@ -63,26 +75,32 @@ def draw_batch(family, data, step, hardware, density=None):
     # as LLaDA: canvases can be shorter than the window
     if torch.rand((), generator=generator) < cfg.short_rows:
         L = family.fit(2 + int(torch.randint(cfg.seq_len - 1, (), generator=generator)))
-    whole = family.corrupt((cfg.batch_size, L), generator, density)
-    seed = int(torch.randint(2**31, (), generator=generator)) + hardware.rank
-    local = cfg.batch_size // hardware.world
+    local, number, given = cfg.batch_size // hardware.world, cfg.batch_size, None
     rows = slice(hardware.rank * local, (hardware.rank + 1) * local)
     size = cfg.micro_batch or local
-    x0 = data.batch(step, rows)[:, :L]
+    if cfg.rows == "pair":  # what is corrupted depends on what is given, in the global batch
+        x0 = data.batch(step, slice(None))
+        given = encoding.given_of(x0, data.tokenizer, cfg)
+        number = encoding.count_tokens(x0, data.tokenizer, cfg).sum().item() / L
+        x0 = x0[rows]
+    else:
+        x0 = data.batch(step, rows)[:, :L]
+    whole = family.corrupt((cfg.batch_size, L), generator, density, given)
+    seed = int(torch.randint(2**31, (), generator=generator)) + hardware.rank
     if cfg.complementary:
         x0 = x0[::2].repeat_interleave(2, 0)
     pieces = list(zip(x0.split(size), whole.split(rows, size), strict=True))
     if hardware.device.type == "cuda":
         pin = torch.Tensor.pin_memory
         pieces = [(pin(x0), corruption.each(pin)) for x0, corruption in pieces]
-    return pieces, seed
+    return Batch(pieces, seed, number)
 
 
-def mean_loss(network, family, piece, hardware, token_nll):
-    """The piece's part of the mean loss of a batch."""
+def mean_loss(network, family, piece, rows, hardware, token_nll):
+    """The piece's part of the mean loss of a batch of so many rows."""
     with hardware.autocast():
         x0, corruption = hardware.move(piece[0]), piece[1].to(hardware.device)
-        return family.loss(network, x0, corruption, token_nll).sum() / family.cfg.batch_size
+        return family.loss(network, x0, corruption, token_nll).sum() / rows
 
 
 def gradients(
@@ -90,14 +108,14 @@ def gradients(
 ):
     """Add the gradients of the batch's mean loss to the parameters; returns this process's part of
     that loss."""
-    (pieces, seed), cfg = batch, family.cfg
+    (pieces, seed, rows), cfg = batch, family.cfg
     torch.manual_seed(seed)
     total = torch.zeros((), device=hardware.device)
     full_length = pieces[0][0].size(1) == cfg.seq_len  # shorter rows are not worth compiling anew
     with contextlib.nullcontext() if full_length else torch.compiler.set_stance("force_eager"):
         for number, piece in enumerate(pieces, 1):
             with ranks.gradient_sync(network, number == len(pieces)):
-                loss = mean_loss(network, family, piece, hardware, token_nll)
+                loss = mean_loss(network, family, piece, rows, hardware, token_nll)
                 scale(loss * hardware.world).backward()  # processes' gradients are averaged
             total += loss.detach()
     return total
@@ -138,10 +156,8 @@ def evaluate(run, progress, so_far):
     run.model.eval()
     with hardware.autocast():
         rows = run.data.held_out[: cfg.eval_rows].to(hardware.device)
-        nll = run.family.nelbo(judged, rows)
-        text = ""
-        if not run.quiet:
-            text = show_sample(run.family, judged, run.data.tokenizer, hardware.device)
+        nll = metrics.bound(judged, run.family, run.data.tokenizer, rows)
+        text = "" if run.quiet else show_sample(run.family, judged, run.data, hardware.device)
     run.model.train()
     progress.nll, error, _ = metrics.mean_and_errors(nll)
     progress.running, progress.counted = torch.zeros_like(progress.running), 0
@@ -160,14 +176,15 @@ def evaluate(run, progress, so_far):
     run.best = min(run.best, progress.nll)
 
 
-def show_sample(family, model, tokenizer, device):
-    """An unconditional sample (str) in at most SHOWN_STEPS NFE, always of the same random
-    numbers."""
+def show_sample(family, model, data, device):
+    """An unconditional sample (str), or the first held-out question and an answer, in at most
+    SHOWN_STEPS NFE, always of the same random numbers."""
     length = family.cfg.seq_len
-    blank = torch.tensor([canvas.build(tokenizer, [None], length)], device=device)
+    blank = samples.canvases(family, data.tokenizer, 1, data.held_out).to(device)
     how = SampleConfig(steps=min(SHOWN_STEPS, length))
     *_, last = diffusion.sample(family, model, blank, how, seeds=[0])
-    return canvas.finished(tokenizer, last.ids[0].tolist())
+    question = canvas.question(data.tokenizer, blank[0].tolist())
+    return question + canvas.finished(data.tokenizer, last.ids[0].tolist())
 
 
 def check_finite(loss, run, step):

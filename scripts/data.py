@@ -12,6 +12,8 @@
     python3 scripts/data.py --dataset wikitext2
     python3 scripts/data.py --dataset wikitext2 --split test
     python3 scripts/data.py --dataset wiki.valid.tokens.txt --articles --output data/wiki.txt
+    # questions and answers: rows of prompt and completion, or of messages
+    python3 scripts/data.py --dataset HuggingFaceH4/no_robots --output data/no_robots.jsonl
     # token shards for corpora larger than memory; the same again goes on
     python3 scripts/data.py --dataset fineweb-edu --tokens 10B --tokenizer T.json \\
         --output data/fineweb_edu.bin
@@ -28,7 +30,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from tqdm import tqdm
 
 from config import SEEDS
-from utils import cli, shards, tales, texts
+from utils import cli, pairs, shards, tales, texts
 from utils import tokenizer as tokenizers
 from utils.cli import UserError, field
 
@@ -184,6 +186,12 @@ def run(positional, overrides):
         raise UserError(f"dataset={cfg.dataset} needs --output FILE: where to write it")
     if cfg.tokens:
         return write_shards(cfg, output, overrides)
+    if output.endswith(".jsonl"):
+        dataset = texts.open_dataset(cfg.dataset, cfg.split, cfg.config)
+        dataset = dataset.shuffle(seed=cfg.seed, buffer_size=cfg.shuffle_buffer)
+        found = islice(pairs.stream(dataset, cfg.dataset), cfg.num_stories)
+        count = pairs.write(output, tqdm(found, unit="pair", disable=None))
+        return print(f"wrote {count:,} pairs, {os.path.getsize(output):,} bytes, to {output}")
     stream = islice(documents(cfg), cfg.num_stories)
     if cfg.clean_mojibake:
         stream = map(texts.repair_mojibake, stream)

@@ -35,6 +35,7 @@ from utils import (
     families,
     judges,
     metrics,
+    pairs,
     plots,
     policies,
     ranks,
@@ -129,7 +130,8 @@ def load(path, options, device):
             with contextlib.suppress(UserError):
                 training = corpus.load(cfg, tokenizer).training
         cfg = dataclasses.replace(cfg, data=options.data, held_out="")
-        rows = encoding.held_out_rows(texts.read_documents(options.data), tokenizer, cfg)
+        read = pairs.read if cfg.rows == "pair" else texts.read_documents
+        rows = encoding.held_out_rows(read(options.data), tokenizer, cfg)
         cfg = dataclasses.replace(cfg, final_rows=options.rows or len(rows))
         return loaded._replace(
             cfg=cfg, data=encoding.Corpus(None, rows, tokenizer, 0, "", training)
@@ -156,13 +158,16 @@ def compare(first, second, device):
         rows = data.held_out[: cfg.final_rows]
         with runtime.autocast(device, dtype):
             family = families.family_of(cfg)
-            nll = family.nelbo(model, rows.to(device), cfg.final_masks).mean(1)
-        text = data.tokenizer.decode(rows.flatten().tolist())
+            rows_on = (data.tokenizer, rows.to(device))
+            nll = metrics.bound(model, family, *rows_on, cfg.final_masks).mean(1)
+        said = encoding.without_given(rows, data.tokenizer, cfg)
+        text = data.tokenizer.decode(said.flatten().tolist())
+        tokens = encoding.count_tokens(rows, data.tokenizer, cfg).sum().item()
+        bits = nll.mean().item() * tokens / math.log(2) / len(text)
         lines.append(
             f"{path}: {'exactly' if family.exact else 'at most'} {nll.mean().item():.4f} nats per "
-            f"token, {nll.sum().item() * cfg.seq_len / math.log(2) / len(text):.4f} bits per "
-            f"character ({len(nll)} rows of {cfg.seq_len} tokens, {len(text):,} characters, of "
-            f"{cfg.data})"
+            f"token, {bits:.4f} bits per character ({len(nll)} rows of {cfg.seq_len} tokens, "
+            f"{len(text):,} characters, of {cfg.data})"
         )
         bounds.append(nll)
         texts_of.append(text)
@@ -205,6 +210,8 @@ def left_to_right(loaded, family, count, device):
     """Figures (dict) of `count` rows that the network generates from left to right, and the bound
     of the same rows."""
     rows = loaded.data.held_out[:count].to(device)
+    if loaded.cfg.rows == "pair":
+        raise UserError("left_to_right is not for a model of pairs")
     exact = metrics.left_to_right(loaded.model, family, rows)
     bound = family.nelbo(loaded.model, rows, 64)
     mean, error, _ = metrics.mean_and_errors(exact[:, None])

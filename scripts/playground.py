@@ -21,7 +21,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from config import DEVICES, Config
 from inference import load
-from utils import checkpoint, cli, page, runtime
+from utils import checkpoint, cli, page, pairs, runtime
 from utils.built_in import BUILT_IN
 from utils.cli import UserError, field
 
@@ -107,14 +107,16 @@ def watch(model, options):
         line = f"step {state.number}, {state.nfe} NFE, {left}{rate}"
         yield page.marked(state, given), line
         start = time.perf_counter()
-    if said := verdict(model, state.text):
+    if said := verdict(model, state.text, options.get("prompt", "")):
         yield page.marked(state, given), f"{line}. {said}"
 
 
-def verdict(model, text):
+def verdict(model, text, prompt):
     """What is known of a text of a model of a built-in corpus; "" of others."""
     made = BUILT_IN.get(model.family.cfg.data)
-    return made.verdict(text) if made else ""
+    if made:
+        return made.verdict(pairs.asked(prompt, text) if made.pairs else text)
+    return ""
 
 
 def write(path, device, fields_, samplers):

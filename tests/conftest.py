@@ -76,9 +76,9 @@ def break_loss(monkeypatch, step, factor):
     draw = train.draw_batch
 
     def broken(family, data, number, *more):
-        pieces, seed = draw(family, data, number, *more)
-        by = factor if number == step else 1
-        return [(x0, c._replace(weight=c.weight * by)) for x0, c in pieces], seed
+        batch, by = draw(family, data, number, *more), factor if number == step else 1
+        pieces = [(x0, c._replace(weight=c.weight * by)) for x0, c in batch.pieces]
+        return batch._replace(pieces=pieces)
 
     monkeypatch.setattr(train, "draw_batch", broken)
 

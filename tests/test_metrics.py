@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -565,22 +566,16 @@ def test_change_rate_of_known_samplers():
     """One token a step of 16: a sixteenth; uniform noise shows all at first."""
     chars = train_char(["abcdefgh"], documents=False)
     cfg, model = tiny_model("masked")
-    rows, figures = samples.generate_rows(
-        model, family_of(cfg), chars, 3, torch.device("cpu"), SampleConfig(sampler="first_hitting")
-    )
+    family, cpu = family_of(cfg), torch.device("cpu")
+    blanks = samples.canvases(family, chars, 3)
+    judged = partial(samples.generate_rows, model, family, chars, blanks, cpu)
+    rows, figures = judged(SampleConfig(sampler="first_hitting"))
     assert (
         figures["change_rate"] == pytest.approx(1 / 16)
         and figures["nfe_a_sample"] == 16
         and rows.shape == (3, 16)
     )
-    _, figures = samples.generate_rows(
-        model,
-        family_of(cfg),
-        chars,
-        3,
-        torch.device("cpu"),
-        SampleConfig(sampler="random", steps=4),
-    )
+    _, figures = judged(SampleConfig(sampler="random", steps=4))
     assert figures["change_rate"] == pytest.approx(1 / 4)
 
 

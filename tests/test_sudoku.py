@@ -14,7 +14,7 @@ from conftest import TINY, load, run
 
 import inference
 import train
-from scripts.lab import ablate, compare_puzzles
+from scripts.lab import ablate, compare_puzzles, variants
 from utils import built_in, canvas, corpus, runtime, samples, sudoku, texts
 from utils import tokenizer as tokenizers
 from utils.built_in import BUILT_IN
@@ -173,6 +173,59 @@ def test_puzzles_have_one_solution_and_are_of_held_out_grids():
     assert easy.guesses == 0 and len(easy.grids) == 1
 
 
+def test_puzzles_of_a_number_of_clues_and_a_difficulty():
+    made = BUILT_IN["sudoku6"]
+    for text, _ in made.puzzles(5, clues=15) + made.puzzles(5, clues=10, guesses=1):
+        puzzle, side = sudoku.parse(text)
+        found = sudoku.solve(puzzle, side)
+        assert 36 - puzzle.count(None) == (15 if found.guesses == 0 else 10)
+        assert found.guesses >= (36 - puzzle.count(None) == 10)
+        # in which it was filled: the clues, then each cell once
+        assert sorted(found.order) == list(range(36))
+        assert all(puzzle[cell] is None for cell in found.order[-puzzle.count(None) :])
+
+
+@pytest.mark.parametrize("name", ("sudoku4_asked", "sudoku6_asked", "sudoku6_solver"))
+def test_puzzles_and_their_grids_as_pairs(name, monkeypatch):
+    """The answer is the one grid, in reading order or in a solver's; training has other grids than
+    are held out."""
+    monkeypatch.setattr(built_in.SudokuAsked, "POOL", 9)
+    monkeypatch.setattr(built_in.SudokuAsked, "HELD_OUT", 5)
+    built_in.dug.cache_clear()
+    made = BUILT_IN[name]
+    made.held_out.cache_clear()
+    seen, held_out = made.training(1, 0, 40), made.held_out(1)
+    assert seen == made.training(1, 0, 40) and len({pair.question for pair in seen}) == 40
+    for pairs, whether in ((seen, False), (held_out, True)):
+        for pair in pairs:
+            puzzle, side = sudoku.parse(pair.question)
+            [grid] = sudoku.solve(puzzle, side, limit=3).grids
+            text = sudoku.to_text(grid, side)
+            assert made.filled(pair.question, pair.completion) == text
+            assert texts.is_held_out(text) == whether and made.log_prob(pair) == 0
+    wrong = pair._replace(completion=pair.completion.replace("2", "1"))
+    assert made.log_prob(wrong) == -math.inf and made.figures([pair, wrong])["valid"] == 0.5
+    if name.endswith("solver"):
+        cells = [pair.completion[i : i + 3] for i in range(0, len(pair.completion), 3)]
+        assert len({cell[:2] for cell in cells}) == pair.question.count(sudoku.HOLE)
+        assert made.filled(pair.question, "zz1a91xxxb") == pair.question
+    built_in.dug.cache_clear()
+    made.held_out.cache_clear()
+
+
+@pytest.mark.parametrize("objective", ("masked", "ar"))
+def test_a_model_of_pairs_is_asked_a_puzzle(objective, monkeypatch, capsys):
+    monkeypatch.setattr(built_in.SudokuAsked, "POOL", 9)
+    monkeypatch.setattr(built_in.SudokuAsked, "HELD_OUT", 5)
+    words = "sudoku4 --data sudoku4_asked --rows pair --short_rows 0 --seq_len 44".split()
+    words += [*TINY, "--final_samples", "2", "--objective", objective]
+    code, out, err = run(train.main, words, monkeypatch, capsys)
+    assert code == 0 and "puzzles_solved" in out, err
+    puzzle = "1.3. .4.. .... ..21"
+    code, out, err = run(inference.main, ["--puzzle", puzzle, "--json"], monkeypatch, capsys)
+    assert code == 0 and "".join(json.loads(out)["tokens"]).startswith("1.3.\n.4..\n"), err
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A tiny run on grids of 4 x 4."""
@@ -294,3 +347,29 @@ def test_samplers_solve_puzzles_that_are_counted(folder, monkeypatch, capsys):
     assert code == 0 and row["nfe"] == "2" and 0 <= float(row["solved"]) <= 1, err
     assert os.path.getsize("out/puzzles.png") > 10_000
     assert len(settings(None)) > 40
+
+
+def test_families_solve_puzzles_that_are_counted(monkeypatch, capsys):
+    """Each is trained once, and judged with each of its samplers; the bound is of all."""
+    monkeypatch.setattr(built_in.SudokuAsked, "POOL", 9)
+    monkeypatch.setattr(built_in.SudokuAsked, "HELD_OUT", 5)
+    shape = dict(n_layer=1, n_head=2, n_embd=16, batch_size=4, final_rows=4)
+    changed = lambda options: base(options) | shape
+    base = variants.base_config
+    monkeypatch.setattr(variants, "base_config", changed)
+    trained, run_variant = [], compare_puzzles.run_variant
+    counted = lambda cfg, look: trained.append(cfg.data) or run_variant(cfg, look)
+    monkeypatch.setattr(compare_puzzles, "run_variant", counted)
+    words = "puzzle_families --base sudoku --iters 2 --num_samples 2 --device cpu --out_dir out"
+    code, _, err = run(ablate.main, words, monkeypatch, capsys)
+    rows = ablate.read_table("out/puzzle_families_sudoku.csv")
+    assert code == 0 and trained == ["sudoku6"] * 3 + ["sudoku6_asked"] * 3 + ["sudoku6_solver"]
+    assert all(float(row["bound"]) > 0 for row in rows), err
+    assert {row["variant"] for row in rows if not row["solved"]} == {"autoregressive"}
+    assert {row["sampler"] for row in rows if row["variant"] == "masked"} == set(
+        compare_puzzles.MASKED
+    )
+    assert os.path.getsize("out/puzzle_families_sudoku.png") > 10_000
+    words = "puzzle_families --iters 2 --device cpu --out_dir out"
+    code, _, err = run(ablate.main, words, monkeypatch, capsys)
+    assert code == 2 and "give --base sudoku" in err

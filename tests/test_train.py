@@ -123,7 +123,8 @@ def test_ranks_share_the_batch():
         cfg = tiny(batch_size=8, **changes)
         data = corpus.load(cfg)
         family = family_of(cfg)
-        (whole,), seed = train.draw_batch(family, data, 3, CPU)
+        (whole,), seed, rows = train.draw_batch(family, data, 3, CPU)
+        assert rows == 8
         halves = [
             train.draw_batch(family, data, 3, CPU._replace(rank=rank, world=2)) for rank in (0, 1)
         ]
@@ -133,8 +134,8 @@ def test_ranks_share_the_batch():
             lambda piece: piece[1].weight,
             *[lambda piece: piece[1].noise, lambda piece: piece[1].level] * (changes == UNIFORM),
         ):
-            assert torch.equal(part(whole), torch.cat([part(half[0][0]) for half in halves]))
-        assert len({seed, halves[1][1]}) == 2, "dropout differs"
+            assert torch.equal(part(whole), torch.cat([part(half.pieces[0]) for half in halves]))
+        assert len({seed, halves[1].seed}) == 2, "dropout differs"
 
 
 @pytest.mark.parametrize(
@@ -584,15 +585,7 @@ def test_evaluations_take_no_more_rows_than_training(monkeypatch):
 def test_float16_steps_over_an_overflow(monkeypatch):
     """Gradients of step 3 that float16 cannot hold: no optimizer steps, the scale is halved, and
     the run goes on."""
-    draw = train.draw_batch
-
-    def large(family, data, step, *rest):
-        pieces, seed = draw(family, data, step, *rest)
-        return [
-            (x0, c._replace(weight=c.weight * (1e9 if step == 3 else 1))) for x0, c in pieces
-        ], seed
-
-    monkeypatch.setattr(train, "draw_batch", large)
+    break_loss(monkeypatch, 3, 1e9)
     train.train(tiny(dtype="float16"), quiet=True)
     state = checkpoint.read("artifacts/models/tiny.pt")
     assert state["step"] == 6 and state["optimizers"][0]["state"][0]["step"] == 5

@@ -4,7 +4,7 @@ samples differ only in where the MASKs are."""
 import re
 
 from config import LONGEST
-from utils import runtime, sudoku
+from utils import pairs, runtime, sudoku
 from utils import tokenizer as tokenizers
 from utils.cli import UserError, reason
 
@@ -46,14 +46,17 @@ def parse_infill(template):
     return [part for part in parts if part]
 
 
-def build(tokenizer, parts, window):
+def build(tokenizer, parts, window, prompt=None):
     """One row (list of ids) from parts: str is given, int a number of MASKs, None MASKs to the end
     of the window.
 
-    A model of documents starts with a given `<|endoftext|>`: a document begins here. A token of BPE
-    carries the space in front of a word, so the space before a hole is left to the hole.
+    A model of documents starts with a given `<|endoftext|>`: a document begins here. One of pairs
+    starts with the prompt, a tuple of messages (role, text). A token of BPE carries the space in
+    front of a word, so the space before a hole is left to the hole.
     """
     row = [] if tokenizer.end is None else [tokenizer.end]
+    if prompt is not None:
+        [row] = pairs.beginnings([prompt], tokenizer)
     ids = iter(
         tokenizer.encode(
             [
@@ -88,25 +91,39 @@ def build(tokenizer, parts, window):
     return row
 
 
+def start(tokenizer, row):
+    """Where the text of a row (list of ids) begins: after the `<|endoftext|>` that it begins with;
+    of a pair after the question."""
+    marker = tokenizer.roles.get("assistant")
+    if marker is not None and marker in row:
+        return len(row) - row[::-1].index(marker)
+    return int(row[:1] == [tokenizer.end])
+
+
+def question(tokenizer, row):
+    """What is asked in a row (list of ids) of a pair, and a line break (str); "" of another."""
+    begin = start(tokenizer, row)
+    return "".join(tokenizer.pieces(row[:begin])) if begin > 1 else ""
+
+
 def end(tokenizer, ids, blank=None):
     """Where the text of a sampled row (list of ids) ends: at the first `<|endoftext|>` that was
     generated after all given text. blank is the canvas (list of ids) that the row began as; None is
-    an unconditional one."""
+    an unconditional one, or a pair's."""
     given = [i for i, token in enumerate(blank or ()) if token != tokenizer.mask]
-    after = given[-1] + 1 if given else 1
+    after = given[-1] + 1 if given else max(1, start(tokenizer, ids))
     return ids.index(tokenizer.end, after) if tokenizer.end in ids[after:] else len(ids)
 
 
 def finished(tokenizer, ids, blank=None, stop=True):
-    """Text (str) of a sampled row (list of ids): from after the `<|endoftext|>` that starts it to
-    its `end`; with stop=False all of it, each `<|endoftext|>` as in a prepared file, on a line of
-    its own."""
+    """Text (str) of a sampled row (list of ids): from its `start` to its `end`; with stop=False all
+    of it, each `<|endoftext|>` as in a prepared file, on a line of its own."""
     if tokenizer.end is None:
         return tokenizer.decode(ids)
     if stop:
         ids = ids[: end(tokenizer, ids, blank)]
     parts = [[]]
-    for token in ids[1:] if ids[:1] == [tokenizer.end] else ids:
+    for token in ids[start(tokenizer, blank or ids) :]:
         if token == tokenizer.end:
             parts.append([])
         else:
@@ -129,14 +146,8 @@ def documents(tokenizer, ids, rows):
 def rows_of(how, family, tokenizer):
     """Rows to fill: list of (canvas, a list of ids; seed), as how (SampleConfig) has prompts, holes
     and numbers of samples."""
-    if how.infill or how.puzzle:
-        templates = [parse_infill(how.infill or template_of(how.puzzle, family.cfg))]
-    else:
-        prompts = read_prompts(how.prompt_file) if how.prompt_file else [how.prompt]
-        templates = [
-            [part for part in (prompt, how.gen_len, how.suffix) if part != ""] for prompt in prompts
-        ]
-    rows = [build(tokenizer, template, family.cfg.seq_len) for template in templates]
+    window = family.cfg.seq_len
+    rows = [build(tokenizer, parts, window, prompt) for prompt, parts in asked_for(how, family.cfg)]
     if how.min_len > (least := min(row.count(tokenizer.mask) for row in rows)):
         raise UserError(
             f"min_len={how.min_len}, but there are only {least} tokens to generate"
@@ -156,8 +167,24 @@ def rows_of(how, family, tokenizer):
     return [(row, how.seed + i) for row in rows for i in range(how.num_samples)]
 
 
-def sudoku_template(puzzle):
-    """(template (str) with a hole of one token for each dot of a Sudoku; its side)."""
+def asked_for(how, cfg):
+    """[(prompt of a pair or None, parts)], what `build` makes canvases of for a model of cfg."""
+    prompts = read_prompts(how.prompt_file) if how.prompt_file else [how.prompt]
+    rest = [part for part in (how.gen_len, how.suffix) if part != ""]
+    if cfg.rows == "pair":
+        if how.infill:
+            raise UserError("this model answers questions; give one with --prompt, not --infill")
+        if how.puzzle:
+            prompts = [puzzle_of(how.puzzle, cfg)]
+        return [(pairs.asked(prompt).prompt, rest) for prompt in prompts]
+    if how.infill or how.puzzle:
+        template = how.infill or sudoku_template(puzzle_of(how.puzzle, cfg))
+        return [(None, parse_infill(template))]
+    return [(None, [prompt, *rest] if prompt else rest) for prompt in prompts]
+
+
+def puzzle_of(puzzle, cfg):
+    """The text of a Sudoku (str), checked, for a model of such grids."""
     try:
         cells, side = sudoku.parse(puzzle)
     except ValueError as error:
@@ -166,18 +193,17 @@ def sudoku_template(puzzle):
         raise UserError("--puzzle has no hole; write a dot for each cell to be filled")
     if not sudoku.solve(cells, side, limit=1).grids:
         raise UserError("--puzzle has no solution")
-    return sudoku.to_text(cells, side, "[1]"), side
-
-
-def template_of(puzzle, cfg):
-    """The template of a Sudoku (str) for a model of such grids."""
-    template, side = sudoku_template(puzzle)
-    if cfg.data != f"sudoku{side}":
+    if not cfg.data.startswith(f"sudoku{side}"):
         raise UserError(
             f"--puzzle is of {side} x {side}, and this model was trained on {cfg.data}; train one "
             f"with: python train.py --data sudoku{side}"
         )
-    return template
+    return sudoku.to_text(cells, side)
+
+
+def sudoku_template(text):
+    """The template (str) of the text of a Sudoku, with a hole of one token for each dot."""
+    return text.replace(sudoku.HOLE, "[1]")
 
 
 def read_prompts(path):

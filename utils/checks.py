@@ -12,11 +12,11 @@ MOST_TOKENS = 2**27  # in a training step, of all devices together: a gigabyte o
 def training(cfg):
     """Complain of the first thing wrong with a Config."""
     check(cfg)
-    block, bos = cfg.block_len or cfg.seq_len, int(cfg.rows == "document")
+    block, bos = cfg.block_len or cfg.seq_len, int(cfg.rows != "stream")
     blocks_fill = bos + max(1, (cfg.seq_len - bos) // block) * block
     tokens, head_dim = cfg.batch_size * cfg.seq_len, cfg.n_embd / cfg.n_head
     importance, pairs = cfg.time_sampling == "importance", cfg.complementary
-    unweighted = cfg.loss_weighting in ("pooled", "full")
+    unweighted, asked = cfg.loss_weighting in ("pooled", "full"), cfg.rows == "pair"
     for wrong, names, why in (
         (os.path.basename(cfg.name) != cfg.name or cfg.name.endswith(".best"), ("name",),
          "must not be a path (--out_dir says where to write) nor end in .best"),
@@ -47,6 +47,9 @@ def training(cfg):
         (importance and (cfg.diffusion_steps or pairs or unweighted),
          ("time_sampling", "diffusion_steps", "complementary", "loss_weighting"),
          "importance sampling needs continuous time, no pairs, and elbo, flat or clip"),
+        (asked and (importance or pairs or unweighted or cfg.short_rows),
+         ("rows", "time_sampling", "complementary", "loss_weighting", "short_rows"),
+         "pairs of question and answer need uniform times, elbo, flat or clip, and whole rows"),
     ):
         if wrong:
             refuse(cfg, names, why)

@@ -1,16 +1,17 @@
 """Corpora in memory: documents -> training batches and held-out rows of token ids."""
 
+import dataclasses
 import hashlib
 import os
 from functools import partial
 
 import torch
 
-from utils import texts
+from utils import pairs, texts
 from utils import tokenizer as tokenizers
 from utils.built_in import BUILT_IN
 from utils.cli import UserError
-from utils.encoding import Corpus, document_rows, held_out_rows, token_stream
+from utils.encoding import Corpus, document_rows, held_out_rows, pair_rows, token_stream
 from utils.runtime import generator, is_first
 from utils.shards import load_shards
 
@@ -38,8 +39,10 @@ def fresh_batch(tokenizer, cfg, step, rows=slice(None)):
     """A batch of new texts of a built-in corpus: one a row, or (rows=stream) windows of texts that
     follow each other."""
     made, size = BUILT_IN[cfg.data], cfg.batch_size * cfg.seq_len
-    n = cfg.batch_size if cfg.rows == "document" else size // made.shortest + 2
+    n = cfg.batch_size if cfg.rows != "stream" else size // made.shortest + 2
     found = made.training(cfg.seed, step, n)
+    if cfg.rows == "pair":
+        return pair_rows(found[rows], tokenizer, cfg, "training")
     if cfg.rows == "document":
         return document_rows(found[rows], tokenizer, cfg.seq_len)
     ids = token_stream(found, tokenizer)
@@ -75,7 +78,7 @@ def load(cfg, tokenizer=None):
         texts.prepare(cfg.data)
     if os.path.isdir(cfg.data):
         return load_shards(cfg, tokenizer)
-    documents = texts.read_documents(cfg.data)
+    documents = pairs.read(cfg.data) if cfg.rows == "pair" else texts.read_documents(cfg.data)
     if cfg.max_documents and len(documents) == 1:
         raise UserError(
             f"max_documents={cfg.max_documents} with {cfg.data}: it is one document; separate "
@@ -86,9 +89,16 @@ def load(cfg, tokenizer=None):
         sample = train + held_out if cfg.tokenizer == "char" else train
         several = len(documents) > 1 or bool(cfg.held_out)
         tokenizer = make_tokenizer(cfg, sample, documents=several)
+    elif cfg.rows == "pair":
+        tokenizer = tokenizers.with_roles(tokenizer)
     rows, train = held_out_rows(held_out, tokenizer, cfg), train[: cfg.max_documents or None]
-    if cfg.rows == "document":
-        pool = document_rows(train, tokenizer, cfg.seq_len)
+    if cfg.rows != "stream":
+        pair = cfg.rows == "pair"
+        pool = (
+            pair_rows(train, tokenizer, cfg, "training")
+            if pair
+            else document_rows(train, tokenizer, cfg.seq_len)
+        )
         batch, tokens = partial(pool_batch, pool, cfg), int((pool != tokenizer.end).sum())
         first = lambda steps, limit: pool[: max(1, limit // cfg.seq_len)]
         return Corpus(batch, rows, tokenizer, tokens, fingerprint(pool), first)
@@ -103,9 +113,13 @@ def load(cfg, tokenizer=None):
 
 
 def parts(cfg, documents):
-    """(training, held-out) documents (lists of str) of those of cfg.data."""
+    """(training, held-out) documents, lists of str, or of pairs, of those of cfg.data. The same
+    question is never in both."""
     if cfg.held_out:
-        return documents, texts.read_documents(cfg.held_out)
+        read = pairs.read if cfg.rows == "pair" else texts.read_documents
+        return documents, read(cfg.held_out)
+    if cfg.rows == "pair":
+        return texts.split(documents, key=lambda pair: repr(pair.prompt))
     return texts.split(documents)
 
 
@@ -113,16 +127,23 @@ def load_built_in(cfg, tokenizer=None):
     """Corpus of a built-in one, other texts at every step."""
     made = BUILT_IN[cfg.data]
     held_out = made.held_out(cfg.seed)
+    if made.pairs != (cfg.rows == "pair"):
+        raise UserError(
+            f"rows={cfg.rows} with data={cfg.data}: "
+            + ("it is of pairs; use --rows pair" if made.pairs else "it has no pairs")
+        )
     if tokenizer is None:
         sample = made.generate(f"tokenizer {cfg.seed}", 4000)
         tokenizer = make_tokenizer(cfg, sample, documents=True)
+    elif made.pairs:
+        tokenizer = tokenizers.with_roles(tokenizer)
     if made.of_characters and not tokenizer.is_char:
         raise UserError(
             f"tokenizer={cfg.tokenizer} with data={cfg.data}: its cells are characters; use "
             "--tokenizer char"
         )
     rows = held_out_rows(held_out, tokenizer, cfg)
-    if cfg.rows == "document" and len(rows) != len(held_out):
+    if cfg.rows != "stream" and len(rows) != len(held_out):
         raise UserError(
             f"seq_len={cfg.seq_len} is shorter than a {made.noun} with "
             f"tokenizer={cfg.tokenizer}; use at least {made.windows}"
@@ -149,7 +170,12 @@ def check_same(data, recorded, cfg):
 
 def make_tokenizer(cfg, sample, documents):
     """Tokenizer for cfg.tokenizer: characters of `sample` (list of str), a BPE trained on it, or a
-    tokenizer file."""
+    tokenizer file; with markers where the sample is of pairs."""
+    if cfg.rows == "pair":
+        said = pairs.texts_of(sample)
+        size = max(258, cfg.vocab_size - len(tokenizers.MARKERS))
+        plain = dataclasses.replace(cfg, rows="document", vocab_size=size, short_rows=0.0)
+        return tokenizers.with_roles(make_tokenizer(plain, said, documents=True))
     say = print if is_first() else lambda line: None
     if cfg.tokenizer == "char":
         return tokenizers.train_char(sample, documents)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from utils import pairs
 from utils import tokenizer as tokenizers
 from utils.cli import UserError
 from utils.runtime import is_first
@@ -108,10 +109,43 @@ def document_rows(documents, tokenizer, seq_len):
 
 def held_out_rows(documents, tokenizer, cfg):
     """The held-out documents as non-overlapping windows; what is left over at the end is
-    dropped."""
+    dropped. Of pairs, a list of them, one a row."""
+    if cfg.rows == "pair":
+        return pair_rows(documents, tokenizer, cfg, "held-out")
     if cfg.rows == "document":
         return document_rows(documents, tokenizer, cfg.seq_len)
     return windows(token_stream(documents, tokenizer), cfg)
+
+
+def pair_rows(found, tokenizer, cfg, what):
+    """`pairs.rows_of` those that are found; says how many are left out. what: "training" or
+    "held-out"."""
+    rows, left_out = pairs.rows_of(found, tokenizer, cfg.seq_len)
+    if not len(rows):
+        raise UserError(
+            f"no {what} pair of {cfg.data} fits into seq_len={cfg.seq_len} tokens with its end; "
+            "use a larger --seq_len"
+        )
+    if left_out and is_first():
+        print(
+            f"{left_out:,} of {len(found):,} {what} pairs of {cfg.data} are left out: they do not "
+            f"fit into seq_len={cfg.seq_len} tokens with their end"
+        )
+    return rows
+
+
+def given_of(rows, tokenizer, cfg):
+    """What is given in rows (R, L) long, another part in each: (R, L) bool; None where that is BOS
+    alone, as it is of all rows but pairs."""
+    return pairs.given(rows, tokenizer) if cfg.rows == "pair" else None
+
+
+def count_tokens(rows, tokenizer, cfg):
+    """In how many tokens, each row's (R,) long, the loss and the bound of rows (R, L) are stated:
+    all L; of pairs those of the answer and its end."""
+    if cfg.rows == "pair":
+        return pairs.answer_lengths(rows, tokenizer)
+    return torch.full((len(rows),), rows.size(1))
 
 
 def windows(ids, cfg):
@@ -125,11 +159,17 @@ def windows(ids, cfg):
     return ids[: rows * cfg.seq_len].view(rows, cfg.seq_len).long()
 
 
+def without_given(rows, tokenizer, cfg):
+    """The rows (R, L), of pairs with `<|endoftext|>`, which reads as nothing, for what is given."""
+    given = given_of(rows, tokenizer, cfg)
+    return rows if given is None else rows.masked_fill(given, tokenizer.end)
+
+
 def words(rows, tokenizer, cfg):
     """How many words the rows (R, L) stand for, one after the other, as results on WikiText and the
     Penn Treebank count them: what white space separates, and an `<eos>` for the end of each line
     (empty ones too) and of each document."""
-    if cfg.rows == "document":  # the first token is given, and a full row goes on in the next
+    if cfg.rows != "stream":  # the first token is given, and a full row goes on in the next
         rows = rows[:, 1:]
     count, document = 0, []
     for i in [*rows.flatten().tolist(), tokenizer.end]:

@@ -133,8 +133,10 @@ class Autoregressive(Blocks):
 
     def corrupt(self, shape, generator=None, density=None, given=None):
         B, L = shape
-        masked = (torch.arange(L) >= self.bos).repeat(B, 1)
-        return Corruption(masked if given is None else masked & ~given, torch.ones(B))
+        masked, most = (torch.arange(L) >= self.bos).repeat(B, 1), None
+        if given is not None:  # pieces of one size, as `split` makes them of the others
+            masked, most = masked & ~given, torch.full((B,), L - self.bos)
+        return Corruption(masked, torch.ones(B), most)
 
     def nelbo(self, model, x0, passes=1, given=None):
         """-log p(x0) itself, (R, 1) nats per token."""
@@ -149,11 +151,12 @@ class Autoregressive(Blocks):
         shifted = blocks.shifted(ids, model.vocab_size - 1)
         return model(shifted, None, attention="causal", select=index)
 
-    def probes(self, model, shape, number, generator):
+    def probes(self, model, shape, number, generator, given=None):
         """Shares of the row that are still to come."""
         B, L = shape
         for part in torch.arange(self.bos, L).tensor_split(min(number, L - self.bos))[::-1]:
             masked = torch.zeros(B, L, dtype=torch.bool).index_fill(1, part, True)
+            masked = masked if given is None else masked & ~given
             yield 1 - part.float().mean().item() / L, Corruption(masked, torch.ones(B))
 
 
@@ -257,10 +260,11 @@ class Uniform:
         origin = torch.zeros(B, 1, dtype=torch.long, device=canvas.device)
         return Denoiser(network, uniform.UniformNoise(model.vocab_size - 1), canvas, L, origin)
 
-    def probes(self, model, shape, number, generator):
+    def probes(self, model, shape, number, generator, given=None):
         B, L = shape
         for level in ((i + 0.5) / number for i in range(number)):
             masked = F.pad(torch.rand(B, L - self.bos, generator=generator) < level, (self.bos, 0))
+            masked = masked if given is None else masked & ~given
             noise = torch.randint(model.vocab_size - 1, shape, generator=generator)
             yield (
                 level,

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import diffusion
-from utils import encoding, families, judges, samples
+from utils import encoding, families, judges, pairs, samples
 from utils.built_in import BUILT_IN
 from utils.cli import UserError
 
@@ -32,10 +32,12 @@ def final(model, family, data, hardware, steps, count, how, judge=None):
         if not count:
             return report
         rest = (model, family, data.tokenizer)
-        rows, figures = samples.generate_rows(*rest, count, hardware.device, how)
+        blanks = samples.canvases(family, data.tokenizer, count, data.held_out)
+        rows, figures = samples.generate_rows(*rest, blanks, hardware.device, how)
         puzzles = BUILT_IN[cfg.data].puzzles(count) if cfg.data in BUILT_IN else []
         # a model of blocks fills no holes, and a window has to hold a puzzle
-        if puzzles and not family.block_len and cfg.rows == "document":
+        fills = cfg.rows == "pair" or cfg.rows == "document" and not family.block_len
+        if puzzles and fills:
             sure = dataclasses.replace(how, temperature=0.0)
             report |= samples.solve_puzzles(*rest, puzzles, hardware.device, sure)
     # what it was trained on need not be at hand
@@ -50,6 +52,16 @@ def final(model, family, data, hardware, steps, count, how, judge=None):
     }
 
 
+def bound(model, family, tokenizer, rows, passes=1):
+    """Estimates of the NELBO of rows (R, L) long, (R, passes): their mean is in nats per token; of
+    pairs per token of the answers, their ends included."""
+    given = encoding.given_of(rows, tokenizer, family.cfg)
+    nll = family.nelbo(model, rows, passes, given)
+    if given is None:
+        return nll
+    return nll * (rows.numel() / encoding.count_tokens(rows, tokenizer, family.cfg).sum().item())
+
+
 def held_out(model, family, data, device):
     """Held-out bound of `model` on the first cfg.final_rows held-out rows, in every unit (dict of
     floats).
@@ -61,33 +73,36 @@ def held_out(model, family, data, device):
     """
     cfg = family.cfg
     rows = data.held_out[: cfg.final_rows].to(device)
-    lengths = encoding.row_lengths(rows, data.tokenizer)
-    nll = family.nelbo(model, rows, cfg.final_masks)
+    nll = bound(model, family, data.tokenizer, rows, cfg.final_masks)
     mean, se_rows, se_masks = mean_and_errors(nll)
-    nats, exact = mean * rows.numel(), family.exact
-    words = encoding.words(rows, data.tokenizer, cfg)
+    tokens = encoding.count_tokens(rows, data.tokenizer, cfg)
+    nats, exact, a_row = mean * tokens.sum().item(), family.exact, tokens.float().mean().item()
+    each = nll.mean(1).cpu() * a_row  # nats of each row
+    if cfg.rows == "pair":  # a ratio, of answers of several lengths
+        se_rows = judges.ratio_error(each, tokens)
+    said = encoding.without_given(rows, data.tokenizer, cfg)
+    lengths = encoding.row_lengths(said, data.tokenizer)
+    words = encoding.words(said, data.tokenizer, cfg)
     report = {
         "bound_nats_per_token": mean,
         "bound_se_rows": se_rows,
         "bound_se_masks": 0.0 if exact else se_masks,
         "bound_bits_per_character": nats / math.log(2) / lengths[:, 0].sum().item(),
         "bound_bits_per_byte": nats / math.log(2) / lengths[:, 1].sum().item(),
-        "bound_bits_per_byte_se_rows": judges.ratio_error(
-            nll.mean(1).cpu() * rows.size(1) / math.log(2), lengths[:, 1]
-        ),
+        "bound_bits_per_byte_se_rows": judges.ratio_error(each / math.log(2), lengths[:, 1]),
         "perplexity_of_bound": perplexity(mean),
         "bound_nats_per_word": nats / words,
         "perplexity_of_bound_per_word": perplexity(nats / words),
         "held_out_rows": len(rows),
         "masks_a_row": 0 if exact else cfg.final_masks,
     }
-    if cfg.data in BUILT_IN and cfg.rows == "document":
+    if cfg.data in BUILT_IN and cfg.rows != "stream":
         made = BUILT_IN[cfg.data]
         truth = -sum(map(made.log_prob, made.held_out(cfg.seed)[: len(rows)])) / len(rows)
         report |= {
-            f"bound_nats_per_{made.noun}": mean * cfg.seq_len,
+            f"bound_nats_per_{made.noun}": mean * a_row,
             f"exact_nats_per_{made.noun}": truth,
-            "excess_over_exact": mean * cfg.seq_len / truth - 1,
+            "excess_over_exact": mean * a_row / truth - 1 if truth else None,
             f"entropy_nats_per_{made.noun}": made.entropy(),
         }
     return report
@@ -104,15 +119,16 @@ class TextBound(NamedTuple):
     bits_per_byte: float
 
 
-def text_bound(model, family, tokenizer, text, passes):
+def text_bound(model, family, tokenizer, text, passes, prompt=""):
     """`TextBound` of a text (str), in rows as the model was trained on.
 
     Of a model of documents: `<|endoftext|>`, which is given, the text, and `<|endoftext|>` to the
     end of the window (none if the text just fills it). Of one of windows: `<|endoftext|>`, which is
     given, the text and `<|endoftext|>`, cut into windows; what fills a last block up is given too.
+    Of one of pairs: the answer to the prompt (str), and tokens are its own and its end's.
     """
     device = next(model.parameters()).device
-    parts = rows_of_text(text, tokenizer, family)
+    parts = rows_of_text(text, tokenizer, family, prompt)
     each = torch.cat(
         [
             family.nelbo(model, rows.to(device), passes, given).double().cpu() * rows.size(1)
@@ -120,6 +136,8 @@ def text_bound(model, family, tokenizer, text, passes):
         ]
     )  # (rows, passes), nats
     tokens = torch.cat([(~given).sum(1) for _, given in parts])
+    if family.cfg.rows == "pair":
+        tokens = pairs.answer_lengths(parts[0][0], tokenizer)
     nats, _, se_masks = (figure * len(each) for figure in mean_and_errors(each))
     total = int(tokens.sum())
     return TextBound(
@@ -132,13 +150,20 @@ def text_bound(model, family, tokenizer, text, passes):
     )
 
 
-def rows_of_text(text, tokenizer, family):
+def rows_of_text(text, tokenizer, family, prompt=""):
     """[(rows (R, l) long, what of them is given (R, l) bool)] of a text: those of whole windows,
     and the last one, which may be shorter."""
     if not text:
         raise UserError("there is no text to judge")
     tokenizer.encode([text], "the text")  # complains of what it does not know
     L, n = family.cfg.seq_len, family.block_len or 1
+    if family.cfg.rows == "pair":
+        rows, left_out = pairs.rows_of([pairs.asked(prompt, text)], tokenizer, L)
+        if left_out:
+            raise UserError(f"prompt, text and end are longer than the window of {L} tokens")
+        return [(rows, pairs.given(rows, tokenizer))]
+    if prompt:
+        raise UserError("prompt is for a model of pairs; put it in front of the text")
     if family.bos:
         rows = encoding.document_rows([text], tokenizer, L)
         return [(rows, (torch.arange(L) < family.bos).expand(rows.shape))]
@@ -185,8 +210,11 @@ def levels_of(model, family, data, device):
     rows = data.held_out[: family.cfg.final_rows].to(device)
     levels, generator = {}, torch.Generator().manual_seed(0)
     # what does not depend on a mask ratio is looked at once
-    all_ = _look(model, family, rows, family.corrupt(rows.shape)) if family.exact else None
-    for level, corruption in family.probes(model, rows.shape, LEVELS, generator):
+    given = encoding.given_of(rows.cpu(), data.tokenizer, family.cfg)
+    all_ = None
+    if family.exact:
+        all_ = _look(model, family, rows, family.corrupt(rows.shape, given=given))
+    for level, corruption in family.probes(model, rows.shape, LEVELS, generator, given):
         if family.exact:
             found = all_.masked_fill(~corruption.masked, math.nan)
         else:
@@ -199,7 +227,7 @@ def levels_of(model, family, data, device):
     }
     if family.exact:
         report["nats_per_token_but_the_first"] = all_[0][:, 1:].nanmean().item()
-    elif "pooled" in family.needs.get("loss_weighting", diffusion.WEIGHTINGS):
+    elif given is None and "pooled" in family.needs.get("loss_weighting", diffusion.WEIGHTINGS):
         mean = pooled_ce(model, family.cfg, rows, generator)
         report |= {
             "masked_ce_pooled": mean,

@@ -193,8 +193,18 @@ def make_model(cfg, tokenizer, origin):
                     f"not {getattr(cfg, name)}; give --{name} {getattr(theirs, name)}"
                 )
         with checkpoint.fitting(cfg.init_from):
-            model.load_state_dict(origin.get("ema") or origin["model"])
+            load_weights(model, origin.get("ema") or origin["model"])
     return model
+
+
+def load_weights(model, weights):
+    """Put weights (a state dict) into a network that may have more tokens, the markers of pairs:
+    they come before MASK, and begin as the mean of all tokens."""
+    for name in ("embedding.weight", "head.weight"):
+        table, missing = weights[name], model.vocab_size - len(weights[name])
+        mean = table[:-1].mean(0, keepdim=True).expand(missing, -1)
+        weights = weights | {name: torch.cat((table[:-1], mean, table[-1:]))}
+    model.load_state_dict(weights)
 
 
 def resume(run, progress, state):

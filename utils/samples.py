@@ -8,29 +8,39 @@ from collections import Counter
 import torch
 
 import diffusion
-from utils import canvas, judges, runtime
+from config import SampleConfig
+from utils import canvas, judges, pairs, runtime
 from utils import tokenizer as tokenizers
 from utils.built_in import BUILT_IN
 
 
-def sample_rows(generate, family, tokenizer, count, device, length=None):
-    """`count` unconditional samples (count, L) with the seeds 0, 1, ..., and what else generate
-    returns for each (count,), all on the CPU. L: length, or (None) the window's.
+def canvases(family, tokenizer, count, held_out=None, length=None):
+    """Canvases (count, L) long of samples to judge: unconditional ones of that length, or (None)
+    the window's; of pairs, the questions of the held-out rows (R, L), one after the other."""
+    if family.cfg.rows == "pair":
+        rows = held_out[torch.arange(count) % len(held_out)]
+        return torch.where(pairs.given(rows, tokenizer), rows, tokenizer.mask)
+    blank = canvas.build(tokenizer, [None], length or family.cfg.seq_len)
+    return torch.tensor([blank]).repeat(count, 1)
+
+
+def sample_rows(generate, family, tokenizer, blanks, device):
+    """Samples of the canvases blanks (count, L) with the seeds 0, 1, ..., and what else generate
+    returns for each (count,), all on the CPU.
 
     generate(blank (b, L), seeds (list of b)) returns the ids and the rest for 50 rows at a time, or
     as many as fit.
     """
-    parts, length = [], length or family.cfg.seq_len
-    for seeds in torch.arange(count).split(
-        min(50, runtime.rows_that_fit(family, tokenizer.vocab_size, length, device))
-    ):
-        blank = torch.tensor([canvas.build(tokenizer, [None], length)] * len(seeds), device=device)
-        parts.append([part.cpu() for part in generate(blank, seeds.tolist())])
+    fit = runtime.rows_that_fit(family, tokenizer.vocab_size, blanks.size(1), device)
+    parts = []
+    for seeds in torch.arange(len(blanks)).split(min(50, fit)):
+        found = generate(blanks[seeds].to(device), seeds.tolist())
+        parts.append([part.cpu() for part in found])
     return tuple(map(torch.cat, zip(*parts)))
 
 
-def generate_rows(model, family, tokenizer, count, device, how):
-    """(`count` unconditional samples (count, seq_len) long, figures of how they were generated).
+def generate_rows(model, family, tokenizer, blanks, device, how):
+    """(samples of the canvases blanks (count, L) long, figures of how they were generated).
 
     change_rate  share of the tokens to generate that a step changes, masks or unmasks; under
                  uniform noise the first step shows all, which counts as a change of all
@@ -43,8 +53,8 @@ def generate_rows(model, family, tokenizer, count, device, how):
             changes += (step.fresh | step.remasked).sum(1)
         return step.ids, step.row_nfe, changes / (blank == tokenizer.mask).sum(1)
 
-    rows, nfe, changes = sample_rows(generate, family, tokenizer, count, device)
-    generated = count * canvas.build(tokenizer, [None], family.cfg.seq_len).count(tokenizer.mask)
+    rows, nfe, changes = sample_rows(generate, family, tokenizer, blanks, device)
+    generated = (blanks == tokenizer.mask).sum().item()
     return rows, {
         "change_rate": (changes / nfe).mean().item(),
         "nfe_a_sample": nfe.float().mean().item(),
@@ -55,8 +65,10 @@ def generate_rows(model, family, tokenizer, count, device, how):
 def solve_puzzles(model, family, tokenizer, puzzles, device, how):
     """What the model makes of puzzles, a list of (text with sudoku.HOLE, solution): a dict of the
     share that it solves, which is all holes right, and the NFE of each."""
-    parsed = (canvas.parse_infill(canvas.sudoku_template(text)[0]) for text, _ in puzzles)
-    rows = torch.tensor([canvas.build(tokenizer, parts, 0) for parts in parsed])
+    made, cfg = BUILT_IN[family.cfg.data], family.cfg
+    asked = (canvas.asked_for(SampleConfig(puzzle=text), cfg)[0] for text, _ in puzzles)
+    window = cfg.seq_len
+    rows = torch.tensor([canvas.build(tokenizer, parts, window, prompt) for prompt, parts in asked])
     size = runtime.rows_that_fit(family, tokenizer.vocab_size, rows.size(1), device)
     texts, nfe = [], 0
     for seeds in torch.arange(len(rows)).split(size):
@@ -64,8 +76,9 @@ def solve_puzzles(model, family, tokenizer, puzzles, device, how):
         for step in diffusion.sample(family, model, blank, how, seeds=seeds.tolist()):
             pass
         nfe += step.row_nfe.sum().item()
-        texts += [canvas.finished(tokenizer, row, stop=False) for row in step.ids.tolist()]
-    right = sum(text == solution for text, (_, solution) in zip(texts, puzzles, strict=True))
+        texts += [canvas.finished(tokenizer, row) for row in step.ids.tolist()]
+    both = zip(texts, puzzles, strict=True)
+    right = sum(made.filled(puzzle, text) == solution for text, (puzzle, solution) in both)
     return {
         "puzzles": len(puzzles),
         "puzzles_solved": right / len(puzzles),
@@ -97,7 +110,7 @@ def judge_rows(rows, *, tokenizer, cfg, training, judge):
     (`judges.score`)."""
     between = f"\n{tokenizers.END}\n"  # documents of a stream
     texts = [
-        canvas.finished(tokenizer, row, stop=cfg.rows == "document").replace(between, "\n")
+        canvas.finished(tokenizer, row, stop=cfg.rows != "stream").replace(between, "\n")
         for row in rows.tolist()
     ]
     report = {"texts": len(texts)} | diversity(texts)
@@ -110,9 +123,12 @@ def judge_rows(rows, *, tokenizer, cfg, training, judge):
             "shared_8_grams": shared_runs(own, training, 8),
         }
     if cfg.data in BUILT_IN:
-        report |= BUILT_IN[cfg.data].figures(
-            [text for row in rows.tolist() for text in canvas.documents(tokenizer, row, cfg.rows)]
+        found = (
+            pairs.of_rows(rows, tokenizer)
+            if cfg.rows == "pair"
+            else [d for row in rows.tolist() for d in canvas.documents(tokenizer, row, cfg.rows)]
         )
+        report |= BUILT_IN[cfg.data].figures(found)
     if judge:
         report |= judges.score(texts, judge)
     return report
@@ -120,11 +136,13 @@ def judge_rows(rows, *, tokenizer, cfg, training, judge):
 
 def without_filling(rows, tokenizer, cfg):
     """rows (R, L) with -1 for the `<|endoftext|>` that fill up what follows the end of a document,
-    where a row is one."""
+    where a row is one; of pairs also for what is given."""
     rows = rows.clone()
-    if cfg.rows == "document":
+    if cfg.rows != "stream":
         for row in rows:
             row[canvas.end(tokenizer, row.tolist()) + 1 :] = -1
+    if cfg.rows == "pair":
+        rows[pairs.given(rows, tokenizer)] = -1
     return rows
 
 

@@ -7,7 +7,7 @@ import os
 import runpy
 
 from config import PRESETS, Config
-from utils import checkpoint, corpus, families, runs, runtime, texts
+from utils import checkpoint, corpus, families, pairs, runs, runtime, texts
 from utils import tokenizer as tokenizers
 from utils.built_in import BUILT_IN
 from utils.cli import UserError, merge, nearest, reason
@@ -83,10 +83,16 @@ def own_text(path, device, overrides):
         found["block_len"] = 0
     if "RANK" not in os.environ and not os.path.exists(path):
         texts.prepare(path)  # a corpus that is fetched: its length is to be known
+    of_pairs = os.path.isfile(path) and pairs.in_file(path)
+    if of_pairs:
+        before = merge(Config, found)  # a question begins with a token that windows lack
+        length = before.seq_len + (before.rows == "stream")
+        found |= {"rows": "pair", "short_rows": 0.0, "seq_len": length}
     if not os.path.isfile(path) or os.path.getsize(path) > LOOKED_AT:
         return found
-    documents = texts.read_documents(path)
-    size = sum(len(document.encode()) for document in documents)
+    documents = (pairs.read if of_pairs else texts.read_documents)(path)
+    said = pairs.texts_of(documents) if of_pairs else documents
+    size = sum(len(text.encode()) for text in said)
     for limit, changes, passes in SHORT_TEXTS:
         if size < limit:
             if tuned:
@@ -115,8 +121,13 @@ def number_of_tokens(documents, cfg):
 
 def window_of(documents, found, overrides):
     """The largest window, a power of two, of which the held-out part of the documents (list of str)
-    has two; found, overrides: what is settled before."""
+    has two; of pairs one that holds the longest, and one token more. found, overrides: what is
+    settled before."""
     cfg = merge(Config, found, overrides, {"max_iters": 1})
+    if cfg.rows == "pair":
+        longest = max(len("".join(pairs.texts_of([pair])).encode()) for pair in documents)
+        tokens = 8 + (longest if cfg.tokenizer == "char" else longest / 2)
+        return min(cfg.seq_len, 1 + 2 ** max(4, math.ceil(math.log2(tokens))))
     tokens = number_of_tokens(corpus.parts(cfg, documents)[1], cfg)
     return min(cfg.seq_len, 2 ** max(4, int(math.log2(tokens / 2))))
 
@@ -126,7 +137,7 @@ def steps_of(documents, passes, found, overrides):
     settled before."""
     cfg = merge(Config, found, overrides, {"max_iters": 1})
     train = corpus.parts(cfg, documents)[0][: cfg.max_documents or None]
-    tokens = number_of_tokens(train, cfg)
+    tokens = len(train) * cfg.seq_len if cfg.rows == "pair" else number_of_tokens(train, cfg)
     steps = math.ceil(passes * tokens / (cfg.batch_size * cfg.seq_len))
     return {"max_iters": steps, "eval_interval": min(cfg.eval_interval, max(5, steps // 20))}
 

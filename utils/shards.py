@@ -132,9 +132,9 @@ def load_shards(cfg, tokenizer=None):
     own = tokenizers.load(os.path.join(cfg.data, "tokenizer.json"))
     if tokenizer is not None and tokenizer.to_json() != own.to_json():
         raise UserError(f"{cfg.data} was made with another tokenizer than the checkpoint's")
-    if cfg.rows == "document":
+    if cfg.rows != "stream":
         raise UserError(
-            f"rows=document with {cfg.data}: shards are a stream of tokens; use --rows stream"
+            f"rows={cfg.rows} with {cfg.data}: shards are a stream of tokens; use --rows stream"
         )
 
     def maps(part):

@@ -56,7 +56,8 @@ def shuffled(shape, generator):
 def varied(pool, n, generator):
     """n grids (n, side, side), each one of the pool (K, side, side) with its digits, and its rows
     and columns within and between boxes, exchanged at random, and turned over or not where boxes
-    are square. Of a pool that was drawn uniformly, each grid by itself is uniform."""
+    are square. Of a pool that was drawn uniformly, each grid by itself is uniform. A multiple of
+    the side that is added to a digit, to mark its cell, stays with it."""
     side = pool.size(-1)
 
     def order(size):  # of the rows or columns, in groups of that size: (n, side)
@@ -71,7 +72,8 @@ def varied(pool, n, generator):
     if height == width:
         over = torch.rand(n, 1, 1, generator=generator) < 0.5
         found = torch.where(over, found.mT, found)
-    return digits.gather(1, found.flatten(1)).view_as(found)
+    marks = found // side * side
+    return digits.gather(1, (found % side).flatten(1)).view_as(found) + marks
 
 
 @functools.cache
@@ -267,6 +269,7 @@ class Solved(NamedTuple):
 
     grids: list  # of solutions, lists of digits in reading order
     guesses: int  # how often no digit followed from the others, and one was tried
+    order: list  # of the cells of the first one, as they were filled, those of the puzzle first
 
 
 def solve(puzzle, side, limit=2):
@@ -275,23 +278,24 @@ def solve(puzzle, side, limit=2):
     A cell is filled where one digit is left for it, or where it is the only one left for a digit in
     a row, column or box. Where there is none, each digit of a cell with the fewest is tried.
     """
-    state, settled = _Search(side, limit), set()
+    state, settled = _Search(side, limit), {}
     possible = [(1 << side) - 1] * (side * side)
-    given = [(cell, 1 << digit) for cell, digit in enumerate(puzzle) if digit is not None]
-    if state.fill(possible, settled, given):
+    given = [cell for cell, digit in enumerate(puzzle) if digit is not None]
+    if state.fill(possible, settled, [(cell, 1 << puzzle[cell]) for cell in given]):
         state.search(possible, settled)
-    return Solved(state.grids, state.guesses)
+    holes = [cell for cell in state.order if puzzle[cell] is None]
+    return Solved(state.grids, state.guesses, given + holes)
 
 
 class _Search:
     def __init__(self, side, limit):
         self.side, self.limit, (self.units, self.peers) = side, limit, _units(side)
-        self.grids, self.guesses = [], 0
+        self.grids, self.guesses, self.order = [], 0, []
 
     def fill(self, possible, settled, todo):
         """Fill cells, (cell, bit) each, and what follows from them, in possible (a list of digits
-        as bits) and settled (a set of cells); False where a cell is left without a digit, or a
-        digit without a cell."""
+        as bits) and settled (a dict of cells, in order); False where a cell is left without a
+        digit, or a digit without a cell."""
         while todo:
             while todo:
                 cell, bit = todo.pop()
@@ -299,7 +303,7 @@ class _Search:
                     return False
                 if cell in settled:
                     continue
-                settled.add(cell)
+                settled[cell] = True
                 possible[cell] = bit
                 for peer in self.peers[cell]:
                     if possible[peer] & bit:
@@ -325,6 +329,7 @@ class _Search:
     def search(self, possible, settled):
         """Add the solutions of what is possible to grids."""
         if len(settled) == len(possible):
+            self.order = self.order or list(settled)
             self.grids.append([bits.bit_length() - 1 for bits in possible])
             return
         open_cells = (cell for cell in range(len(possible)) if cell not in settled)
@@ -332,7 +337,7 @@ class _Search:
         self.guesses += 1
         for digit in range(self.side):
             if possible[cell] >> digit & 1 and len(self.grids) < self.limit:
-                branch, found = list(possible), set(settled)
+                branch, found = list(possible), dict(settled)
                 if self.fill(branch, found, [(cell, 1 << digit)]):
                     self.search(branch, found)
 

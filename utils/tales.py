@@ -303,6 +303,16 @@ def log_prob(story, grammar=TALES):
     return math.log(total) if total else -math.inf
 
 
+def choices(story, grammar=TALES):
+    """(name of the plot, {variable: choice, of those that it shows}) of what a story was made of;
+    None where it is no story. There is one, as of `TALES` (a test checks it)."""
+    for name, plot in grammar.plots.items():
+        for bound in _derivations(story, plot, grammar, {}):
+            chosen = {v: grammar.variables[v][min(indices)] for v, indices in bound.items()}
+            return name, chosen
+    return None
+
+
 def entropy(grammar=TALES):
     """Exact entropy of a story in nats (float): what the best possible model needs for one.
 

@@ -238,9 +238,11 @@ def is_held_out(document, share=HELD_OUT):
     return int.from_bytes(hashlib.sha256(document.encode()).digest()[:8], "big") < share * 2**64
 
 
-def split(documents):
+def split(documents, key=None):
     """(training, held-out) documents. A single document is cut at its last tenth; of several, at
-    least one each."""
+    least one each. key: function from another thing than a document to the text that decides."""
+    if len(documents) == 1 and key:
+        raise UserError("the corpus is a single pair, and one has to be held out; use more")
     if len(documents) == 1:
         cut = int(len(documents[0]) * (1 - HELD_OUT))
         if not cut:
@@ -250,7 +252,8 @@ def split(documents):
         return [documents[0][:cut]], [documents[0][cut:]]
     train, held_out = [], []
     for document in documents:
-        (held_out if is_held_out(document) else train).append(document)
+        text = key(document) if key else document
+        (held_out if is_held_out(text) else train).append(document)
     for part, other in ((train, held_out), (held_out, train)):
         if not part:  # a handful of documents may fall on one side
             part.append(other.pop())

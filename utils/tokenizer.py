@@ -2,8 +2,8 @@
 file.
 
 Ids 0..V-1 are real tokens. MASK is not one of them: its id is V, and no text encodes to it. Corpora
-of several documents have a real token `<|endoftext|>` between documents; the same letters in a text
-are plain text.
+of several documents have a real token `<|endoftext|>` between documents, corpora of pairs one in
+front of what each role says; the same letters in a text are plain text.
 """
 
 import os
@@ -15,6 +15,7 @@ from utils import cli
 from utils.cli import UserError
 
 END = "<|endoftext|>"
+MARKERS = {role: f"<|{role}|>" for role in ("system", "user", "assistant")}
 DEFAULT = "artifacts/tokenizer/tokenizer.json"
 BPE_READS = 50_000_000  # characters, some ten seconds of training
 
@@ -25,6 +26,7 @@ class Tokenizer:
     vocab_size  V + 1: the real tokens and MASK
     mask        id of MASK, V
     end         id of `<|endoftext|>`, or None
+    roles       {role: id of its marker}, of MARKERS those that it has
     """
 
     def __init__(self, tokenizer):
@@ -35,6 +37,9 @@ class Tokenizer:
         self.mask = tokenizer.get_vocab_size()
         self.vocab_size = self.mask + 1
         self.end = tokenizer.token_to_id(END)
+        ids = {role: tokenizer.token_to_id(marker) for role, marker in MARKERS.items()}
+        self.roles = {role: i for role, i in ids.items() if i is not None}
+        self._silent = {self.mask, self.end, *self.roles.values()}  # what reads as nothing
         self.is_char = isinstance(tokenizer.model, models.WordLevel)
         vocab = tokenizer.get_vocab()
         if sorted(vocab.values()) != list(range(self.mask)):
@@ -50,7 +55,8 @@ class Tokenizer:
                 "it is no byte-level BPE (nor one of characters), so that the bytes of its tokens "
                 "are not known"
             )
-        self._characters = {t for t in vocab if t != END} if self.is_char else None
+        special = {END, *MARKERS.values()}
+        self._characters = vocab.keys() - special if self.is_char else None
 
     def encode(self, texts, what="the text"):
         """List of str -> list of lists of ids. A character that a character vocabulary lacks is a
@@ -75,15 +81,16 @@ class Tokenizer:
             raise UserError(f"the tokenizer cannot encode {what}: {cli.reason(error)}") from None
 
     def decode(self, ids):
-        """Real ids (list of int) -> str; `<|endoftext|>` reads as nothing."""
-        return self.tokenizer.decode([i for i in ids if i != self.end], skip_special_tokens=False)
+        """Real ids (list of int) -> str; `<|endoftext|>` and markers read as nothing."""
+        ids = [i for i in ids if i not in self._silent]
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
 
     def num_bytes(self, ids):
         """UTF-8 bytes that the ids stand for; exact also where a window cuts a character in two."""
         return sum(len(raw) for raw in map(self._bytes, ids))
 
     def _bytes(self, i):
-        if i in (self.mask, self.end):
+        if i in self._silent:
             return b""
         token = self.tokenizer.id_to_token(i)
         return (
@@ -95,12 +102,15 @@ class Tokenizer:
 
         A BPE token may end inside a character of several bytes: the character then belongs to its
         first token, and what never becomes a character (a MASK stands in between) is shown as
-        \\x... . MASK and `<|endoftext|>` are "".
+        \\x... . MASK and `<|endoftext|>` are "", and markers a line break between what is said.
         """
         raw = list(map(self._bytes, ids))
         out, position = [""] * len(ids), 0
         while position < len(ids):
-            out[position], position = _whole_characters(raw, position)
+            start = position
+            out[start], position = _whole_characters(raw, start)
+            if ids[start] in self.roles.values() and any(out[:start]):
+                out[start] = "\n"
         return out
 
     def to_json(self):
@@ -187,6 +197,16 @@ def train_bpe(texts, vocab_size, min_frequency=2):
         ),
     )
     return Tokenizer(tokenizer)
+
+
+def with_roles(tokenizer):
+    """The Tokenizer with all MARKERS: those that it lacks come after its other tokens."""
+    missing = [marker for role, marker in MARKERS.items() if role not in tokenizer.roles]
+    if not missing:
+        return tokenizer
+    backend = Backend.from_str(tokenizer.to_json())
+    backend.add_special_tokens(missing)
+    return Tokenizer(backend)
 
 
 def from_json(text):

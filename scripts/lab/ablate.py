@@ -93,6 +93,9 @@ COMPARISONS = {
     "puzzles": Comparison(
         compare_puzzles.puzzle_settings, compare_puzzles.judge_puzzles, figures.solved
     ),
+    "puzzle_families": Comparison(
+        compare_puzzles.family_settings, compare_puzzles.judge_families, figures.by_family
+    ),
     "temperature": Comparison(
         compare_samplers.temperature_settings,
         compare_samplers.judge_samplers,
@@ -257,7 +260,7 @@ def run(positional, overrides):
     [name] = positional
     cli.check_name("comparison", name, COMPARISONS)
     options = cli.merge(AblateConfig, overrides)
-    if (options.base or options.data) and name not in variants.TRAINED:
+    if (options.base or options.data) and name not in (*variants.TRAINED, "puzzle_families"):
         raise UserError(
             f"{name} trains nothing; leave out --base and --data, and give a --checkpoint"
         )

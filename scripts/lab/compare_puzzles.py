@@ -1,11 +1,13 @@
-"""What the order of unmasking is worth where every hole has one right filling: the comparison
-`puzzles` of scripts/lab/ablate.py, which runs it."""
+"""What the order of writing is worth where every hole has one right filling: the comparisons
+`puzzles`, of samplers, and `puzzle_families`, of scripts/lab/ablate.py, which runs them."""
 
 import math
 
-from config import SampleConfig
+from config import Config, SampleConfig
+from scripts.lab import variants
 from scripts.lab.compare_samplers import trained
-from utils import samples
+from scripts.lab.compare_training import run_variant
+from utils import checkpoint, cli, families, ranks, runtime, samples
 from utils.built_in import BUILT_IN
 from utils.cli import UserError
 
@@ -39,15 +41,102 @@ def judge_puzzles(options):
 
     def measure(setting):
         how = SampleConfig(**setting | {"steps": setting["steps"] or None})
-        with one.hardware.autocast():
-            found = samples.solve_puzzles(
-                one.model, one.family, one.tokenizer, puzzles, one.hardware.device, how
-            )
-        share = found["puzzles_solved"]
-        return {
-            "nfe": found["nfe_a_puzzle"],
-            "solved": share,
-            "se": math.sqrt(share * (1 - share) / len(puzzles)),
-        }
+        return solved(one.model, one.family, one.tokenizer, puzzles, one.hardware, how)
 
     return measure, one.common
+
+
+def solved(model, family, tokenizer, puzzles, hardware, how):
+    """Figures (dict) of the puzzles that a model solves."""
+    with hardware.autocast():
+        found = samples.solve_puzzles(model, family, tokenizer, puzzles, hardware.device, how)
+    share = found["puzzles_solved"]
+    return {
+        "nfe": found["nfe_a_puzzle"],
+        "solved": share,
+        "se": math.sqrt(share * (1 - share) / len(puzzles)),
+    }
+
+
+# --- families -------------------------------------------------------------------------------------
+
+MASKED = ("random", "confidence", "entropy", "margin", "entropy_bounded", "remdm_conf")
+
+
+def variant_of(options, name):
+    """The Config of a variant of `variants.puzzles`."""
+    base = variants.base_config(options) | {"save_interval": 10**9}
+    return cli.merge(Config, base, variants.puzzles(options)[name])
+
+
+def family_settings(options):
+    """Every family that fills holes, or answers; by each of its samplers, where it has several.
+    Always the likeliest digit."""
+    rows = []
+    for name in variants.puzzles(options):
+        family = families.family_of(variant_of(options, name))
+        if family.exact:
+            orders = (family.procedure,)
+        elif family.block_len:
+            orders = ("confidence", "entropy_bounded")
+        else:
+            orders = MASKED if len(family.samplers) > 1 else ("reverse", "reverse, 2 correctors")
+        rows += [
+            {"variant": name, "seed": seed, "sampler": order}
+            for seed in range(1, options.seeds + 1)
+            for order in orders
+        ]
+    return rows
+
+
+def judge_families(options):
+    """(function from a setting to the figures of its training run and the share of puzzles that it
+    solves; what they depend on besides). A run serves the settings of a variant and a seed that
+    follow each other."""
+    device, latest = runtime.choose_device(options.device), {}
+    first = variant_of(options, next(iter(variants.puzzles(options))))
+    if not BUILT_IN.get(first.data) or not BUILT_IN[first.data].puzzles(1):
+        raise UserError("puzzle_families trains on grids; give --base sudoku")
+
+    def kept(path):
+        latest["model"], latest["tokenizer"], cfg = checkpoint.restore(
+            checkpoint.read(path), device
+        )
+        latest["family"] = families.family_of(cfg)
+        return {}
+
+    def measure(setting):
+        run = (setting["variant"], setting["seed"])
+        if latest.get("run") != run:
+            cfg = cli.merge(Config, vars(variant_of(options, run[0])), {"seed": run[1]})
+            latest["report"], _ = run_variant(cfg, kept)
+            latest["run"] = run
+        report, family = latest["report"], latest["family"]
+        noun = BUILT_IN[family.cfg.data].noun
+        figures = {
+            "steps": report["steps"],
+            "minutes": report["minutes"],
+            "parameters": report["parameters"],
+            "bound": report[f"bound_nats_per_{noun}"],
+            "exact": report[f"exact_nats_per_{noun}"],
+        }
+        name, _, correctors = setting["sampler"].partition(", ")
+        fixed = name in family.samplers
+        how = SampleConfig(
+            sampler=name if fixed else SampleConfig.sampler,
+            steps=64 if name == "remdm_conf" else None,
+            temperature=0.0,
+            top_p=1.0,
+            correctors=2 if correctors else 0,
+        )
+        if family.exact and family.cfg.rows != "pair":  # which fills no holes
+            return figures | {"nfe": None, "solved": None, "se": None}
+        puzzles = BUILT_IN[family.cfg.data].puzzles(options.num_samples)
+        dtype = runtime.dtype_of_run("auto", family.cfg.dtype, device, run[0])
+        hardware = ranks.Hardware(device, dtype)
+        return figures | solved(
+            latest["model"], family, latest["tokenizer"], puzzles, hardware, how
+        )
+
+    what = {"minutes_a_run": options.minutes, "puzzles": options.num_samples}
+    return measure, what | {"device": device.type, "n_layer": first.n_layer, "n_embd": first.n_embd}

@@ -105,13 +105,14 @@ class Trained(NamedTuple):
     hardware: ranks.Hardware
     count: int  # samples of each setting
     common: dict  # what figures of it depend on, whatever the setting
+    held_out: torch.Tensor = None  # rows of pairs, whose questions are answered
 
     def rows(self, generate, length=None):
         """`samples.sample_rows` of a function that generates."""
+        rest = (self.family, self.tokenizer)
+        blanks = samples.canvases(*rest, self.count, self.held_out, length)
         with self.hardware.autocast():
-            return samples.sample_rows(
-                generate, self.family, self.tokenizer, self.count, self.hardware.device, length
-            )
+            return samples.sample_rows(generate, *rest, blanks, self.hardware.device)
 
 
 def trained(options, check=check_masked):
@@ -128,7 +129,9 @@ def trained(options, check=check_masked):
         "model": f"{cfg.name} {state['step']} {state['nll']:.4f}",
         "dtype": runtime.dtype_name(dtype),
     }
-    return Trained(model, family, tokenizer, state["step"], hardware, options.num_samples, common)
+    held_out = corpus.load(cfg, tokenizer).held_out if cfg.rows == "pair" else None
+    rest = (hardware, options.num_samples, common, held_out)
+    return Trained(model, family, tokenizer, state["step"], *rest)
 
 
 def generate(model, family, setting, blank, seeds, **more):

@@ -69,8 +69,9 @@ def train_settings(comparison, options):
     ]
 
 
-def run_variant(cfg):
-    """(report, entries of the log) of a training run; None where its loss became infinite."""
+def run_variant(cfg, look=lambda path: {}):
+    """(report, entries of the log) of a training run; None where its loss became infinite. look: a
+    function from the path of its checkpoint to further entries (dict) of the report."""
     # what an earlier variant's shapes taught the compiler would make this one's steps slower
     torch._dynamo.reset()
     added = mock.patch.dict(families.FAMILIES, variants.OWN_FAMILIES)
@@ -81,6 +82,7 @@ def run_variant(cfg):
             if "not finite" not in str(error):
                 raise
             return None
+        report |= look(os.path.join(folder, "models", f"{cfg.name}.best.pt"))
         with open(os.path.join(folder, "logs", f"{cfg.name}.jsonl"), encoding="utf-8") as log:
             return report, [json.loads(line) for line in log]
 

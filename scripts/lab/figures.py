@@ -201,6 +201,28 @@ def solved(rows, title, path):
     plt.close(figure)
 
 
+def by_family(rows, title, path):
+    """Share of puzzles that are solved, by family and sampler: every seed a point, their mean a
+    bar; rows are those of scripts/lab/ablate.py puzzle_families (dicts of str). A PNG at `path`."""
+    plt = plots.pyplot()
+    shares = {}
+    for row in rows:
+        if row["solved"]:
+            name = f"{row['variant']}: {row['sampler']}"
+            shares.setdefault(name, []).append(100 * float(row["solved"]))
+    kinds = list(dict.fromkeys(name.partition(":")[0] for name in shares))
+    figure, axis = plt.subplots(figsize=(9, 1.5 + 0.3 * len(shares)), layout="constrained")
+    for place, (name, own) in enumerate(shares.items()):
+        colour = plots.OKABE_ITO[kinds.index(name.partition(":")[0]) % 7]
+        axis.barh(-place, sum(own) / len(own), color=colour, alpha=0.5)
+        axis.plot(own, [-place] * len(own), "o", color=colour, ms=4)
+    axis.set_yticks([-place for place in range(len(shares))], list(shares), fontsize=9)
+    axis.set(xlabel="% of puzzles solved", xlim=(0, 102), title=title)
+    axis.grid(axis="x", alpha=0.3)
+    plots.save(figure, path)
+    plt.close(figure)
+
+
 USUAL = {name: getattr(SampleConfig, name) for name in ("temperature", "top_p")}
 
 

@@ -256,6 +256,27 @@ def expected_loss(options):
     }
 
 
+def puzzles(options):
+    """Families on grids, which fill the holes of puzzles, and on pairs of a puzzle and its grid.
+    All have the preset's shape, and as many minutes."""
+    as_pairs = {"rows": "pair", "short_rows": 0.0}
+    asked = as_pairs | {"data": "sudoku6_asked", "seq_len": 92}
+    solver = as_pairs | {"data": "sudoku6_solver", "seq_len": 119, "objective": "ar"}
+    uniform = settings.family_defaults("uniform") | {
+        "objective": "uniform",
+        "time_conditioning": "sinusoidal",  # adaln is larger
+    }
+    return {
+        "masked": {},
+        "uniform noise": uniform,
+        "autoregressive": {"objective": "ar"},
+        "masked, pairs": asked,
+        "blocks of 7, pairs": asked | {"block_len": 7},
+        "autoregressive, pairs": asked | {"objective": "ar"},
+        "autoregressive, pairs in the solver's order": solver,
+    }
+
+
 DISCRETE = dict(corruption="bernoulli")  # what discrete times need
 TRAINED = {
     "recipe": recipe,
