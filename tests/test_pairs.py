@@ -4,19 +4,23 @@ request, and what a model of pairs writes."""
 import itertools
 import json
 import math
+import os
 import statistics
 
 import pytest
 import torch
+import toy
 from conftest import TINY, load, run
 from toy import MASK, SEQUENCES, A, Lookup, P
 
 import inference
 import train
 from scripts import data, evaluate, export
-from utils import corpus, families, metrics, pairs, ranks, requests, runs, tales
+from scripts.lab import ablate, compare_adapt, compare_padding, variants
+from utils import corpus, families, metrics, pairs, ranks, requests, runs, runtime, tales
 from utils import tokenizer as tokenizers
 from utils.cli import UserError
+from utils.corruption import Corruption
 from utils.pairs import Pair, asked
 
 CPU = ranks.Hardware(torch.device("cpu"), torch.float32)
@@ -324,3 +328,78 @@ def test_fine_tuning_of_a_model_without_markers(monkeypatch, capsys):
     assert torch.allclose(table[plain.mask : -1], before[:-1].mean(0))
     code, out, err = run(train.main, words, monkeypatch, capsys)
     assert code == 0 and "obeying" not in err, err
+
+
+# --- comparisons ----------------------------------------------------------------------------------
+
+SHAPE = dict(n_layer=1, n_head=2, n_embd=16, batch_size=4, final_rows=4, eval_rows=4)
+
+
+def test_what_stands_behind_an_answer_is_compared(monkeypatch, capsys):
+    """Masked like the answer, always visible, always masked: the latter two without loss there.
+    Beginnings of stories are told from other texts."""
+    x0 = torch.tensor([[0, 5, 6, 7, 7, 0, 0, 0]])
+    drawn = Corruption(torch.tensor([[0, 0, 0, 1, 0, 1, 1, 0]]).bool(), torch.ones(1))
+    cfg = toy.settings(rows="pair")
+    seen, scored = [], []
+
+    def network(ids, level, select):
+        seen.append((ids == 8).int().tolist())
+        scored.append(select.tolist())
+        return torch.zeros(len(select), 8)
+
+    network.vocab_size = 9
+    for kind in (compare_padding.Visible, compare_padding.Hidden):
+        loss = kind(cfg).loss(network, x0, drawn)
+        assert loss.item() == pytest.approx(2 * math.log(8) / 8)
+    assert seen == [[[0, 0, 0, 1, 0, 1, 0, 0]], [[0, 0, 0, 1, 0, 1, 1, 1]]]
+    story = tales.generate(1, 1)[0]
+    one = ". ".join(story.split(". ")[:1]) + "."
+    assert compare_padding.is_beginning(story) and compare_padding.is_beginning(one)
+    assert not compare_padding.is_beginning("") and not compare_padding.is_beginning(one[:-1])
+    base = variants.base_config
+    monkeypatch.setattr(variants, "base_config", lambda options: base(options) | SHAPE)
+    monkeypatch.setattr(compare_padding, "base_config", variants.base_config)
+    monkeypatch.setattr(compare_padding, "PAIRS", 60)
+    monkeypatch.setattr(compare_padding, "SAMPLERS", ("confidence",))
+    words = "padding --base tales_asked --iters 2 --num_samples 2 --device cpu --out_dir out"
+    code, _, err = run(ablate.main, words, monkeypatch, capsys)
+    rows = ablate.read_table("out/padding_tales_asked.csv")
+    assert code == 0 and [row["behind the end"] for row in rows] == list(compare_padding.BEHIND), (
+        err
+    )
+    assert all(0 <= float(row["ended"]) <= 1 for row in rows)
+    assert os.path.getsize("out/padding_tales_asked.png") > 10_000
+
+
+def test_an_autoregressive_network_goes_on_as_a_shifted_one(monkeypatch, capsys):
+    """Which reads what that reads; all compared have as many steps in all."""
+    cfg = toy.settings(objective="ar", seq_len=6)
+    model = toy.network(8, 1, seq_len=6)
+    ids = torch.randint(7, (2, 6), generator=runtime.generator("ids"))
+    causal = compare_adapt.Shifted(cfg)
+    causal.ask = lambda model, x, index=None: model(x, attention="causal", select=index)
+    expected = families.Autoregressive(cfg).logits(model, ids)
+    torch.testing.assert_close(causal.logits(model, ids), expected)
+    index = torch.tensor([0, 5, 6, 11])
+    torch.testing.assert_close(causal.logits(model, ids, index), expected.flatten(0, 1)[index])
+    shifted = compare_adapt.Shifted(cfg)
+    whole = shifted.logits(model, ids)
+    assert torch.equal(whole.flatten(0, 1)[index], shifted.logits(model, ids, index))
+    changed = ids.clone()
+    changed[:, -1] = (ids[:, -1] + 1) % 7
+    assert not torch.equal(shifted.logits(model, changed)[:, 0], whole[:, 0])
+    base = variants.base_config
+    small = lambda options: base(options) | SHAPE | {"seq_len": 67}
+    monkeypatch.setattr(compare_adapt, "base_config", small)
+    words = "adapt --base tales --iters 4 --device cpu --out_dir out"
+    code, _, err = run(ablate.main, words, monkeypatch, capsys)
+    rows = ablate.read_table("out/adapt_tales.csv")
+    assert code == 0 and len(rows) == 11, err
+    assert {(row["autoregressive"], row["masked_steps"]) for row in rows} == {
+        ("0", "4"),
+        ("0.25", "3"),
+        ("0.5", "2"),
+        ("0.75", "1"),
+    }
+    assert os.path.getsize("out/adapt_tales.png") > 10_000

@@ -26,6 +26,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspa
 
 from config import DEVICES, DTYPES
 from scripts.lab import (
+    compare_adapt,
+    compare_padding,
     compare_puzzles,
     compare_samplers,
     compare_stories,
@@ -96,6 +98,12 @@ COMPARISONS = {
     "puzzle_families": Comparison(
         compare_puzzles.family_settings, compare_puzzles.judge_families, figures.by_family
     ),
+    "adapt": Comparison(
+        compare_adapt.adapt_settings, compare_adapt.measure_adapt, figures.of_adapted
+    ),
+    "padding": Comparison(
+        compare_padding.padding_settings, compare_padding.measure_padding, figures.of_padding
+    ),
     "temperature": Comparison(
         compare_samplers.temperature_settings,
         compare_samplers.judge_samplers,
@@ -142,6 +150,8 @@ COMPARISONS = {
     for name in variants.TRAINED
 }
 
+
+TRAIN_TOO = ("adapt", "padding", "puzzle_families")
 
 # --- the runner -----------------------------------------------------------------------------------
 
@@ -260,7 +270,7 @@ def run(positional, overrides):
     [name] = positional
     cli.check_name("comparison", name, COMPARISONS)
     options = cli.merge(AblateConfig, overrides)
-    if (options.base or options.data) and name not in (*variants.TRAINED, "puzzle_families"):
+    if (options.base or options.data) and name not in (*variants.TRAINED, *TRAIN_TOO):
         raise UserError(
             f"{name} trains nothing; leave out --base and --data, and give a --checkpoint"
         )

@@ -69,12 +69,13 @@ def train_settings(comparison, options):
     ]
 
 
-def run_variant(cfg, look=lambda path: {}):
+def run_variant(cfg, look=lambda path: {}, own=variants.OWN_FAMILIES):
     """(report, entries of the log) of a training run; None where its loss became infinite. look: a
-    function from the path of its checkpoint to further entries (dict) of the report."""
+    function from the path of its checkpoint to further entries (dict) of the report; own: families
+    (dict) beside those of `families.FAMILIES`."""
     # what an earlier variant's shapes taught the compiler would make this one's steps slower
     torch._dynamo.reset()
-    added = mock.patch.dict(families.FAMILIES, variants.OWN_FAMILIES)
+    added = mock.patch.dict(families.FAMILIES, own)
     with tempfile.TemporaryDirectory() as folder, added:
         try:
             report = train.train(dataclasses.replace(cfg, out_dir=folder), quiet=True)

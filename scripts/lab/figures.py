@@ -223,6 +223,38 @@ def by_family(rows, title, path):
     plt.close(figure)
 
 
+def of_adapted(rows, title, path):
+    """Bound over the share of the steps that were autoregressive, by how the masked network reads;
+    every seed a point, their mean a line; rows are those of scripts/lab/ablate.py adapt (dicts of
+    str). A PNG at `path`."""
+    plt = plots.pyplot()
+    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for place, name in enumerate(dict.fromkeys(row["then"] for row in rows)):
+        points = {}
+        for row in rows:
+            if row["then"] == name:
+                points.setdefault(float(row["autoregressive"]), []).append(float(row["bound"]))
+        means = [(share, sum(own) / len(own)) for share, own in sorted(points.items())]
+        style = dict(color=plots.OKABE_ITO[place])
+        axis.plot(*zip(*means), marker="o", label=name, **style)
+        for share, own in points.items():
+            axis.plot([share] * len(own), own, ".", **style)
+    axis.set(xlabel="share of the steps that were autoregressive", ylabel="NELBO (nats a token)")
+    axis.set_title(title)
+    axis.grid(alpha=0.3)
+    axis.legend(title="then masked")
+    plots.save(figure, path)
+    plt.close(figure)
+
+
+def of_padding(rows, title, path):
+    """Shares of answers that end, and that are valid, by what stood behind the ends in training and
+    by sampler; rows are those of scripts/lab/ablate.py padding (dicts of str). A PNG at `path`."""
+    named = [row | {"sampler": f"{row['behind the end']}: {row['sampler']}"} for row in rows]
+    what, names = "share of the answers", ("ended", "valid")
+    bars([row | {"steps": ""} for row in named], title, path, names=names, what=what, legend="")
+
+
 USUAL = {name: getattr(SampleConfig, name) for name in ("temperature", "top_p")}
 
 
