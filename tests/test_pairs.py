@@ -16,7 +16,7 @@ from toy import MASK, SEQUENCES, A, Lookup, P
 import inference
 import train
 from scripts import data, evaluate, export
-from scripts.lab import ablate, compare_adapt, compare_padding, variants
+from scripts.lab import ablate, compare_adapt, compare_padding, compare_requests, variants
 from utils import corpus, families, metrics, pairs, ranks, requests, runs, runtime, tales
 from utils import tokenizer as tokenizers
 from utils.cli import UserError
@@ -403,3 +403,15 @@ def test_an_autoregressive_network_goes_on_as_a_shifted_one(monkeypatch, capsys)
         ("0.75", "1"),
     }
     assert os.path.getsize("out/adapt_tales.png") > 10_000
+
+
+def test_guidance_is_compared(monkeypatch, capsys):
+    words = ["tales_asked", *TINY, "--final_samples", "0"]
+    assert run(train.main, words, monkeypatch, capsys)[0] == 0
+    monkeypatch.setattr(compare_requests, "GUIDANCE", (0.0, 1.0))
+    words = "guidance --num_samples 2 --device cpu --out_dir out"
+    code, _, err = run(ablate.main, words, monkeypatch, capsys)
+    rows = ablate.read_table("out/guidance.csv")
+    assert code == 0 and len(rows) == 4 and rows[0]["obeying"] == "0", err
+    assert float(rows[1]["nfe"]) > float(rows[0]["nfe"])  # two a step
+    assert os.path.getsize("out/guidance.png") > 10_000

@@ -29,6 +29,7 @@ from scripts.lab import (
     compare_adapt,
     compare_padding,
     compare_puzzles,
+    compare_requests,
     compare_samplers,
     compare_stories,
     compare_training,
@@ -97,6 +98,9 @@ COMPARISONS = {
     ),
     "puzzle_families": Comparison(
         compare_puzzles.family_settings, compare_puzzles.judge_families, figures.by_family
+    ),
+    "guidance": Comparison(
+        compare_requests.guidance_settings, compare_requests.judge_requests, figures.over_guidance
     ),
     "adapt": Comparison(
         compare_adapt.adapt_settings, compare_adapt.measure_adapt, figures.of_adapted

@@ -223,6 +223,25 @@ def by_family(rows, title, path):
     plt.close(figure)
 
 
+def over_guidance(rows, title, path):
+    """Shares of valid and of obeying answers over the guidance; rows are those of
+    scripts/lab/ablate.py guidance (dicts of str). A PNG at `path`."""
+    plt = plots.pyplot()
+    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for style, p in zip(("-", "--"), dict.fromkeys(row["top_p"] for row in rows)):
+        own = [row for row in rows if row["top_p"] == p]
+        for name, colour in zip(("valid", "obeying"), plots.OKABE_ITO):
+            shares = [100 * float(row[name]) for row in own]
+            label = f"{name}, top-p {float(p):g}"
+            guidance = [float(row["guidance"]) for row in own]
+            axis.plot(guidance, shares, style, marker="o", color=colour, label=label)
+    axis.set(xlabel="guidance", ylabel="% of answers", title=title)
+    axis.grid(alpha=0.3)
+    axis.legend()
+    plots.save(figure, path)
+    plt.close(figure)
+
+
 def of_adapted(rows, title, path):
     """Bound over the share of the steps that were autoregressive, by how the masked network reads;
     every seed a point, their mean a line; rows are those of scripts/lab/ablate.py adapt (dicts of
