@@ -287,6 +287,8 @@ def test_from_questions_to_answers(monkeypatch, capsys):
     bound = model.nll("It is 8.", 4, prompt="What comes after 7?")
     answer = model.tokenizer.encode(["It is 8."])[0]
     assert bound.tokens == len(answer) + 1 and bound.nats > 0
+    with pytest.raises(UserError, match="question and answer would have .* the window has 65"):
+        model.generate("What?", gen_len=60)
     with pytest.raises(UserError, match="not --infill"):
         model.generate(infill="It [3] 8.")
     code, out, err = run(evaluate.main, "--num-samples 2 --json r.json", monkeypatch, capsys)

@@ -148,6 +148,11 @@ def rows_of(how, family, tokenizer):
     and numbers of samples."""
     window = family.cfg.seq_len
     rows = [build(tokenizer, parts, window, prompt) for prompt, parts in asked_for(how, family.cfg)]
+    if family.cfg.rows == "pair" and (longest := max(map(len, rows))) > window:
+        raise UserError(
+            f"question and answer would have {longest:,} tokens, and the window has {window:,}; "
+            "make one of them shorter"
+        )
     if how.min_len > (least := min(row.count(tokenizer.mask) for row in rows)):
         raise UserError(
             f"min_len={how.min_len}, but there are only {least} tokens to generate"

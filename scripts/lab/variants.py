@@ -256,6 +256,25 @@ def expected_loss(options):
     }
 
 
+def sudoku(options):
+    """What suits grids, for a number of --minutes each."""
+    base = cli.merge(Config, base_config(options))
+    return {
+        "as it is": {},
+        "rotary base 100": {"rope_base": 100.0},
+        "6 layers": {"n_layer": 6},
+        "8 layers of 96": {"n_layer": 8, "n_embd": 96},
+        "8 heads": {"n_head": 8},
+        "flat loss": {"loss_weighting": "flat"},
+        "half the rows": {"batch_size": base.batch_size // 2},
+        "twice the rows": {"batch_size": 2 * base.batch_size},
+        "learning rates 0.6 times": {"lr": 0.6 * base.lr, "muon_lr": 0.6 * base.muon_lr},
+        "learning rates 1.7 times": {"lr": 1.7 * base.lr, "muon_lr": 1.7 * base.muon_lr},
+        "everything in pairs of complementary rows": {"complementary": True},
+        "linear decay over the whole run": {"decay_share": 1.0},
+    }
+
+
 def puzzles(options):
     """Families on grids, which fill the holes of puzzles, and on pairs of a puzzle and its grid.
     All have the preset's shape, and as many minutes."""
@@ -345,6 +364,7 @@ TRAINED = {
     "own_text": own_text,
     "families": families,
     "ar_vs_diffusion": ar_vs_diffusion,
+    "sudoku": sudoku,
 }
 
 
