@@ -349,6 +349,20 @@ def test_samplers_solve_puzzles_that_are_counted(folder, monkeypatch, capsys):
     assert len(settings(None)) > 40
 
 
+def test_puzzles_are_counted_by_difficulty(folder, monkeypatch, capsys):
+    every = compare_puzzles.difficulty_settings(None)
+    assert {(one["clues"], one["guesses"]) for one in every} >= {(8, 0), (10, 1)}
+    few = [one | {"clues": clues} for one, clues in zip(every, (8, 8, 6, 6))]
+    compared = ablate.COMPARISONS["puzzle_difficulty"]._replace(settings=lambda options: few)
+    monkeypatch.setitem(ablate.COMPARISONS, "puzzle_difficulty", compared)
+    words = "puzzle_difficulty --num_samples 3 --device cpu --out_dir out --checkpoint"
+    path = str(folder / "models" / "four.best.pt")
+    code, _, err = run(ablate.main, [*words.split(), path], monkeypatch, capsys)
+    rows = ablate.read_table("out/puzzle_difficulty.csv")
+    assert code == 0 and [row["nfe"] for row in rows] == ["8", "8", "10", "10"], err
+    assert os.path.getsize("out/puzzle_difficulty.png") > 10_000
+
+
 def test_families_solve_puzzles_that_are_counted(monkeypatch, capsys):
     """Each is trained once, and judged with each of its samplers; the bound is of all."""
     monkeypatch.setattr(built_in.SudokuAsked, "POOL", 9)

@@ -240,6 +240,12 @@ def _draw_legend(pen, prompted):
     )
 
 
+def without_beginning(frame, n):
+    """The Frame without its first n tokens."""
+    parts = {name: getattr(frame, name)[n:] for name in ("ids", "fresh", "remasked", "confidence")}
+    return frame._replace(**parts)
+
+
 def pictures(frames, tokenizer, title):
     """Yield (PIL.Image, seconds or None) for recorded `frames`: None is the normal time, the last
     picture is held.
@@ -247,7 +253,11 @@ def pictures(frames, tokenizer, title):
     A text of several pages is shown on the page that is being generated, and page by page at the
     end.
     """
-    mask = tokenizer.mask
+    mask, first = tokenizer.mask, frames[0].ids
+    read = tokenizer.pieces(first)
+    # what it begins with and reads as nothing takes no room, so that lines begin below each other
+    begin = next((i for i, piece in enumerate(read) if piece or first[i] == mask), 0)
+    frames = [without_beginning(frame, begin) for frame in frames]
     shown = lambda ids: [
         None if i == mask else "¶" if i == tokenizer.end else piece
         for i, piece in zip(ids, tokenizer.pieces(ids))

@@ -96,6 +96,9 @@ COMPARISONS = {
     "puzzles": Comparison(
         compare_puzzles.puzzle_settings, compare_puzzles.judge_puzzles, figures.solved
     ),
+    "puzzle_difficulty": Comparison(
+        compare_puzzles.difficulty_settings, compare_puzzles.judge_puzzles, figures.by_difficulty
+    ),
     "puzzle_families": Comparison(
         compare_puzzles.family_settings, compare_puzzles.judge_families, figures.by_family
     ),

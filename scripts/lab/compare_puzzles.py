@@ -1,6 +1,7 @@
 """What the order of writing is worth where every hole has one right filling: the comparisons
 `puzzles`, of samplers, and `puzzle_families`, of scripts/lab/ablate.py, which runs them."""
 
+import functools
 import math
 
 from config import Config, SampleConfig
@@ -28,20 +29,37 @@ def puzzle_settings(options):
     return [row | {"temperature": t, "top_p": 1.0} for t in (0.0, 1.0) for row in rows]
 
 
+def difficulty_settings(options):
+    """Puzzles of 6 x 6 with fewer and fewer clues; and those where a solver has to guess. Always
+    the likeliest digit, a hole a step."""
+    kinds = [(clues, 0) for clues in (20, 15, 12, 10, 9, 8)] + [(10, 1), (9, 1)]
+    return [
+        {"clues": clues, "guesses": guesses, "sampler": sampler, "temperature": 0.0}
+        for clues, guesses in kinds
+        for sampler in ("random", "entropy")
+    ]
+
+
 def judge_puzzles(options):
     """(function from a setting to the share of held-out puzzles that are solved, with its standard
     error, and NFE; what that depends on besides)."""
     one = trained(options)
     cfg = one.family.cfg
-    puzzles = BUILT_IN[cfg.data].puzzles(one.count) if cfg.data in BUILT_IN else []
-    if not puzzles:
+    made = BUILT_IN.get(cfg.data)
+    if not made or not made.puzzles(1):
         raise UserError(
             f"{cfg.name} was trained on {cfg.data}, which has no puzzles: python train.py sudoku"
         )
 
+    @functools.lru_cache(maxsize=1)
+    def puzzles(**kind):
+        return made.puzzles(one.count, **kind)
+
     def measure(setting):
-        how = SampleConfig(**setting | {"steps": setting["steps"] or None})
-        return solved(one.model, one.family, one.tokenizer, puzzles, one.hardware, how)
+        kind = {name: setting[name] for name in ("clues", "guesses") if name in setting}
+        how = {name: value or None for name, value in setting.items() if name == "steps"}
+        how = SampleConfig(**{k: v for k, v in setting.items() if k not in kind} | how)
+        return solved(one.model, one.family, one.tokenizer, puzzles(**kind), one.hardware, how)
 
     return measure, one.common
 

@@ -201,6 +201,26 @@ def solved(rows, title, path):
     plt.close(figure)
 
 
+def by_difficulty(rows, title, path):
+    """Share of puzzles that are solved over the number of their clues, by sampler, and apart where
+    a solver guesses; rows are those of scripts/lab/ablate.py puzzle_difficulty (dicts of str). A
+    PNG at `path`."""
+    plt = plots.pyplot()
+    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for name, colour in zip(dict.fromkeys(row["sampler"] for row in rows), plots.OKABE_ITO):
+        for guesses, style in (("0", "o-"), ("1", "s--")):
+            own = [row for row in rows if (row["sampler"], row["guesses"]) == (name, guesses)]
+            share, error = ([100 * float(row[part]) for row in own] for part in ("solved", "se"))
+            label = name + ", a solver guesses" * (guesses != "0")
+            clues = [int(row["clues"]) for row in own]
+            axis.errorbar(clues, share, error, fmt=style, color=colour, label=label, capsize=2)
+    axis.set(xlabel="clues", ylabel="% of puzzles solved (± standard error)", title=title)
+    axis.grid(alpha=0.3)
+    axis.legend()
+    plots.save(figure, path)
+    plt.close(figure)
+
+
 def by_family(rows, title, path):
     """Share of puzzles that are solved, by family and sampler: every seed a point, their mean a
     bar; rows are those of scripts/lab/ablate.py puzzle_families (dicts of str). A PNG at `path`."""
