@@ -25,7 +25,7 @@ import train
 from model import Transformer
 from scripts import data, evaluate, export, playground, report, train_tokenizer
 from scripts.lab import ablate, bench, front, pictures, results, variants
-from utils import corpus, exported, metrics, policies, runtime, settings, tales, texts
+from utils import corpus, exported, metrics, pairs, policies, runtime, settings, tales, texts
 from utils.built_in import BUILT_IN
 from utils.families import FAMILIES
 
@@ -122,6 +122,8 @@ def folder(tmp_path_factory):
         "".join(json.dumps({"text": story}) + "\n" for story in stories)
     )
     (folder / "prompts.txt").write_text("Once upon a time\nOne day\n")
+    asked = (pairs.asked(f"What comes after {n}?", f"It is {n + 1}.") for n in range(200))
+    pairs.write(str(folder / "pairs.jsonl"), asked)
     letters = "\n\nROMEO:\nTo be, or not to be! What light; Friends, Now is the"  # of the prompts
     (folder / "data/shakespeare.txt").write_text("\n".join(stories) + letters)
     for name in ("my.txt", "data/stories_847.txt"):
@@ -133,6 +135,7 @@ def folder(tmp_path_factory):
         ("tales_256", "tales"),
         ("half_hour", "tales"),
         ("demo", "tales"),
+        ("sudoku", "sudoku"),
         ("shakespeare", "shakespeare"),
         ("spelling", "shakespeare --time_conditioning sinusoidal"),
     ):
@@ -432,7 +435,7 @@ def stands(number, unit, values):
 STATED = {
     "README.md": """
     886,272 4,194,304 11,403,264 12,228,480 10,963,200 6,446,080 135,266,304 268,435,456 84,977,664
-    85,330,944 10,667,520 10,706,304 787,584 787,328 4,721,664 1,024 1,600 3.11
+    85,330,944 10,667,520 10,706,304 787,584 787,328 4,721,664 889,600 1,024 1,600 3.11
     """,
     "learning.md": """
     10.7 0.9 0.4 15 19 45 63 0.37 5,000 1,024 10,000 5.2 10.5 1.51 7.9 2,200 3.5
@@ -440,7 +443,7 @@ STATED = {
     """,
     "artifacts/README.md": """
     2,000 6,394 5,311,725 1.2 1,501 0.98 0.003 0.006 10.9 1,500 8,500 12,500 33,278
-    4,096 7.3 0.64 3.15
+    4,096 7.3 0.64 3.15 28,200,960
     """,
     "artifacts/claims.md": """
     10.7 12.2 0.9 6.50 12,228,480 6,446,080 5,000 1,024 17,400 0.1 89,000 150,000 2.59 2.63 2.73
@@ -459,7 +462,7 @@ def test_parameter_counts(row):
         # of the grammar, of the 65 and 27 characters, of BPE
         vocab_size = (
             corpus.load(cfg).tokenizer.vocab_size
-            if name == "tales"
+            if name in ("tales", "tales_asked")
             else BUILT_IN[cfg.data].side + 3  # a line break, an end, MASK
             if cfg.data in BUILT_IN
             else 66
