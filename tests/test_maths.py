@@ -135,7 +135,8 @@ def test_count_corruption_masks_exactly_and_uniformly():
         "512 / 24 rows of each count, stratified"
     )
     torch.testing.assert_close(corruption.weight, length / counts.float())
-    many = torch.stack([draws.exactly(torch.tensor([2]), 4, generator(i))[0] for i in range(3000)])
+    uniforms = (draws.position_uniforms(1, 4, generator(i))[0] for i in range(3000))
+    many = torch.stack([draws.first_of(u, torch.tensor([2]))[0] for u in uniforms])
     patterns = torch.bincount(many.long() @ torch.tensor([8, 4, 2, 1]), minlength=16)
     assert (patterns > 0).sum() == 6 and patterns[patterns > 0].min() > 500 - 4 * math.sqrt(500)
 

@@ -152,6 +152,20 @@ def test_a_tokenizer_gets_the_markers_that_it_lacks():
         assert again.roles == larger.roles and again.end == plain.end
         assert larger.encode(["abc"]) == plain.encode(["abc"])
     assert plain.decode(larger.encode(["<|user|>"])[0]) == "<|user|>"
+    without = tokenizers.train_char(["abc"], documents=False)  # of a single document
+    larger = tokenizers.with_roles(without)
+    assert larger.end == without.mask and larger.mask == without.mask + 4
+    assert pairs.rows_of([asked("a", "b")], larger, 8)[0].shape == (1, 8)
+
+
+def test_a_checkpoint_of_pairs_without_markers_is_refused(monkeypatch, capsys):
+    words = ["tales_asked", *TINY, "--final_samples", "0"]
+    assert run(train.main, words, monkeypatch, capsys)[0] == 0
+    state = runs.checkpoint.read("artifacts/models/tales_asked.best.pt")
+    state["tokenizer"] = tokenizers.train_bpe(["a story"] * 3, 300).to_json()
+    runs.checkpoint.save("artifacts/models/tales_asked.best.pt", state)
+    code, _, err = run(inference.main, ["--prompt", "A story."], monkeypatch, capsys)
+    assert code == 2 and "has no markers of roles" in err and "Traceback" not in err
 
 
 @pytest.mark.parametrize(

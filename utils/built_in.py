@@ -89,11 +89,8 @@ class TalesAsked(Tales):
     """Stories that are asked for (utils/requests.py); `log_prob` and `entropy` are given the
     request."""
 
-    prompt, pairs, windows = (
-        "A story with a bear, a lost kite.",
-        True,
-        "97, or 113 with the bpe of tales",
-    )
+    prompt, pairs = "A story with a bear, a lost kite.", True
+    windows = "97, or 113 with the bpe of tales"
 
     def generate(self, seed, n):
         return requests.generate(seed, n)

@@ -278,6 +278,8 @@ def restore(state, device, path="the checkpoint"):
         cfg = cli.merge(Config, state["config"])
         families.checked(cfg)
         tokenizer = tokenizers.from_json(state["tokenizer"])
+        if cfg.rows == "pair" and tokenizers.with_roles(tokenizer) is not tokenizer:
+            raise UserError("it is of pairs, and its tokenizer has no markers of roles")
         weights = state.get("ema") or state["model"]
         held = sum(
             w.numel()

@@ -49,11 +49,6 @@ def first_of(u, counts):
     return torch.zeros_like(order, dtype=torch.bool).scatter(1, order, least) & u.isfinite()
 
 
-def exactly(counts, n, generator):
-    """Uniformly random masks (B, n) bool with exactly counts (B,) True in each row."""
-    return first_of(position_uniforms(len(counts), n, generator)[0], counts)
-
-
 def truncate(logits, temperature=1.0, top_k=0, top_p=1.0):
     """Token distribution (N, V) to draw from: temperature, then top-k (0 = all), then top-p (1 =
     all).

@@ -55,11 +55,13 @@ def final(model, family, data, hardware, steps, count, how, judge=None):
 def bound(model, family, tokenizer, rows, passes=1):
     """Estimates of the NELBO of rows (R, L) long, (R, passes): their mean is in nats per token; of
     pairs per token of the answers, their ends included."""
-    given = encoding.given_of(rows, tokenizer, family.cfg)
+    on_cpu = rows.cpu()  # where masks are drawn
+    given = encoding.given_of(on_cpu, tokenizer, family.cfg)
     nll = family.nelbo(model, rows, passes, given)
     if given is None:
         return nll
-    return nll * (rows.numel() / encoding.count_tokens(rows, tokenizer, family.cfg).sum().item())
+    tokens = encoding.count_tokens(on_cpu, tokenizer, family.cfg).sum().item()
+    return nll * (rows.numel() / tokens)
 
 
 def held_out(model, family, data, device):
@@ -75,7 +77,7 @@ def held_out(model, family, data, device):
     rows = data.held_out[: cfg.final_rows].to(device)
     nll = bound(model, family, data.tokenizer, rows, cfg.final_masks)
     mean, se_rows, se_masks = mean_and_errors(nll)
-    tokens = encoding.count_tokens(rows, data.tokenizer, cfg)
+    tokens = encoding.count_tokens(rows.cpu(), data.tokenizer, cfg)
     nats, exact, a_row = mean * tokens.sum().item(), family.exact, tokens.float().mean().item()
     each = nll.mean(1).cpu() * a_row  # nats of each row
     if cfg.rows == "pair":  # a ratio, of answers of several lengths

@@ -200,8 +200,10 @@ def train_bpe(texts, vocab_size, min_frequency=2):
 
 
 def with_roles(tokenizer):
-    """The Tokenizer with all MARKERS: those that it lacks come after its other tokens."""
-    missing = [marker for role, marker in MARKERS.items() if role not in tokenizer.roles]
+    """The Tokenizer with `<|endoftext|>` and all MARKERS: those that it lacks come after its other
+    tokens."""
+    missing = [END] if tokenizer.end is None else []
+    missing += [marker for role, marker in MARKERS.items() if role not in tokenizer.roles]
     if not missing:
         return tokenizer
     backend = Backend.from_str(tokenizer.to_json())

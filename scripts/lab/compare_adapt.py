@@ -62,11 +62,7 @@ class Annealed(Shifted):
         return model(x, level, attention=attention, select=index)
 
 
-class InPlace(diffusion.Masked):
-    """A masked model as it is."""
-
-
-OBJECTIVES = {"in place": InPlace, "shifted": Shifted, "shifted, annealed": Annealed}
+OBJECTIVES = {"in place": diffusion.Masked, "shifted": Shifted, "shifted, annealed": Annealed}
 
 
 def adapt_settings(options):
