@@ -121,7 +121,7 @@ def test_the_bound_of_a_text(folder):
     text, ar = "One day, Tom saw a cat.", model_of(folder, "ar")
     row = encoding.token_stream([text], ar.tokenizer).long()[None]
     assert row.size(1) < 24
-    with torch.no_grad():
+    with torch.no_grad(), ar.hardware.autocast():
         logits = ar.family.logits(ar.network, row)[0, 1:]
     found = ar.nll(text)
     assert math.isclose(found.nats, diffusion.token_nll(logits, row[0, 1:]).sum(), rel_tol=1e-4)
@@ -130,7 +130,8 @@ def test_the_bound_of_a_text(folder):
 
     documents = model_of(folder, "documents")
     rows = encoding.document_rows([text], documents.tokenizer, 67)
-    nll = documents.family.nelbo(documents.network, rows, 8) * 67
+    with documents.hardware.autocast():
+        nll = documents.family.nelbo(documents.network, rows, 8) * 67
     found = documents.nll(text, passes=8)
     assert math.isclose(found.nats, nll.mean(), rel_tol=1e-5) and found.se_masks > 0
     assert found.tokens == 66
