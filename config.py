@@ -81,10 +81,16 @@ class Config:
     diffusion_steps: int = field(0, "0: continuous time; T: T discrete times (and rows of the time "
         "table)", low=0, high=10**6)
     loss_weighting: str = field("flat", "weight of a masked token in the training loss; evaluation "
-        "is always by the NELBO", choices=("elbo", "flat", "clip", "pooled", "full"))
+        "is always by the NELBO. full: at all positions", choices=("elbo", "flat", "clip", "pooled",
+        "full"))
     time_sampling: str = field("uniform", "importance: times in proportion to the spread of their "
         "losses, reweighted; measured anew every 100 steps", choices=("uniform", "importance"))
     complementary: bool = field(False, "rows in pairs: one text, masked where the other is not")
+    self_conditioning: float = field(0.0, "share of training rows that are shown what the network "
+        "predicts of them in a first pass; in sampling, what it predicted in the step before",
+        low=0, high=1)
+    ar_weight: float = field(0.0, "weight of the autoregressive loss of the clean half: uniform "
+        "noise in blocks, which then generates from left to right too", low=0)
 
     batch_size: int = field(64, "rows a step, of all devices together", "optimisation", low=1)
     micro_batch: int = field(0, "rows of one pass, gradients summed up (0: all at once)", low=0)
@@ -128,6 +134,9 @@ class SampleConfig:
     suffix: str = field("", "text that the result ends with")
     infill: str = field("", "text with holes: 'Tom [8] a boat.' has one of 8 tokens, [___] one of "
         "5, \\[ is a bracket")
+    draft: str = field("", "a text to improve: what is wrong in it is found and replaced")
+    draft_noise: float = field(0.05, "share of the draft that is taken to be wrong", above=0,
+        high=1)
     puzzle: str = field("", "a Sudoku row by row, with dots for holes: '..2.4. .....1 ...'")
     prompt_file: str = field("", "a file with a prompt on each line; one result each")
     gen_len: int = field(None, "tokens to generate (default: to the end of the window); may go "
@@ -145,7 +154,9 @@ class SampleConfig:
         "tokens to generate, or, under uniform noise, in the text)", low=1, high=LONGEST)
     schedule: str = field("linear", "mask ratio over the steps")
     min_tokens: int = field(1, "least number of tokens a step, for policies with a count", low=1)
-    temperature: float = field(1.0, "of what is drawn from; 0: always the likeliest token", low=0)
+    temperature: float = field(1.0, "of what is drawn from; 0: always the likeliest token; "
+        "0.8:0.4 falls over the steps", low=0, ramp="final_temperature")
+    final_temperature: float = field(None, "what the temperature falls to", low=0)
     top_k: int = field(0, "draw from the k likeliest tokens (0: all)", low=0)
     # 0.98 leaves text as varied, and cuts off what a small network gives a little too much
     top_p: float = field(0.98, "draw from the likeliest that sum to this (1: all)", above=0, high=1)
@@ -209,11 +220,13 @@ PRESETS = {
     # Stories on request: questions and answers.
     "tales_asked": MADE | dict(
         data="tales_asked", rows="pair", vocab_size=1024, seq_len=97, short_rows=0.0),
-    # Sudoku grids, of which all is known too, and puzzles with one solution.
-    "sudoku": MADE | dict(data="sudoku6", tokenizer="char", seq_len=43),
+    # Sudoku grids, of which all is known too, and puzzles with one solution. Layers and heads are
+    # what they need: after 2,000 steps 8.7% above the entropy, with 4 heads 17.6%, with 4 layers of
+    # those 23%.
+    "sudoku": MADE | dict(data="sudoku6", tokenizer="char", seq_len=43, n_layer=6, n_head=8),
     "sudoku4": MADE | dict(data="sudoku4", tokenizer="char", seq_len=21, max_iters=1000),
     "sudoku9": MADE | dict(
-        data="sudoku9", tokenizer="char", seq_len=91, n_layer=6, n_embd=256, max_iters=0,
+        data="sudoku9", tokenizer="char", seq_len=91, n_layer=8, n_head=8, n_embd=192, max_iters=0,
         max_minutes=120.0),
     # The standard small benchmark: nanoGPT's size and text, with our recipe. Few rows a step: on a
     # CPU, steps are what a short run lacks.

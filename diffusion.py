@@ -24,7 +24,7 @@ from typing import Callable, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from utils import draws, importance, kv_cache
+from utils import draws, importance, kv_cache, self_conditioning
 from utils.cli import check_needs
 from utils.corruption import Corruption, loss_per_pass
 from utils.denoisers import Denoiser, Guided, MaskNoise, Plain
@@ -168,7 +168,7 @@ def token_nll(logits, targets):
 def masked_loss(logits_of, x0, corruption, token_nll=token_nll, unit_of=None):
     """Weighted cross entropy of the masked tokens of x0 (B, L): (B,) nats per token of each row.
 
-    logits_of  function (masked (B, L), index (N,)) -> logits (N, V) at those flat positions
+    logits_of  function (Corruption, index (N,)) -> logits (N, V) at those flat positions
     unit_of    (L,) long, which of a row's K weights is that of each position; None: it has one
     """
     (B, L), corruption = x0.shape, corruption.to(x0.device)
@@ -176,7 +176,7 @@ def masked_loss(logits_of, x0, corruption, token_nll=token_nll, unit_of=None):
     # the index is filled up with -1 to a fixed length: that goes to a row B, which is left out
     row, place = torch.where(index < 0, B, index // L), index % L
     index = index.clamp(min=0)
-    ce = token_nll(logits_of(corruption.masked, index), x0.flatten()[index])
+    ce = token_nll(logits_of(corruption, index), x0.flatten()[index])
     if unit_of is None:
         return ce.new_zeros(B + 1).index_add(0, row, ce)[:B] * weight / L
     weight = F.pad(weight, (0, 0, 0, 1))[row, unit_of[place]]
@@ -224,13 +224,16 @@ class Masked:
     exact      whether `nelbo` is the likelihood itself
     block_len  of blocks that it generates from left to right, seeing nothing to the right of them;
                0: it has none
+    carries_over  whether what is visible is right, in training: so it is with masks
     samplers   that it can be sampled with; procedure: its name for it where there is no choice
     needs      {setting of Config or SampleConfig: what it may be, the family's default first};
                `why`: {setting: the reason}
     """
 
     name, exact, block_len, samplers, procedure = "a masked model", False, 0, SAMPLERS, None
-    needs, why = {"correctors": (0,)}, {"correctors": "only a model of uniform noise has them"}
+    carries_over = True
+    needs = {"correctors": (0,), "ar_weight": (0,)}
+    why = dict.fromkeys(needs, "only a model of uniform noise has that")
 
     def __init__(self, cfg):
         self.cfg, self.bos = cfg, bos_tokens(cfg)
@@ -266,7 +269,8 @@ class Masked:
         if cfg.loss_weighting != "full":  # which is a loss of its own, without weights
             weight = weight * WEIGHTINGS[cfg.loss_weighting](elbo, masked)
         most = None if most is None else most.view(B, K).sum(1)
-        return self.pack(masked, weight.float().view(B, K), most)
+        whole = self.pack(masked, weight.float().view(B, K), most)
+        return whole._replace(conditioned=self_conditioning.drawn(cfg, B, generator))
 
     def maskable(self, given, n):
         """What may be masked in each unit of n positions, (units, n) bool; None: all."""
@@ -285,7 +289,7 @@ class Masked:
         """
         if self.cfg.loss_weighting == "full":
             xt = q_sample(x0, corruption.masked, model.vocab_size - 1)
-            logits = self.logits(model, xt)
+            logits = self.logits(model, xt, told=corruption.conditioned)
             return token_nll(logits.flatten(0, 1), x0.flatten()).view(x0.shape).mean(1)
         return self.weighted_ce(model, x0, corruption, token_nll)
 
@@ -304,15 +308,18 @@ class Masked:
         fixed = (self.pack(F.pad(masked, pad), weight) for masked, weight in masks)
         return loss_per_pass(partial(self.weighted_ce, model), x0, fixed, self.cfg.rows_at_once)
 
-    def noised_logits(self, model, x0, masked, index):
-        """Mask x0 (B, L) where masked (B, L) says, and return the logits (N, V) at the flat
+    def noised_logits(self, model, x0, corruption, index):
+        """Mask x0 (B, L) where the corruption says, and return the logits (N, V) at the flat
         positions index (N,)."""
-        return self.logits(model, q_sample(x0, masked, model.vocab_size - 1), index)
+        xt = q_sample(x0, corruption.masked, model.vocab_size - 1)
+        return self.logits(model, xt, index, corruption.conditioned)
 
-    def logits(self, model, ids, index=None):
+    def logits(self, model, ids, index=None, told=None):
         """Logits of a canvas ids (B, L) that is being denoised: (B, L, V), or (N, V) at the flat
-        positions index (N,)."""
-        return model(ids, (ids == model.vocab_size - 1).float().mean(1), select=index)
+        positions index (N,). told: see `self_conditioning.ask`."""
+        masked = ids == model.vocab_size - 1
+        ratio = masked.float().mean(1)
+        return self_conditioning.ask(self.cfg, model, ids, ratio, masked, told, select=index)
 
     def sampler(self, how):
         """The Sampler that how (SampleConfig) names."""
@@ -324,7 +331,7 @@ class Masked:
         (B, L), mask, device = canvas.shape, model.vocab_size - 1, canvas.device
         wanted = how.decode_block or (max(1, window // 4) if window and window < L else L)
         decode_block, origin = min(wanted, L), (canvas == mask).int().argmax(1, keepdim=True)
-        logits = lambda x, index, seen: self.logits(model, x, index)
+        logits = lambda x, index, seen: self.logits(model, x, index, seen.told)
         given = (canvas != mask) & (torch.arange(L, device=device) >= self.bos)
         if how.cache in ("prefix", "dual"):
             network = kv_cache.Approximate(model, B, decode_block, how)
@@ -332,7 +339,9 @@ class Masked:
             network = Guided(logits, how.guidance, given, mask)
         else:
             network = Plain(logits)
-        return Denoiser(network, MaskNoise(mask), canvas, decode_block, origin, window, self.bos)
+        memory = self_conditioning.memory(self.cfg, model, canvas)
+        rest = (decode_block, origin, window, self.bos)
+        return Denoiser(network, MaskNoise(mask), canvas, *rest, memory=memory)
 
     def probes(self, model, shape, number, generator, given=None):
         """For metrics: (mask ratio, Corruption of (B, L) rows) at some `number` of even ratios, of
@@ -347,7 +356,7 @@ class Masked:
 
     def log_p(self, model, x0, corruption, index):
         """log p(x0_i | xt), (N, V), at the flat positions index (N,) of what is corrupted."""
-        logits = self.noised_logits(model, x0, corruption.masked, index)
+        logits = self.noised_logits(model, x0, corruption, index)
         return at_least_float32(logits).log_softmax(-1)
 
 
@@ -359,7 +368,7 @@ class Masked:
 
 
 @torch.no_grad()
-def sample(family, model, canvas, how, *, window=None, stop=None, seeds=None, top=0):
+def sample(family, model, canvas, how, *, window=None, stop=None, seeds=None, top=0, draft=None):
     """Denoise the MASKs of canvas (B, L) long; yields a `sampling.Step` after every step.
 
     how     SampleConfig: sampler, steps, schedule, temperature, top_k, top_p, and the rest
@@ -368,6 +377,8 @@ def sample(family, model, canvas, how, *, window=None, stop=None, seeds=None, to
             rest becomes that token; not among the first how.min_len that are generated
     seeds   one integer a row (default 0, 1, ...): a row gets the same text whatever its batch
     top     how many of the likeliest tokens to keep for viewers, in Step.top
+    draft   (B, L) long, under uniform noise: the text that stands there at first, of which a share
+            how.draft_noise is noise
 
     Given tokens never change; no MASK is left or drawn: it has no logit. A canvas without MASK
     yields nothing; a finished row asks nothing. (asked, unmask, remask: (B, L) bool.)
@@ -376,9 +387,11 @@ def sample(family, model, canvas, how, *, window=None, stop=None, seeds=None, to
     sampler, denoiser = family.sampler(how), family.denoiser(model, canvas, how, window)
     denoiser.forbid(stop, how.min_len)
     noise, grid = denoiser.noise, sampler.grid or partial(mask_ratio, how.schedule)
+    if draft is not None:
+        grid = lambda t: how.draft_noise * mask_ratio(how.schedule, t)
     seeds = range(len(canvas)) if seeds is None else seeds
     uniforms = draws.uniforms_of(seeds, canvas.size(1), canvas.device)
-    state = State(canvas, noise, uniforms(0)[0], top)
+    state = State(canvas, noise, uniforms(0)[0], top, draft)
     clock = Clock(state, denoiser, sampler, grid, how, stop)
     for tick in count(noise.first_tick):
         turn = clock.turn(state)
@@ -386,12 +399,13 @@ def sample(family, model, canvas, how, *, window=None, stop=None, seeds=None, to
             return
         u_position, u_token = uniforms(tick)
         view = state.view(turn, u_position, sampler, how.min_tokens)  # what the policy sees
-        asked = view.open if sampler.key else sampler.policy(view)[0]
+        asked = view.open if sampler.key or denoiser.memory else sampler.policy(view)[0]
         logits = denoiser(state.ids, asked, turn)  # (N, V)
         p = noise.belief(logits, state.ids, asked, turn)  # p(x0_i | xt), (N, V)
         unmask, remask = sampler.policy(view.scored(asked, p, sampler.key))
         chosen = unmask[asked]  # (N,) bool
-        q = draws.truncate(logits[chosen], how.temperature, how.top_k, how.top_p)  # (n, V)
+        temperature = turn.temperature_at(unmask)
+        q = draws.truncate(logits[chosen], temperature, how.top_k, how.top_p)  # (n, V)
         tokens = draws.draw(noise.reverse(q, state.ids, unmask, turn), u_token[unmask])
         state.observe(asked, p)
         state.unmask(unmask, tokens, p[chosen])

@@ -5,6 +5,7 @@
     python inference.py --infill "Tom [8] a boat and [3] red."
     python inference.py --num-samples 4 --sampler entropy_bounded:0.5 --temperature 0.8 --live
     python inference.py --prompt-file prompts.txt --gen-len 40 --json
+    python inference.py --draft "Once upon a time, a cruel bear named Mia lived by the sea. ..."
 
 Needs a checkpoint and nothing else: it holds the tokenizer and the settings. From Python:
 
@@ -36,6 +37,7 @@ from utils import (
     metrics,
     page,
     ranks,
+    repair,
     runtime,
     terminal,
     trace,
@@ -105,10 +107,22 @@ class Model:
         return how
 
     def steps(self, blank, how, seeds, top):
-        """The stream of `sampling.Step`s that fills canvases blank (B, L)."""
-        stop = None if how.no_stop else self.tokenizer.end
+        """The stream of `sampling.Step`s that fills canvases blank (B, L), or improves the draft
+        that stands there."""
+        stop = None if how.no_stop or how.draft else self.tokenizer.end
         more = dict(window=self.family.cfg.seq_len, seeds=seeds, top=top)
+        if how.draft:
+            draft = self.begun(blank, how)
+            rest = (self.network, blank, draft, how.draft_noise)
+            blank, more["draft"] = repair.begin(self.family, *rest)
         return diffusion.sample(self.family, self.network, blank, how, stop=stop, **more)
+
+    def begun(self, blank, how):
+        """What stands on the canvases blank (B, L) at first, (B, L) long."""
+        if not how.draft:
+            return blank
+        row = canvas.drafted(how, self.family.cfg, self.tokenizer)
+        return torch.tensor([row] * len(blank), device=blank.device)
 
     def generate(self, prompt="", **options):
         """The `Sample` that continues the prompt; a list of them where several are asked for. The
@@ -129,7 +143,7 @@ class Model:
         [(row, seed)], device = rows, self.hardware.device
         blank = torch.tensor([row], device=device)
         shown = lambda frame: trace.shown(frame, row, self.tokenizer, not how.no_stop)
-        yield shown(trace.blank_frame(blank[0], self.tokenizer.mask))
+        yield shown(trace.blank_frame(self.begun(blank, how)[0], self.tokenizer.mask))
         steps = self.steps(blank, how, [seed], 0)
         for number in itertools.count(1):
             with self.hardware.autocast():  # not while the caller works
@@ -221,7 +235,7 @@ def generate(model, how, record=False):
         watch = Stopwatch(model.steps(blank, how, [rows[i][1] for i in members], top), device)
         steps, frames = iter(watch), []
         if first and record:
-            frames, steps = trace.record(steps, blank, tokenizer.mask, every)
+            frames, steps = trace.record(steps, model.begun(blank, how), tokenizer.mask, every)
         if first and how.live:
             given = (blank[0] != tokenizer.mask).tolist()
             steps = terminal.live(steps, tokenizer, given, how.frame_ms)

@@ -147,14 +147,16 @@ def count_parameters(cfg, vocab_size):
         cfg.time_conditioning, 2 * (C * C + C)
     )
     blocks = cfg.n_layer * (12 * C * C + adaln * (4 * C * C + 4 * C))
-    return vocab_size * C * (1 if cfg.tie_embeddings else 2) + blocks + noise
+    told = C * C if cfg.self_conditioning else 0
+    return vocab_size * C * (1 if cfg.tie_embeddings else 2) + blocks + noise + told
 
 
 class Transformer(nn.Module):
     """ids (B, L) -> logits over the V real tokens; see `forward`.
 
     cfg needs n_layer, n_head, n_embd, dropout, tie_embeddings, init, rope_base, softcap,
-    time_conditioning, diffusion_steps, activation_checkpointing; vocab_size = V + 1 counts MASK.
+    time_conditioning, diffusion_steps, self_conditioning, activation_checkpointing;
+    vocab_size = V + 1 counts MASK.
     """
 
     def __init__(self, cfg, vocab_size):
@@ -162,6 +164,9 @@ class Transformer(nn.Module):
         self.cfg, self.vocab_size = cfg, vocab_size
         self.embedding = nn.Embedding(vocab_size, cfg.n_embd)
         self.noise = None if cfg.time_conditioning == "none" else NoiseEmbedding(cfg)
+        self.earlier = (
+            nn.Linear(cfg.n_embd, cfg.n_embd, bias=False) if cfg.self_conditioning else None
+        )
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         self.head = nn.Linear(cfg.n_embd, vocab_size, bias=False)
         if cfg.tie_embeddings:
@@ -196,9 +201,19 @@ class Transformer(nn.Module):
         for block in self.blocks:  # no modulation at first
             if block.modulation is not None:
                 nn.init.zeros_(block.modulation.weight)
+        if self.earlier is not None:  # an earlier prediction is not heard at first
+            nn.init.zeros_(self.earlier.weight)
 
     def forward(
-        self, ids, noise_level=None, *, attention=None, positions=None, cache=None, select=None
+        self,
+        ids,
+        noise_level=None,
+        *,
+        attention=None,
+        positions=None,
+        cache=None,
+        select=None,
+        prediction=None,
     ):
         """Logits for every position, or for the selected ones.
 
@@ -211,13 +226,18 @@ class Transformer(nn.Module):
         cache        function (layer, k, v) -> (k, v), each (B, l, H, D): stores what is new,
                      returns what to look at (utils/kv_cache.py)
         select       flat indices (N,) into the B * L positions
+        prediction   (B, L, C), the `mean_embedding` of what the network predicted before, 0 where
+                     it predicted nothing; for networks with self_conditioning. None: all 0
         returns      (B, L, V), or (N, V) with `select`; MASK has no column, so it can never be
                      predicted
         """
         if positions is None:
             positions = torch.arange(ids.size(1), device=ids.device)
         cos, sin = rotary_table(positions, self.cfg.n_embd // self.cfg.n_head, self.cfg.rope_base)
-        x, condition = self.embed(self.embedding(ids), noise_level)
+        x = self.embedding(ids)
+        if prediction is not None:
+            x = x + self.earlier(prediction)
+        x, condition = self.embed(x, noise_level)
         for layer, block in enumerate(self.blocks):
             # nobody reads what the last block writes at the other positions
             last = (select,) if layer == len(self.blocks) - 1 else ()
@@ -253,6 +273,12 @@ class Transformer(nn.Module):
             if self.cfg.softcap
             else logits
         )
+
+    def mean_embedding(self, logits):
+        """What a prediction, logits (..., V), looks like as an input (..., C): the mean embedding
+        of a token, normalised (Analog Bits, arXiv:2208.04202, for tokens)."""
+        weight = self.embedding.weight[:-1]
+        return norm(logits.to(weight.dtype).softmax(-1) @ weight)
 
     def num_parameters(self):
         return sum(p.numel() for p in self.parameters())

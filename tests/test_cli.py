@@ -382,7 +382,7 @@ def test_a_long_prompt_and_no_checkpoint_at_all(tales_run, monkeypatch, capsys):
         ("--steps 100 --sampler remdm_cap", {}, 100),
         ("--steps 10 --sampler first_hitting", {}, 60),
         ("--steps 10", {"objective": "ar"}, 60),
-        ("--steps 10 --correctors 2", {"objective": "uniform"}, 30),
+        ("--steps 10 --correctors 2 --sampler reverse", {"objective": "uniform"}, 30),
         ("", {"objective": "uniform"}, 64),
     ),
 )
@@ -916,7 +916,10 @@ def test_a_new_objective_is_one_entry(monkeypatch, capsys):
         ("--block_len 8 --corruption bernoulli", "needs corruption=count"),
         ("--objective ar --block_len 8", "block_len=8 with an autoregressive model"),
         ("--objective ar --time_conditioning adaln", "no noise level"),
-        ("--objective uniform --time_conditioning none", "it must be told"),
+        ("--objective uniform --loss_weighting clip", "loss_weighting=elbo or full or flat"),
+        ("--objective uniform --ar_weight 1", "a clean half with blocks only"),
+        ("--ar_weight 1", "only a model of uniform noise has that"),
+        ("--objective ar --self_conditioning 0.5", "no masks and no noise level"),
         ("--objective uniform --corruption count", "needs corruption=bernoulli"),
         ("--objective ar --complementary", "needs complementary=False"),
         ("--objective ar --time_sampling importance", "needs time_sampling"),
@@ -993,8 +996,12 @@ def test_what_a_family_cannot_write(monkeypatch, capsys):
         ("ar", "--guidance 1", "guidance=1.0 with an autoregressive model"),
         ("blocks", "--decode-block 4", "decode_block=4 with a model of blocks of 8"),
         ("blocks", "--cache dual --decode-block 8", "keeps keys and values by itself"),
-        ("uniform", "--sampler confidence", "has one of its own"),
+        ("uniform", "--sampler margin", "known: reverse, confidence, threshold, entropy_bounded"),
+        ("uniform", "--sampler left_to_right", "known: reverse, confidence, threshold"),
+        ("blocks", "--draft abc", "sees all of the text"),
+        ("ar", "--draft abc --prompt a", "leave out --prompt"),
         ("uniform", "--gen-len 90", "no more than its window"),
+        ("uniform", "--correctors 2", "they are of --sampler reverse"),
         ("ar", "--correctors 2", "only a model of uniform noise"),
     ):
         code, _, err = run(
@@ -1006,7 +1013,8 @@ def test_what_a_family_cannot_write(monkeypatch, capsys):
         assert code == 2 and message in err.splitlines()[-1], (words, err)
     code, out, err = run(
         inference.main,
-        "--checkpoint artifacts/models/uniform.best.pt --steps 5 --correctors 2 --infill a[4]b",
+        "--checkpoint artifacts/models/uniform.best.pt --steps 5 --correctors 2 --infill a[4]b "
+        "--sampler reverse",
         monkeypatch,
         capsys,
     )

@@ -16,8 +16,8 @@ import torch
 FOLDER = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [os.path.dirname(FOLDER), FOLDER]
 
-import test_families
 import test_maths
+import test_uniform
 import toy
 
 from utils import cli, policies
@@ -74,7 +74,7 @@ def network_cases():
 def left_to_right_cases():
     """Blocks and autoregressive, with and without exact keys and values, in the window and beyond
     it."""
-    model, canvas = test_families.network(), torch.full((2, 45), 5)
+    model, canvas = toy.network(6, 5, torch.float64), torch.full((2, 45), 5)
     canvas[:, :3], canvas[1, 20:23] = torch.tensor([1, 2, 3]), 4
     for family, rows, cache, window, sampler in itertools.product(
         ({"objective": "ar"}, {"block_len": 4}),
@@ -102,7 +102,7 @@ def uniform_cases():
         {"steps": 3, "correctors": 2},
         {"schedule": "cos", "temperature": 0.5, "top_k": 2},
     ):
-        yield "reverse", test_families.LeaveOneOut(0.1), canvas, {"objective": "uniform"} | options
+        yield "reverse", test_uniform.LeaveOneOut(0.1), canvas, {"objective": "uniform"} | options
 
 
 def digests():

@@ -147,6 +147,9 @@ def rows_of(how, family, tokenizer):
     """Rows to fill: list of (canvas, a list of ids; seed), as how (SampleConfig) has prompts, holes
     and numbers of samples."""
     window = family.cfg.seq_len
+    if how.draft:
+        row = blank_of_draft(how, family.cfg, tokenizer)
+        return [(row, how.seed + i) for i in range(how.num_samples)]
     rows = [build(tokenizer, parts, window, prompt) for prompt, parts in asked_for(how, family.cfg)]
     if family.cfg.rows == "pair" and (longest := max(map(len, rows))) > window:
         raise UserError(
@@ -170,6 +173,26 @@ def rows_of(how, family, tokenizer):
             f"more than {MOST_TOKENS:,} tokens together; ask for fewer at a time"
         )
     return [(row, how.seed + i) for row in rows for i in range(how.num_samples)]
+
+
+def drafted(how, cfg, tokenizer):
+    """The row (list of ids) of the text of --draft, as training has it."""
+    if cfg.rows == "pair":
+        raise UserError("--draft is for a model of texts; ask this one with --prompt")
+    row = build(tokenizer, [how.draft], cfg.seq_len)
+    if len(row) + (cfg.rows == "document") > cfg.seq_len:
+        raise UserError(
+            f"the draft has {len(row):,} tokens, and the window has {cfg.seq_len:,}; shorten it"
+        )
+    filled = cfg.seq_len - len(row) if cfg.rows == "document" else 0
+    return row + [tokenizer.end] * filled
+
+
+def blank_of_draft(how, cfg, tokenizer):
+    """Its canvas: all but what is given in every row may be changed."""
+    row = drafted(how, cfg, tokenizer)
+    given = start(tokenizer, row)
+    return row[:given] + [tokenizer.mask] * (len(row) - given)
 
 
 def asked_for(how, cfg):

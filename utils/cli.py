@@ -82,15 +82,16 @@ LIMITS = {
 }
 
 
-def field(default, help, group=None, choices=None, alias=None, **limits):
+def field(default, help, group=None, choices=None, alias=None, ramp=None, **limits):
     """A dataclass field that is a flag. `group` starts a heading of --help, for this field and
-    those after it; alias is an older name of it, which flags, experiments and checkpoints may use.
+    those after it; alias is an older name of it, which flags, experiments and checkpoints may use;
+    ramp is the field that --key VALUE:VALUE gives its second value to.
 
     limits: low <= value <= high, above < value < below, what `check` allows where given.
     """
     assert limits.keys() <= LIMITS.keys(), limits
     about = {"help": help, "group": group, "choices": choices, "limits": limits, "alias": alias}
-    return dataclasses.field(default=default, metadata=about)
+    return dataclasses.field(default=default, metadata=about | {"ramp": ramp})
 
 
 def aliases(kind):
@@ -194,6 +195,9 @@ def parse(argv, kind):
                 raise UserError(f"{word} needs a value")
             else:
                 value = rest.pop(0)
+        if (last := fields[key].metadata["ramp"]) and ":" in value:
+            value, overrides[last] = value.split(":", 1)
+            overrides[last] = convert(fields[last], overrides[last])
         overrides[key] = convert(fields[key], value)
     return positional, overrides
 

@@ -19,7 +19,9 @@ class Corruption(NamedTuple):
     index: torch.Tensor = None  # (N,) flat positions of the masked, and -1 to fill up; found on the
     #                             CPU, so that a GPU need not wait
     noise: torch.Tensor = None  # (B, L) long, modulo V the tokens that uniform noise puts there
-    level: torch.Tensor = None  # (B,) float32, of uniform noise, which a row does not show
+    level: torch.Tensor = None  # (B,) float32, of uniform noise, which a row does not show; with
+    #                             blocks (B, K)
+    conditioned: torch.Tensor = None  # (B,) bool, rows with a first pass (self_conditioning.py)
 
     def each(self, function):
         """A Corruption of what `function` makes of each part that there is."""

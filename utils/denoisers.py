@@ -18,9 +18,12 @@ class MaskNoise:
     """Noise as the sampling loop sees it. Here it is MASK, and what is unmasked carries over.
 
     fill(ids (B, L), where (B, L), u (B, L))     ids with noise at the positions `where`
+    read(logits (N, V), ids, asked, turn)        what the network says at the asked (B, L)
+                                                 positions, as the next two take it
     belief(logits (N, V), ids, asked, turn)      p(x0_i | xt), (N, V), at the asked (B, L) positions
     reverse(p (n, V), ids, where, turn)          what tokens are drawn from at `where`, up to a
                                                  factor, for a network that says p of x0
+    left(state, turn)                            share of noise after the step, (B,)
     """
 
     carry_over, first_tick = True, 0
@@ -31,11 +34,17 @@ class MaskNoise:
     def fill(self, ids, where, u):
         return ids.masked_fill(where, self.mask)
 
+    def read(self, logits, ids, asked, turn):
+        return logits
+
     def belief(self, logits, ids, asked, turn):
         return logits.softmax(-1)
 
     def reverse(self, p, ids, where, turn):
         return p
+
+    def left(self, state, turn):
+        return state.masked.sum(1) / state.total.clamp(min=1)
 
 
 class Window(NamedTuple):
@@ -46,6 +55,7 @@ class Window(NamedTuple):
     start: torch.Tensor  # (b, 1) first position of each row's block, in the window
     shift: torch.Tensor  # (b, 1) by which the window is moved
     turn: tuple  # the clock's `Turn`, of all rows
+    told: torch.Tensor = None  # (b, W, C) what the network predicted last (self_conditioning.py)
 
 
 class Denoiser:
@@ -56,14 +66,25 @@ class Denoiser:
     window      most positions that the network takes (None: any number)
     bos         tokens at the start of a row that are always in sight
     sees_right  whether the network looks at what comes after its block
+    memory      of a network that is self-conditioned: `self_conditioning.Memory`
     """
 
     def __init__(
-        self, network, noise, canvas, block_len, origin, window=None, bos=0, sees_right=True
+        self,
+        network,
+        noise,
+        canvas,
+        block_len,
+        origin,
+        window=None,
+        bos=0,
+        sees_right=True,
+        memory=None,
     ):
         L = canvas.size(1)
         self.network, self.noise, self.block_len, self.origin = network, noise, block_len, origin
         self.bos, self.sees_right, self.width = bos, sees_right, min(L, window or L)
+        self.memory = memory
         if self.width < L and block_len >= self.width:
             raise UserError(
                 f"a text of {L} tokens is longer than the window of {self.width}: "
@@ -91,15 +112,20 @@ class Denoiser:
         L, rows = ids.size(1), asked.any(1).nonzero()[:, 0]
         if not len(rows):
             return torch.empty(0, self.noise.mask, device=ids.device)
-        x, asked, start = ids[rows], asked[rows], turn.start[rows]
-        wanted = asked  # by their places in the canvas
+        x, seen, start = ids[rows], asked[rows], turn.start[rows]
+        wanted = seen  # by their places in the canvas
         columns, shift = None, torch.zeros_like(start)
+        told = self.memory and self.memory.read(rows, wanted)
         if self.width < L:
             columns, shift = self.columns(start, rows, L)
-            x, asked = x.gather(1, columns), asked.gather(1, columns)
+            x, seen = x.gather(1, columns), seen.gather(1, columns)
             # a last block may reach over the canvas's end
-            asked &= shift + torch.arange(self.width, device=x.device) < L
-        logits = self.network(x, asked, Window(rows, columns, start - shift, shift, turn))
+            seen &= shift + torch.arange(self.width, device=x.device) < L
+            if told is not None:
+                told = told.gather(1, columns[..., None].expand(-1, -1, told.size(-1)))
+        logits = self.network(x, seen, Window(rows, columns, start - shift, shift, turn, told))
+        if self.memory:
+            self.memory.write(rows, wanted, logits)
         self.row_nfe = self.row_nfe.index_add(
             0, rows, torch.full_like(rows, self.network.nfe_a_row)
         )
@@ -107,7 +133,7 @@ class Denoiser:
         if self.forbidden:
             token, where = self.forbidden
             logits[where[rows][wanted], token] = -math.inf
-        return logits
+        return self.noise.read(logits, ids, asked, turn)
 
     def columns(self, start, rows, L):
         """(positions (b, W) of a canvas of L that the network sees when rows (b,) denoise blocks
@@ -157,11 +183,11 @@ class Guided:
         self.nfe += 2
         prompt = self.prompt[window.rows]
         prompt = prompt if window.columns is None else prompt.gather(1, window.columns)
-        index = asked.flatten().nonzero()[:, 0]
+        index, told = asked.flatten().nonzero()[:, 0], window.told
         both = self.logits(
             torch.cat((x, x.masked_fill(prompt, self.mask))),
             torch.cat((index, index + x.numel())),
-            window,
+            window._replace(told=told if told is None else told.repeat(2, 1, 1)),
         )
         seeing, blind = at_least_float32(both).chunk(2)
         return (1 + self.w) * seeing - self.w * blind

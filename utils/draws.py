@@ -54,9 +54,10 @@ def truncate(logits, temperature=1.0, top_k=0, top_p=1.0):
     all).
 
     top-p keeps the likeliest tokens until their sum reaches top_p, the one that crosses it
-    included. Temperature 0 is all mass on the likeliest token.
+    included. Temperature 0 is all mass on the likeliest token; it may be one for each, (N, 1),
+    above 0.
     """
-    if temperature == 0:
+    if not torch.is_tensor(temperature) and temperature == 0:
         return F.one_hot(logits.argmax(-1), logits.size(-1)).to(logits.dtype)
     logits = logits / temperature
     if 0 < top_k < logits.size(-1):

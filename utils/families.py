@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 
 from config import PRESETS
-from diffusion import SCHEDULES, Masked, bos_tokens, mask_ratio, mask_ratio_slope, q_sample
-from utils import blocks, draws, importance, kv_cache, uniform
+from diffusion import SCHEDULES, Masked, q_sample
+from utils import blocks, kv_cache, self_conditioning
 from utils.cli import UserError, check_name, check_needs
 from utils.corruption import Corruption, loss_per_pass
 from utils.denoisers import Denoiser, MaskNoise, Plain
 from utils.policies import SAMPLERS, UNIFORM_SAMPLERS, find_sampler
+from utils.uniform import Uniform
 
 # what families that generate from left to right need when they do
 LEFT_TO_RIGHT = {"guidance": (0,), "correctors": (0,), "cache": ("auto", "none")}
@@ -41,6 +42,7 @@ class Blocks(Masked):
         "complementary": (False,),
         "loss_weighting": ("flat", "elbo", "clip", "pooled"),
         "time_sampling": ("uniform",),
+        "ar_weight": (0,),
     }
     why = (
         Masked.why
@@ -66,40 +68,44 @@ class Blocks(Masked):
     def fit(self, L):
         return self.bos + max(1, self.units(L)[0]) * self.block_len
 
-    def noised_logits(self, model, x0, masked, index):
-        L, xt = x0.size(1), q_sample(x0, masked, model.vocab_size - 1)
-        ratio = blocks.mask_ratios(masked, self.block_len, self.bos)
-        return model(
+    def noised_logits(self, model, x0, corruption, index):
+        L, masked = x0.size(1), corruption.masked
+        xt = q_sample(x0, masked, model.vocab_size - 1)
+        return self_conditioning.ask(
+            self.cfg,
+            model,
             torch.cat((xt, x0), 1),
-            F.pad(ratio, (0, L)),  # and the clean row is clean
+            F.pad(self.ratios(masked), (0, L)),  # and the clean row is clean
+            masked,
+            corruption.conditioned,
             attention=blocks.doubled_attention(L, self.block_len, self.bos, x0.device),
             positions=torch.arange(L, device=x0.device).repeat(2),
             select=index // L * 2 * L + index % L,
         )
 
-    def logits(self, model, ids, index=None):
-        ids_of = blocks.block_ids(ids.size(1), self.block_len, self.bos, ids.device)
-        ratio = blocks.mask_ratios(ids == model.vocab_size - 1, self.block_len, self.bos)
-        return model(ids, ratio, attention=ids_of[None] <= ids_of[:, None], select=index)
+    def ratios(self, masked):
+        """Mask ratio (B, L) of the block of each position."""
+        return blocks.mask_ratios(masked, self.block_len, self.bos)
+
+    def logits(self, model, ids, index=None, told=None):
+        masked, place = ids == model.vocab_size - 1, torch.arange(ids.size(1), device=ids.device)
+        sight = blocks.sight(place[None], ids.size(1), self.block_len, self.bos)
+        rest = (self.ratios(masked), masked, told)
+        return self_conditioning.ask(self.cfg, model, ids, *rest, attention=sight, select=index)
 
     def denoiser(self, model, canvas, how, window=None):
         """In the model's own blocks, which begin where they did in training."""
-        B, device = len(canvas), canvas.device
+        mask = model.vocab_size - 1
         if how.cache == "auto":
-            network = kv_cache.Exact(model, B, self.block_len, self.bos, self.exact, device)
+            levels = lambda x, seen: self.ratios(x == mask)
+            rest = (self.block_len, self.bos, levels, self.exact)
+            network = kv_cache.Exact(model, canvas, *rest)
         else:
-            network = Plain(lambda x, index, seen: self.logits(model, x, index))
-        origin = torch.full((B, 1), self.bos, device=device)
-        return Denoiser(
-            network,
-            MaskNoise(model.vocab_size - 1),
-            canvas,
-            self.block_len,
-            origin,
-            window,
-            self.bos,
-            sees_right=False,
-        )
+            network = Plain(lambda x, index, seen: self.logits(model, x, index, seen.told))
+        origin = canvas.new_full((len(canvas), 1), self.bos)
+        memory = self_conditioning.memory(self.cfg, model, canvas)
+        rest = (self.block_len, origin, window, self.bos, False, memory)
+        return Denoiser(network, MaskNoise(mask), canvas, *rest)
 
 
 class Autoregressive(Blocks):
@@ -116,9 +122,12 @@ class Autoregressive(Blocks):
         "complementary": (False,),
         "time_conditioning": ("none",),
         "time_sampling": ("uniform",),
+        "self_conditioning": (0,),
+        "ar_weight": (0,),
     }
     why = Blocks.why | dict.fromkeys(
-        ("loss_weighting", "time_conditioning"), "it has no masks and no noise level"
+        ("loss_weighting", "time_conditioning", "self_conditioning"),
+        "it has no masks and no noise level",
     )
 
     def __init__(self, cfg):
@@ -144,10 +153,10 @@ class Autoregressive(Blocks):
         loss, rows_at_once = partial(self.weighted_ce, model), self.cfg.rows_at_once
         return loss_per_pass(loss, x0, [whole], rows_at_once)
 
-    def noised_logits(self, model, x0, masked, index):
+    def noised_logits(self, model, x0, corruption, index):
         return self.logits(model, x0, index)
 
-    def logits(self, model, ids, index=None):
+    def logits(self, model, ids, index=None, told=None):
         shifted = blocks.shifted(ids, model.vocab_size - 1)
         return model(shifted, None, attention="causal", select=index)
 
@@ -158,126 +167,6 @@ class Autoregressive(Blocks):
             masked = torch.zeros(B, L, dtype=torch.bool).index_fill(1, part, True)
             masked = masked if given is None else masked & ~given
             yield 1 - part.float().mean().item() / L, Corruption(masked, torch.ones(B))
-
-
-class Uniform:
-    """Diffusion with random tokens instead of MASK (utils/uniform.py). They do not show the noise
-    level, so the network is told it. The bound has its weight at little noise, where the square of
-    the time puts more rows; and it has no gradient where a network is sure that what it sees is
-    right, as large tied embeddings are at the start (tales never got off the ground)."""
-
-    name, exact, block_len, samplers = "a model of uniform noise", False, 0, UNIFORM_SAMPLERS
-    procedure = "from uniform noise"
-    needs = {
-        "guidance": (0,),
-        "decode_block": (0,),
-        "cache": ("auto", "none"),
-        "left_to_right": (0,),
-        "block_len": (0,),
-        "corruption": ("bernoulli",),
-        "diffusion_steps": (0,),
-        "loss_weighting": ("elbo",),
-        "complementary": (False,),
-        "time_conditioning": ("adaln", "sinusoidal"),
-        "schedule": tuple(dict.fromkeys(("poly2", *SCHEDULES))),
-        "init": ("normal", "zero"),
-    }
-    why = NOT_ALL_AT_ONCE | {
-        "time_conditioning": "random tokens do not show the noise level, which it must be told",
-        "left_to_right": "such a model has no order from left to right",
-    }
-
-    def __init__(self, cfg):
-        self.cfg, self.bos = cfg, bos_tokens(cfg)
-        self.needs = self.needs | whole_window(cfg)
-
-    def fit(self, L):
-        return L
-
-    def corrupt(self, shape, generator, density=None, given=None):
-        B, L = shape
-        t = draws.stratified(B, generator)
-        t = importance.inverse_cdf(t, density).clamp(min=1e-9)
-        m = mask_ratio(self.cfg.schedule, t).clamp(max=uniform.MOST)
-        masked = torch.rand(B, L - self.bos, generator=generator) < m[:, None]
-        masked = F.pad(masked, (self.bos, 0))
-        weight = mask_ratio_slope(self.cfg.schedule, t) / importance.density_at(t, density)
-        return self.pack(masked, weight, m, generator, given)
-
-    def pack(self, masked, weight, m, generator, given=None):
-        """A Corruption at the noise levels m (B,); `given` (B, L) bool is not corrupted."""
-        noise = torch.randint(2**62, masked.shape, generator=generator)
-        if given is not None:
-            masked, noise = masked & ~given, noise.masked_fill(given, -1)
-        return Corruption(masked, weight.float(), noise=noise, level=m.float())
-
-    def loss(self, model, x0, corruption, token_nll=None):
-        """The closed-form bound (`uniform.nelbo`), (B,) nats per token."""
-        xt, corruption = self.q_sample(model, x0, corruption)
-        logits = draws.at_least_float32(model(xt, corruption.level))
-        integrand = uniform.nelbo(logits, xt, x0, corruption.level).masked_fill(
-            corruption.noise < 0, 0
-        )
-        return integrand[:, self.bos :].sum(1) * corruption.weight / x0.size(1)
-
-    def q_sample(self, model, x0, corruption):
-        """(xt (B, L), the Corruption on its device)"""
-        corruption = corruption.to(x0.device)
-        return torch.where(
-            corruption.masked, corruption.noise % (model.vocab_size - 1), x0
-        ), corruption
-
-    def nelbo(self, model, x0, passes=1, given=None):
-        """Upper bound on -log p(x0), (R, passes) nats per token. Times are stratified over all
-        rows, and m = t^2, since the integrand grows like log(1 / m): nothing is cut off below."""
-        fixed = self.nelbo_corruptions(x0.shape, passes, given)
-        return loss_per_pass(partial(self.loss, model), x0, fixed, self.cfg.rows_at_once)
-
-    def nelbo_corruptions(self, shape, passes, given=None):
-        R, generator = shape[0], torch.Generator().manual_seed(0)
-        for _ in range(passes):
-            t = draws.stratified(R, generator)[torch.randperm(R, generator=generator)]
-            m = (t**2).clamp(max=uniform.MOST)
-            masked = torch.rand(shape, generator=generator) < m[:, None]
-            masked[:, : self.bos] = False
-            yield self.pack(masked, 2 * t, m, generator, given)
-
-    def sampler(self, how):
-        """The reverse process, unless how names another that it has."""
-        known = how.sampler.partition(":")[0] in self.samplers
-        return find_sampler(how.sampler if known else "reverse", self.samplers)
-
-    def denoiser(self, model, canvas, how, window=None):
-        """The whole canvas at once, with the noise level that the clock has."""
-        B, L = canvas.shape
-        if window and L > window:
-            raise UserError(
-                "a model of uniform noise generates no more than its window; make --gen-len smaller"
-            )
-        network = Plain(
-            lambda x, index, seen: model(x, seen.turn.m_t[seen.rows, 0].float(), select=index)
-        )
-        origin = torch.zeros(B, 1, dtype=torch.long, device=canvas.device)
-        return Denoiser(network, uniform.UniformNoise(model.vocab_size - 1), canvas, L, origin)
-
-    def probes(self, model, shape, number, generator, given=None):
-        B, L = shape
-        for level in ((i + 0.5) / number for i in range(number)):
-            masked = F.pad(torch.rand(B, L - self.bos, generator=generator) < level, (self.bos, 0))
-            masked = masked if given is None else masked & ~given
-            noise = torch.randint(model.vocab_size - 1, shape, generator=generator)
-            yield (
-                level,
-                Corruption(masked, torch.ones(B), noise=noise, level=torch.full((B,), level)),
-            )
-
-    def log_p(self, model, x0, corruption, index):
-        """log p(x0_i | xt) (N, V) of what is corrupted, at its flat positions index (N,)."""
-        xt, corruption = self.q_sample(model, x0, corruption)
-        logits = draws.at_least_float32(model(xt, corruption.level, select=index))
-        m = corruption.level[0].expand(len(index))
-        p = uniform.posterior(logits.softmax(-1), xt.flatten()[index], m, torch.zeros_like(m))
-        return (p / p.sum(-1, keepdim=True)).log()
 
 
 # --objective -> its class; with a block_len, that of "masked" is Blocks

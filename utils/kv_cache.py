@@ -6,7 +6,7 @@ which calls it in each layer. `columns` are then the positions (b, l) that the c
 
 import torch
 
-from utils import blocks
+from utils import blocks, self_conditioning
 
 
 def of_rows(kept, rows):
@@ -25,16 +25,20 @@ class Exact:
     rows       of the canvas
     block_len  of the model; 1 for an autoregressive one
     bos        tokens at the start of a row that are in no block
-    shifted    autoregressive: position i reads token i - 1
+    levels     function (x (b, W), `Window`) -> noise levels (b, W) that the network is told
+    shifted    position i reads token i - 1
+    causal     what is finished was seen from left to right, not in blocks
+    begin      the first position that others may look at
     """
 
     nfe_a_row = 1
 
-    def __init__(self, model, rows, block_len, bos, shifted, device):
-        self.model, self.mask = model, model.vocab_size - 1
+    def __init__(self, model, canvas, block_len, bos, levels, shifted=False, causal=False, begin=0):
+        self.model, self.mask, self.levels = model, model.vocab_size - 1, levels
         self.block_len, self.bos, self.shifted = block_len, bos, shifted
+        self.causal, self.begin = causal, begin
         self.layers, self.nfe = {}, 0
-        self.kept = torch.zeros(rows, dtype=torch.long, device=device)  # positions, from the first
+        self.kept = canvas.new_zeros(len(canvas))  # positions, from the first
         self.shift = torch.zeros_like(self.kept)  # of the window that they were computed in
         self.rows = self.columns = self.width = None  # what the network is computing now
 
@@ -48,17 +52,22 @@ class Exact:
         length = int((end - self.kept[rows]).max())
         self.columns = (end - length).clamp(min=0)[:, None] + torch.arange(length, device=x.device)
         self.rows, self.width = rows, max(int(end.max()), int(self.columns.max()) + 1)
-        ids_of = blocks.block_ids(self.width, self.block_len, self.bos, x.device)
-        ratio = blocks.mask_ratios(x == self.mask, self.block_len, self.bos)
         index = asked.gather(1, self.columns).flatten().nonzero()[:, 0]
         ids = (blocks.shifted(x, self.mask) if self.shifted else x).gather(1, self.columns)
+        told = self_conditioning.told(window)
+        for name, kept in told.items():
+            told[name] = kept.gather(1, self.columns[..., None].expand(-1, -1, kept.size(-1)))
+        first = window.start if self.causal else None
         logits = self.model(
             ids,
-            ratio.gather(1, self.columns),
+            self.levels(x, window).gather(1, self.columns),
             positions=self.columns,
             select=index,
-            attention=(ids_of <= ids_of[self.columns][..., None])[:, None],
+            attention=blocks.sight(
+                self.columns, self.width, self.block_len, self.bos, first, self.begin
+            ),
             cache=self.keep,
+            **told,
         )
         self.kept[rows] = end if self.shifted else start
         self.nfe += 1

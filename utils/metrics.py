@@ -98,6 +98,11 @@ def held_out(model, family, data, device):
         "held_out_rows": len(rows),
         "masks_a_row": 0 if exact else cfg.final_masks,
     }
+    if cfg.ar_weight:  # in windows of a text all tokens but the first
+        given = encoding.given_of(rows.cpu(), data.tokenizer, cfg)
+        exact_nats = family.left_to_right(model, rows, given).sum().item() * rows.size(1)
+        scored = tokens.sum().item() - (0 if family.bos else len(rows))
+        report["left_to_right_nats_per_token"] = exact_nats / scored
     if cfg.data in BUILT_IN and cfg.rows != "stream":
         made = BUILT_IN[cfg.data]
         truth = -sum(map(made.log_prob, made.held_out(cfg.seed)[: len(rows)])) / len(rows)

@@ -252,6 +252,23 @@ def reverse(view):
     return view.open & first(-view.u.masked_fill(~view.open, 2), count), view.none
 
 
+def left_to_right(view):
+    """One token after the other, by a network with an autoregressive loss (ar_weight)."""
+    return view.open, view.none
+
+
+def accepting(policy):
+    """The policy as one that accepts and renoises (DiffusionGemma, arXiv:2608.00146): what it would
+    unmask if nothing were is drawn and accepted, all else becomes fresh noise. Nothing is final
+    before the end: what was accepted is drawn anew in the next step, or becomes noise."""
+
+    def accept(view):
+        accepted, _ = policy(view._replace(unmasked=view.none))
+        return accepted, view.open & ~accepted
+
+    return accept
+
+
 # --- their names ---------------------------------------------------------------------------------
 
 
@@ -264,6 +281,7 @@ class Sampler(NamedTuple):
     may_remask: bool = False  # so it goes to the grid's end: a full block may get masks again
     grid: Callable = None  # time 1 -> 0 to mask ratio, where it is not the schedule's
     one_a_step: bool = False  # one token a step, however many steps are asked for
+    renoises: bool = False  # under uniform noise: it accepts and renoises
 
 
 SAMPLERS = {
@@ -285,7 +303,14 @@ SAMPLERS = {
     "remdm_loop": Sampler(remdm_loop, value=0.02, may_remask=True, grid=loop_grid),
 }
 
-UNIFORM_SAMPLERS = {"reverse": Sampler(reverse, may_remask=True)}
+UNIFORM_SAMPLERS = {
+    "reverse": Sampler(reverse, may_remask=True),
+    "left_to_right": Sampler(left_to_right),
+} | {
+    name: sampler._replace(policy=accepting(sampler.policy), may_remask=True, renoises=True)
+    for name, sampler in SAMPLERS.items()
+    if name in ("confidence", "threshold", "entropy_bounded")
+}
 
 
 def find_sampler(name, samplers=SAMPLERS):
@@ -307,6 +332,6 @@ def find_sampler(name, samplers=SAMPLERS):
             f"sampler {name}:{number}: expected a number of at least 0 after the colon, as in "
             f"{name}:{sampler.value:g}"
         )
-    if sampler.may_remask and value > 1:
+    if sampler.may_remask and not sampler.renoises and value > 1:
         raise UserError(f"sampler {name}:{number}: its number is a probability, at most 1")
     return sampler._replace(value=value)

@@ -142,7 +142,7 @@ def distribute(model, hardware):
     network = torch.nn.parallel.DistributedDataParallel(
         model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
     )
-    network.vocab_size = model.vocab_size
+    network.vocab_size, network.mean_embedding = model.vocab_size, model.mean_embedding
     return network
 
 

@@ -34,12 +34,16 @@ class State:
     noise     what stands there until then: `denoisers.MaskNoise`, or `uniform.UniformNoise`
     u         (B, L) uniforms of the first noise
     top       how many of the likeliest tokens of each position to keep for viewers
+    draft     (B, L) long, what stands there at first instead of noise, or None
     """
 
-    def __init__(self, canvas, noise, u, top=0):
-        self.noise, self.editable = noise, canvas == noise.mask
+    def __init__(self, canvas, noise, u, top=0, draft=None):
+        self.noise, self.editable, self.drafted = noise, canvas == noise.mask, draft is not None
         self.masked, self.total = self.editable, self.editable.sum(1)
         self.ids = noise.fill(canvas, self.masked, u)
+        if self.drafted:
+            self.ids = torch.where(self.editable, draft, canvas)
+            self.masked = torch.zeros_like(self.editable)
         self.confidence = self.probability = torch.where(self.masked, 0.0, 1.0)
         self.fresh = self.remasked = torch.zeros_like(self.masked)
         shape = (*canvas.shape, min(top, noise.mask))
@@ -85,7 +89,7 @@ class State:
 
     def remask(self, where, u):
         """Put noise, of the uniforms u (B, L), at the positions `where` (B, L)."""
-        self.remasked = where
+        self.remasked = where & ~self.masked
         self.ids, self.masked = self.noise.fill(self.ids, where, u), self.masked | where
 
     def fill_up(self, where, token):
@@ -99,11 +103,6 @@ class State:
 
     def step(self, denoiser, turn):
         """The `Step` to show."""
-        t = (
-            self.masked.sum(1) / self.total.clamp(min=1)
-            if self.noise.carry_over
-            else turn.m_s[:, 0].float()
-        )
         return Step(
             self.ids,
             self.masked,
@@ -113,7 +112,7 @@ class State:
             self.top,
             denoiser.nfe,
             denoiser.row_nfe,
-            t,
+            self.noise.left(self, turn),
         )
 
 
@@ -128,6 +127,13 @@ class Turn(NamedTuple):
     m_t: torch.Tensor  # (B, 1) mask ratio (or noise level) that the grid has before this step
     m_s: torch.Tensor  # (B, 1) the same after it; of a corrector, both are what is reached
     corrects: bool  # whether this is a corrector's step, which leaves the level as it is
+    temperature: float  # of this step; or (B, 1), where it falls over the steps
+
+    def temperature_at(self, where):
+        """The temperature, or (n, 1) of each of the positions `where` (B, L)."""
+        if not torch.is_tensor(self.temperature):
+            return self.temperature
+        return self.temperature.expand(where.shape)[where][:, None]
 
 
 class Clock:
@@ -135,7 +141,8 @@ class Clock:
     among them.
 
     Blocks have denoiser.block_len tokens and begin at denoiser.origin (B, 1). A row goes to the
-    next when its block has no mask left, and, if its policy may remask, the grid is at its end.
+    next when its block has no mask left, and, if its policy may remask, the grid is at its end; or
+    if it accepts and renoises, when all is accepted and nothing has changed.
 
     grid  function of time, from 1 to 0 in a block, to the mask ratio
     how   SampleConfig: steps of the whole canvas (None: one a token, under uniform noise one a
@@ -147,11 +154,19 @@ class Clock:
         (B, L), device = state.ids.shape, state.ids.device
         self.denoiser, self.grid, self.steps = denoiser, grid, how.steps
         self.may_remask, self.correctors, self.stop = sampler.may_remask, how.correctors, stop
+        self.renoises, self.temperatures = (
+            sampler.renoises,
+            (how.temperature, how.final_temperature),
+        )
         self.precision = precision_of(device)
         self.place = torch.arange(L, device=device)
         self.block_ids = (self.place - denoiser.origin).clamp(min=0) // denoiser.block_len  # (B, L)
         self.block = torch.full((B,), -1, device=device)
-        self.over = torch.ones_like(self.block, dtype=torch.bool)  # whether the block is finished
+        if state.drafted:  # of one block, in which nothing is masked
+            self.block = torch.where(state.editable, 0, L).amin(1)
+        self.over = torch.full_like(
+            self.block, not state.drafted, dtype=torch.bool
+        )  # block is done
         self.done, self.planned = torch.zeros_like(self.block), torch.ones_like(self.block)  # steps
         self.correcting = 0  # corrector's steps that are still to do before the next one
 
@@ -163,14 +178,22 @@ class Clock:
         if not (self.block < L).any():
             return None
         self.inside = self.block_ids == self.block[:, None]
+        fresh = self.over | (self.done == 0)
         self.done = torch.where(self.over, 0, self.done)
-        self.planned = torch.where(self.over, self.share(state), self.planned)
+        self.planned = torch.where(fresh, self.share(state), self.planned)
         # policies that unmask one token a step may take more steps than planned
         left = (self.planned - self.done).clamp(min=1)[:, None]
         m_t, m_s = (
             self.grid(steps.to(self.precision) / self.planned[:, None])
             for steps in (left, left - 1)
         )
+        if self.renoises:  # not the grid's: what is accepted is clean, and all else is noise
+            inside = state.editable & self.inside
+            share = (state.masked & inside).sum(1, keepdim=True) / inside.sum(
+                1, keepdim=True
+            ).clamp(min=1)
+            share = share.to(self.precision)
+            m_t = share.maximum(m_t) if state.drafted else share
         corrects = self.correcting > 0
         return Turn(
             self.inside,
@@ -181,7 +204,16 @@ class Clock:
             m_t,
             m_t if corrects else m_s,
             corrects,
+            self.temperature(),
         )
+
+    def temperature(self):
+        """Of the next step: falling from the first of a block to its last, (B, 1), if it falls."""
+        first, last = self.temperatures
+        if last is None:
+            return first
+        share = self.done / (self.planned - 1).clamp(min=1)
+        return (first + (last - first) * share.clamp(max=1)).clamp(min=1e-4)[:, None]
 
     def share(self, state):
         """Steps (B,) long of the block that each row is denoising."""
@@ -189,7 +221,7 @@ class Clock:
         if self.steps:
             masks = -(-self.steps * masks // state.total.clamp(min=1))
         elif not state.noise.carry_over:  # not of the tokens: a row must not depend on its batch
-            masks = torch.full_like(masks, state.ids.size(1))
+            masks = torch.full_like(masks, self.denoiser.block_len)
         return masks.clamp(min=1)
 
     def advance(self, state):
@@ -200,7 +232,8 @@ class Clock:
             self.done, self.correcting = self.done + 1, self.correctors
         self.over = ~(state.masked & self.inside).any(1)
         if self.may_remask:
-            self.over &= self.done >= self.planned
+            stable = self.renoises & ~((state.fresh | state.remasked) & self.inside).any(1)
+            self.over &= (self.done >= self.planned) | stable
         if self.stop is not None:
             finished = state.editable & ~state.masked & (self.block_ids <= self.block[:, None])
             ends = (state.ids == self.stop) & finished & (self.place >= self.denoiser.given_until)

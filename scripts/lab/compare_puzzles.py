@@ -98,7 +98,7 @@ def family_settings(options):
         elif family.block_len:
             orders = ("confidence", "entropy_bounded")
         else:
-            orders = MASKED if len(family.samplers) > 1 else ("reverse", "reverse, 2 correctors")
+            orders = MASKED if family.carries_over else ("reverse", "reverse, 2 correctors")
         rows += [
             {"variant": name, "seed": seed, "sampler": order}
             for seed in range(1, options.seeds + 1)

@@ -99,6 +99,17 @@ def runs(files, what):
     return table(["", *files], rows) + source(*files.values())
 
 
+def best_at_most(rows, limit, what="valid"):
+    """The largest share, of valid stories say, of a setting with at most so much NFE, and its
+    number."""
+    found = [row for row in rows if float(row["nfe"]) <= limit]
+    if not found:
+        return "–"
+    best = max(found, key=lambda row: float(row[what]))
+    number = best["sampler"].partition(":")[2]
+    return f"{float(best[what]):.1%}" + (f" ({number})" if number else "")
+
+
 def share(name):
     """A column that is a share, in percent."""
     return lambda row: f"{float(row[name]):.1%}"

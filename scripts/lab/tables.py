@@ -4,19 +4,18 @@ scripts/report.py fills in. A new one is a function and an entry of TABLES."""
 import functools
 from operator import itemgetter
 
-from scripts.lab import story_tables
-from scripts.lab.results import listed, load, mean, rows_of, runs, share, source, table
-
-
-def best_at_most(rows, limit, what="valid"):
-    """The largest share, of valid stories say, of a setting with at most so much NFE, and its
-    number."""
-    found = [row for row in rows if float(row["nfe"]) <= limit]
-    if not found:
-        return "–"
-    best = max(found, key=lambda row: float(row[what]))
-    number = best["sampler"].partition(":")[2]
-    return f"{float(best[what]):.1%}" + (f" ({number})" if number else "")
+from scripts.lab import pair_tables, story_tables
+from scripts.lab.results import (
+    best_at_most,
+    listed,
+    load,
+    mean,
+    rows_of,
+    runs,
+    share,
+    source,
+    table,
+)
 
 
 def samplers():
@@ -31,31 +30,6 @@ def samplers():
         for name, rows in groups.items()
     ]
     return table(["sampler", *(f"{limit} NFE" for limit in limits)], rows) + source(file)
-
-
-def puzzles():
-    """Share of puzzles that each sampler solves, always by the likeliest digit, at its best setting
-    of at most so much NFE."""
-    file, groups, limits = "ablations/puzzles.csv", {}, (2, 4, 8, 16, 24, 64)
-    for row in load(file):
-        if row["temperature"] == "0.0":
-            groups.setdefault(row["sampler"].partition(":")[0], []).append(row)
-    rows = [
-        [f"`{name}`", *(best_at_most(rows, limit, "solved") for limit in limits)]
-        for name, rows in groups.items()
-    ]
-    return table(["sampler", *(f"{limit} NFE" for limit in limits)], rows) + source(file)
-
-
-def difficulty():
-    """Share of puzzles that are solved by their number of clues, in random order and by
-    entropy."""
-    file, kinds = "ablations/puzzle_difficulty.csv", {}
-    for row in load(file):
-        name = f"{row['clues']} clues" + ", a solver guesses" * (row["guesses"] != "0")
-        kinds.setdefault(name, {})[row["sampler"]] = f"{float(row['solved']):.1%}"
-    rows = [[name, *shares.values()] for name, shares in kinds.items()]
-    return table(["puzzles", *map("`{}`".format, next(iter(kinds.values())))], rows) + source(file)
 
 
 def sampled():
@@ -270,8 +244,13 @@ LONG = ("entropy_bounded", "local_entropy:64", "local_entropy:48", "local_entrop
 
 TABLES = {
     "samplers": samplers,
-    "puzzles": puzzles,
-    "difficulty": difficulty,
+    "puzzles": pair_tables.puzzles,
+    "difficulty": pair_tables.difficulty,
+    "puzzle_families": pair_tables.puzzle_families,
+    "guidance": functools.partial(listed, "ablations/guidance.csv", pair_tables.GUIDANCE),
+    "padding": functools.partial(listed, "ablations/padding_tales.csv", pair_tables.PADDING),
+    "adapt": functools.partial(pair_tables.adapt, "ablations/adapt.csv"),
+    "adapt_stories": functools.partial(pair_tables.adapt, "ablations/adapt_on_stories_847.csv"),
     "sampled": sampled,
     "temperatures": functools.partial(listed, "ablations/temperature.csv", TEMPERATURES),
     "spelling": functools.partial(listed, "ablations/spelling.csv", SPELLING),

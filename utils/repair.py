@@ -1,0 +1,49 @@
+"""Repair: a draft with wrong tokens in it is improved.
+
+A model of uniform noise takes the draft for a text with a little noise, which it is, and goes on
+from there (`diffusion.sample`, draft). A masked one is asked for each token while that is masked;
+those that are more likely wrong than right are masked and written anew.
+"""
+
+import torch
+
+from utils.cli import UserError
+from utils.draws import at_least_float32
+
+
+def begin(family, model, blank, draft, share):
+    """(canvas (B, L), draft (B, L) or None) with which `diffusion.sample` improves the draft (B, L)
+    long. blank (B, L): MASK at what may be changed; share: of the tokens that are taken to be
+    wrong."""
+    if family.block_len:
+        raise UserError(
+            f"--draft wants a model that sees all of the text, and this is {family.name}; train "
+            "one with --block_len 0"
+        )
+    if not family.carries_over:
+        return blank, draft
+    mask = model.vocab_size - 1
+    rows = [
+        torch.where(doubtful(family, model, one, where, share), mask, one)
+        for one, where in zip(draft, blank == mask)
+    ]
+    return torch.stack(rows), None
+
+
+@torch.no_grad()
+def doubtful(family, model, draft, where, share):
+    """Which of the positions `where` (L,) bool of a draft (L,) are more likely wrong than right,
+    (L,) bool: of a wrong token any is as likely, of a right one p(x_i | all others). At least the
+    one that is doubted most."""
+    V, places = model.vocab_size - 1, where.nonzero()[:, 0]
+    rows = draft.repeat(len(places), 1)
+    rows[torch.arange(len(places)), places] = V
+    found = []
+    for part in torch.arange(len(places), device=draft.device).split(family.cfg.rows_at_once):
+        index = torch.arange(len(part), device=draft.device) * len(draft) + places[part]
+        logits = at_least_float32(family.logits(model, rows[part], index))
+        found.append(logits.log_softmax(-1).gather(1, draft[places[part]][:, None])[:, 0])
+    log_p = torch.cat(found)
+    wrong = log_p.exp() * (1 - share) < share / V
+    wrong[log_p.argmin()] = True
+    return torch.zeros_like(where).index_put((places,), wrong)
