@@ -207,6 +207,13 @@ MADE = dict(
     init="zero", rope_base=10_000.0, loss_weighting="elbo", lr=4e-3, muon_lr=0.02, beta1=0.9,
     warmup_iters=50, max_iters=5000)
 
+# DiffusionGemma's recipe (arXiv:2608.00146) in small: uniform noise in blocks, cross entropy at all
+# positions, a network that is not told the noise level but what it said before, and the
+# autoregressive loss of the clean half.
+CANVAS = dict(
+    objective="uniform", corruption="bernoulli", loss_weighting="full", schedule="linear",
+    time_conditioning="none", self_conditioning=0.5, ar_weight=0.5)
+
 # What the largest presets share: learning rates that suit 10M parameters are too large for 100M.
 LARGE = dict(
     tie_embeddings=False, init="zero", rope_base=10_000.0, lr=3e-3, muon_lr=0.02, beta1=0.9,

@@ -7,12 +7,13 @@ import math
 
 import pytest
 import torch
+import toy
 from conftest import TINY, load, run
 
 import diffusion
 import inference
 import train
-from utils import checkpoint, encoding, trace
+from utils import checkpoint, encoding, repair, trace
 from utils.cli import UserError
 from utils.families import family_of
 
@@ -88,6 +89,43 @@ def test_stream_of_uniform_noise(folder):
     assert len(states) == 13 and None not in states[1].tokens
     assert states[-1].text == sample.text and states[-1].nfe == sample.nfe == 12
     assert sample.trace.frames[-1].nfe == 12
+
+
+DRAFT = "One day, Tom saw a cat."
+
+
+@pytest.mark.parametrize("name", ("documents", "uniform"))
+def test_a_draft_is_what_stands_there_at_first(name, folder):
+    """Its trace begins with it; a model that is sure of what it sees leaves it as it is."""
+    model = model_of(folder, name)
+    sample = model.generate(draft=DRAFT, seed=1, steps=6)
+    first, *rest = sample.trace.frames
+    blank = [model.tokenizer.end] + [model.tokenizer.mask] * (len(first.ids) - 1)
+    assert trace.shown(first, blank, model.tokenizer).text == DRAFT and rest
+    assert len(sample.tokens) == len(first.ids) and sample.nfe <= 6
+    assert [state.text for state in model.stream(draft=DRAFT)][0] == DRAFT
+    for options, message in (
+        ({"draft": "One day, " * 60}, "the window has"),
+        ({"draft": DRAFT, "prompt": "One"}, "leave out --prompt"),
+    ):
+        with pytest.raises(UserError, match=message):
+            model.generate(**options)
+
+
+def test_what_is_doubted_in_a_draft():
+    """Bayes, by enumeration: a share of the tokens is wrong, each as likely, in place of one that
+    fits the others; at least one is doubted."""
+    kind, everywhere = toy.family(), torch.ones(toy.L, dtype=torch.bool)
+    for share in (0.05, 0.6):
+        for x in (0, 17, 33, 80):
+            text, found = toy.SEQUENCES[x], []
+            for i in range(toy.L):
+                alike = (toy.SEQUENCES == text).sum(1) + (toy.SEQUENCES[:, i] != text[i]) == toy.L
+                p = toy.P[x] / toy.P[alike].sum()
+                found.append((1 - share) * p < share / toy.V)
+            doubted = repair.doubtful(kind, toy.Lookup(), text, everywhere, share)
+            expected = torch.stack(found)
+            assert doubted.equal(expected) or doubted.sum() == 1 and not expected.any()
 
 
 def test_stream_leaves_the_caller_alone(folder):

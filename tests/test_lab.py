@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 
 import pytest
 import torch
@@ -13,13 +14,16 @@ from scripts.lab import (
     bench,
     bench_growth,
     bench_training,
+    compare_canvas,
     compare_stories,
     pictures,
     results,
     story_tables,
+    variants,
 )
 from scripts.lab import stories as checks
 from utils import tales, texts
+from utils.cli import UserError
 from utils.tokenizer import train_char
 
 NAMES = [("Lily", "she"), ("Tom", "he"), ("Mia", "she"), ("Ben", "he")]
@@ -215,3 +219,47 @@ def test_long_reference_begins_where_stories_do(monkeypatch):
     found = compare_stories.long_reference(rows, chars, 5)
     assert [chars.decode(ids) for ids in found] == ["ab\n\nbb", "aaaaaa"]
     assert len(compare_stories.long_reference(rows, chars, 1)) == 1
+
+
+def test_the_recipe_on_trial(monkeypatch, capsys):
+    """ablate.py canvas: of a variant its samples at some NFE, and what it repairs; masked and of
+    uniform noise, in blocks and not."""
+    few = ("masked", "canvas", "canvas, one canvas")
+    settings = lambda options: [
+        one
+        for one in compare_canvas.canvas_settings(options)
+        if one["variant"] in few
+        and (one["sampler"], one["steps"])
+        in (("entropy_bounded:0.1", ""), ("reverse", 4), ("entropy_bounded:1", 4), ("repair 2", ""))
+    ]
+    monkeypatch.setitem(
+        ablate.COMPARISONS, "canvas", ablate.COMPARISONS["canvas"]._replace(settings=settings)
+    )
+    shape = dict(n_layer=1, n_head=2, n_embd=16, batch_size=4, final_rows=4)
+    base = variants.base_config
+    monkeypatch.setattr(variants, "base_config", lambda options: base(options) | shape)
+    words = "canvas --base tales --iters 2 --num_samples 2 --device cpu --out_dir out"
+    code, _, err = run(ablate.main, words, monkeypatch, capsys)
+    rows = ablate.read_table("out/canvas_tales.csv")
+    assert code == 0 and os.path.getsize("out/canvas_tales.png") > 10_000, err
+    found = {(row["variant"], row["sampler"]): row for row in rows}
+    assert found.keys() == {
+        *((name, sampler) for name in few[1:] for sampler in ("reverse", "entropy_bounded:1")),
+        ("masked", "entropy_bounded:0.1"),
+        ("masked", "repair 2"),
+        ("canvas, one canvas", "repair 2"),
+    }
+    assert float(found["canvas, one canvas", "reverse"]["nfe"]) == 4
+    assert (
+        found["masked", "repair 2"]["restored"] == "0"
+        and not found["masked", "repair 2"]["distinct"]
+    )
+    with pytest.raises(UserError, match="--base tales"):
+        compare_canvas.judge_canvas(ablate.AblateConfig(base="sudoku"))
+
+
+def test_broken_stories_have_so_many_wrong_words():
+    [text], rng = tales.generate("broken", 1), random.Random(1)
+    for count in (1, 3):
+        words = compare_canvas.broken(text, count, rng).split(" ")
+        assert sum(a != b for a, b in zip(words, text.split(" "), strict=True)) == count

@@ -14,7 +14,7 @@ from conftest import TINY, load, run
 
 import inference
 import train
-from scripts.lab import ablate, compare_puzzles, variants
+from scripts.lab import ablate, compare_puzzles, compare_training, variants
 from utils import built_in, canvas, corpus, runtime, samples, sudoku, texts
 from utils import tokenizer as tokenizers
 from utils.built_in import BUILT_IN
@@ -371,9 +371,9 @@ def test_families_solve_puzzles_that_are_counted(monkeypatch, capsys):
     changed = lambda options: base(options) | shape
     base = variants.base_config
     monkeypatch.setattr(variants, "base_config", changed)
-    trained, run_variant = [], compare_puzzles.run_variant
-    counted = lambda cfg, look: trained.append(cfg.data) or run_variant(cfg, look)
-    monkeypatch.setattr(compare_puzzles, "run_variant", counted)
+    trained, run_variant = [], compare_training.run_variant
+    counted = lambda cfg, *rest: trained.append(cfg.data) or run_variant(cfg, *rest)
+    monkeypatch.setattr(compare_training, "run_variant", counted)
     words = "puzzle_families --base sudoku --iters 2 --num_samples 2 --device cpu --out_dir out"
     code, _, err = run(ablate.main, words, monkeypatch, capsys)
     rows = ablate.read_table("out/puzzle_families_sudoku.csv")

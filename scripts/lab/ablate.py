@@ -27,6 +27,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspa
 from config import DEVICES, DTYPES
 from scripts.lab import (
     compare_adapt,
+    compare_canvas,
     compare_padding,
     compare_puzzles,
     compare_requests,
@@ -108,6 +109,9 @@ COMPARISONS = {
     "adapt": Comparison(
         compare_adapt.adapt_settings, compare_adapt.measure_adapt, figures.of_adapted
     ),
+    "canvas": Comparison(
+        compare_canvas.canvas_settings, compare_canvas.judge_canvas, figures.of_canvas
+    ),
     "padding": Comparison(
         compare_padding.padding_settings, compare_padding.measure_padding, figures.of_padding
     ),
@@ -158,7 +162,7 @@ COMPARISONS = {
 }
 
 
-TRAIN_TOO = ("adapt", "padding", "puzzle_families")
+TRAIN_TOO = ("adapt", "canvas", "padding", "puzzle_families")
 
 # --- the runner -----------------------------------------------------------------------------------
 

@@ -13,20 +13,9 @@ from collections import Counter
 
 import diffusion
 from config import Config, SampleConfig
-from scripts.lab.compare_training import run_variant
+from scripts.lab.compare_training import run_and_keep
 from scripts.lab.variants import base_config
-from utils import (
-    checkpoint,
-    cli,
-    encoding,
-    families,
-    metrics,
-    pairs,
-    ranks,
-    runtime,
-    samples,
-    tales,
-)
+from utils import cli, encoding, families, metrics, pairs, runtime, samples, tales
 
 PAIRS, SENTENCES, QUESTION = 20_000, 5, "Begin a story."
 
@@ -82,47 +71,40 @@ def measure_padding(options):
     """(function from a setting to what is known of answers; what they depend on besides). A run
     serves the samplers that follow each other."""
     device, folder = runtime.choose_device(options.device), tempfile.TemporaryDirectory()
-    latest = {"folder": folder}  # which lasts as long as it is held
     path = os.path.join(folder.name, "beginnings.jsonl")
     stories = (beginning("padding", story) for story in tales.generate("padding", PAIRS))
     pairs.write(path, (pairs.asked(f"{QUESTION} {n}", text) for n, text in enumerate(stories)))
+    run = run_and_keep(device, OBJECTIVES)
 
-    def kept(path):
-        model, tokenizer, cfg = checkpoint.restore(checkpoint.read(path), device)
-        latest.update(model=model, tokenizer=tokenizer, cfg=cfg)
-        return {}
-
-    def measure(setting):
-        run = (setting["behind the end"], setting["seed"])
-        if latest.get("run") != run:
-            changes = {"data": path, "objective": BEHIND[run[0]], "seed": run[1]}
-            cfg = cli.merge(Config, base_config(options), changes)
-            latest["report"], _ = run_variant(cfg, kept, OBJECTIVES)
-            latest["run"] = run
-        return judge(latest, setting["sampler"], options.num_samples, device)
+    def measure(setting, folder=folder):  # which lasts as long as this is held
+        changes = {"data": path, "objective": BEHIND[setting["behind the end"]]}
+        cfg = cli.merge(Config, base_config(options), changes, {"seed": setting["seed"]})
+        return judge(run(cfg), setting["sampler"], options.num_samples)
 
     return measure, {"minutes_a_run": options.minutes, "samples": options.num_samples}
 
 
-def judge(trained, sampler, count, device):
+def judge(trained, sampler, count):
     """Figures (dict) of `count` answers: the share that ends; of beginnings of a story, cut where
     they end; the total variation between the numbers of their sentences and equal ones."""
-    cfg = dataclasses.replace(trained["cfg"], objective="masked")
-    family, tokenizer, model = families.family_of(cfg), trained["tokenizer"], trained["model"]
-    hardware = ranks.Hardware(device, runtime.dtype_of_run("auto", cfg.dtype, device, cfg.name))
+    cfg = dataclasses.replace(trained.cfg, objective="masked")
+    family, tokenizer, model = families.family_of(cfg), trained.tokenizer, trained.model
+    hardware = trained.hardware
     rows = encoding.held_out_rows(pairs.read(cfg.data)[:count], tokenizer, cfg)
     with hardware.autocast():
         bound = metrics.bound(model, family, tokenizer, rows, 8).mean().item()
         blanks = samples.canvases(family, tokenizer, count, rows)
         how = SampleConfig(sampler=sampler, top_p=1.0)
-        found, figures = samples.generate_rows(model, family, tokenizer, blanks, device, how)
+        found, figures = samples.generate_rows(
+            model, family, tokenizer, blanks, hardware.device, how
+        )
     answers = pairs.of_rows(found, tokenizer)
     ended = ((found == tokenizer.end) & ~pairs.given(found, tokenizer)).any(1)
     lengths = Counter(sentences(pair.completion) for pair in answers)
     uneven = sum(abs(lengths[n] / count - 1 / SENTENCES) for n in range(1, SENTENCES + 1))
     uneven += (count - sum(lengths[n] for n in range(1, SENTENCES + 1))) / count
     return {
-        "steps": trained["report"]["steps"],
+        "steps": trained.report["steps"],
         "bound": bound,
         "ended": ended.float().mean().item(),
         "valid": sum(is_beginning(pair.completion) for pair in answers) / count,

@@ -7,8 +7,8 @@ import math
 from config import Config, SampleConfig
 from scripts.lab import variants
 from scripts.lab.compare_samplers import trained
-from scripts.lab.compare_training import run_variant
-from utils import checkpoint, cli, families, ranks, runtime, samples
+from scripts.lab.compare_training import run_and_keep
+from utils import cli, families, runtime, samples
 from utils.built_in import BUILT_IN
 from utils.cli import UserError
 
@@ -111,26 +111,17 @@ def judge_families(options):
     """(function from a setting to the figures of its training run and the share of puzzles that it
     solves; what they depend on besides). A run serves the settings of a variant and a seed that
     follow each other."""
-    device, latest = runtime.choose_device(options.device), {}
-    first = variant_of(options, next(iter(variants.puzzles(options))))
+    device = runtime.choose_device(options.device)
+    first, run = variant_of(options, next(iter(variants.puzzles(options)))), run_and_keep(device)
     if not BUILT_IN.get(first.data) or not BUILT_IN[first.data].puzzles(1):
         raise UserError("puzzle_families trains on grids; give --base sudoku")
 
-    def kept(path):
-        latest["model"], latest["tokenizer"], cfg = checkpoint.restore(
-            checkpoint.read(path), device
-        )
-        latest["family"] = families.family_of(cfg)
-        return {}
-
     def measure(setting):
-        run = (setting["variant"], setting["seed"])
-        if latest.get("run") != run:
-            cfg = cli.merge(Config, vars(variant_of(options, run[0])), {"seed": run[1]})
-            latest["report"], _ = run_variant(cfg, kept)
-            latest["run"] = run
-        report, family = latest["report"], latest["family"]
-        noun = BUILT_IN[family.cfg.data].noun
+        cfg = vars(variant_of(options, setting["variant"]))
+        report, model, tokenizer, cfg, hardware = run(
+            cli.merge(Config, cfg, {"seed": setting["seed"]})
+        )
+        family, noun = families.family_of(cfg), BUILT_IN[cfg.data].noun
         figures = {
             "steps": report["steps"],
             "minutes": report["minutes"],
@@ -150,11 +141,7 @@ def judge_families(options):
         if family.exact and family.cfg.rows != "pair":  # which fills no holes
             return figures | {"nfe": None, "solved": None, "se": None}
         puzzles = BUILT_IN[family.cfg.data].puzzles(options.num_samples)
-        dtype = runtime.dtype_of_run("auto", family.cfg.dtype, device, run[0])
-        hardware = ranks.Hardware(device, dtype)
-        return figures | solved(
-            latest["model"], family, latest["tokenizer"], puzzles, hardware, how
-        )
+        return figures | solved(model, family, tokenizer, puzzles, hardware, how)
 
     what = {"minutes_a_run": options.minutes, "puzzles": options.num_samples}
     return measure, what | {"device": device.type, "n_layer": first.n_layer, "n_embd": first.n_embd}

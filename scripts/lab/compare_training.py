@@ -6,12 +6,14 @@ with the same masks.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
 import os
 import statistics
 import tempfile
+from typing import NamedTuple
 from unittest import mock
 
 import torch
@@ -19,7 +21,7 @@ import torch
 import train
 from config import Config
 from scripts.lab import variants
-from utils import cli, families, runtime
+from utils import checkpoint, cli, families, ranks, runtime
 from utils.cli import UserError
 
 
@@ -86,6 +88,36 @@ def run_variant(cfg, look=lambda path: {}, own=variants.OWN_FAMILIES):
         report |= look(os.path.join(folder, "models", f"{cfg.name}.best.pt"))
         with open(os.path.join(folder, "logs", f"{cfg.name}.jsonl"), encoding="utf-8") as log:
             return report, [json.loads(line) for line in log]
+
+
+class Kept(NamedTuple):
+    """A training run and the network that it ends with."""
+
+    report: dict
+    model: torch.nn.Module
+    tokenizer: object
+    cfg: Config
+    hardware: ranks.Hardware
+
+
+def run_and_keep(device, own=variants.OWN_FAMILIES):
+    """Function from a Config to the `Kept` of its training run, where settings that follow each
+    other are of one run: it is trained once."""
+
+    @functools.lru_cache(maxsize=1)
+    def run(cfg):
+        found = []
+
+        def look(path):
+            model, tokenizer, own_cfg = checkpoint.restore(checkpoint.read(path), device)
+            dtype = runtime.dtype_of_run("auto", own_cfg.dtype, device, cfg.name)
+            found.append((model, tokenizer, own_cfg, ranks.Hardware(device, dtype)))
+            return {}
+
+        report, _ = run_variant(cfg, look, own)
+        return Kept(report, *found[0])
+
+    return run
 
 
 def train_variants(comparison, options):

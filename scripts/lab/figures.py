@@ -243,6 +243,40 @@ def by_family(rows, title, path):
     plt.close(figure)
 
 
+def of_canvas(rows, title, path):
+    """The best share of valid stories at up to so many NFE, and the share of stories with wrong
+    words that are restored, of each variant; rows are those of scripts/lab/ablate.py canvas (dicts
+    of str). A PNG at `path`."""
+    plt = plots.pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(14, 6), layout="constrained")
+    for number, name in enumerate(dict.fromkeys(row["variant"] for row in rows)):
+        own = [row for row in rows if row["variant"] == name]
+        style = dict(color=plots.OKABE_ITO[number % 7], ls=("-", "--", ":")[number // 7 % 3])
+        label = f"{name} ({100 * float(own[0]['above_exact']):.1f}% above exact)"
+        wrote = [row for row in own if not row["sampler"].startswith("repair")]
+        points, best = [], 0.0
+        for row in sorted(wrote, key=lambda row: float(row["nfe"])):
+            best = max(best, 100 * float(row["valid"]))
+            points.append((float(row["nfe"]), best))
+        axes[0].plot(*zip(*points), drawstyle="steps-post", label=label, **style)
+        mended = {}
+        for row in own:
+            if row["sampler"].startswith("repair"):
+                words = int(row["sampler"].removeprefix("repair "))
+                mended.setdefault(words, []).append(100 * float(row["restored"]))
+        if mended:
+            means = [sum(shares) / len(shares) for shares in mended.values()]
+            axes[1].plot(list(mended), means, "o", **style)
+    axes[0].set(xlabel="NFE", ylabel="% valid stories, best at most so many NFE", xlim=(0, 70))
+    axes[1].set(xlabel="wrong words", ylabel="% restored", xticks=(1, 2, 4, 8))
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    figure.suptitle(title)
+    plots.save(figure, path)
+    plt.close(figure)
+
+
 def over_guidance(rows, title, path):
     """Shares of valid and of obeying answers over the guidance; rows are those of
     scripts/lab/ablate.py guidance (dicts of str). A PNG at `path`."""

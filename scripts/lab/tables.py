@@ -248,7 +248,7 @@ TABLES = {
     "difficulty": pair_tables.difficulty,
     "puzzle_families": pair_tables.puzzle_families,
     "guidance": functools.partial(listed, "ablations/guidance.csv", pair_tables.GUIDANCE),
-    "padding": functools.partial(listed, "ablations/padding_tales.csv", pair_tables.PADDING),
+    "padding": functools.partial(listed, "ablations/padding_tales_asked.csv", pair_tables.PADDING),
     "adapt": functools.partial(pair_tables.adapt, "ablations/adapt.csv"),
     "adapt_stories": functools.partial(pair_tables.adapt, "ablations/adapt_on_stories_847.csv"),
     "sampled": sampled,

@@ -296,6 +296,29 @@ def puzzles(options):
     }
 
 
+def canvas(options):
+    """The recipe of DiffusionGemma in small, without each of its ingredients, and masks."""
+    base = cli.merge(Config, base_config(options))
+    whole = config.CANVAS | blocks(base, 22)
+    without = {
+        "told the noise level": {"time_conditioning": "adaln"},
+        "cross entropy at corrupted positions": {"loss_weighting": "flat"},
+        "the bound as loss": {"loss_weighting": "elbo", "schedule": "poly2", "init": "normal"}
+        | {"time_conditioning": "adaln"},
+        "no self-conditioning": {"self_conditioning": 0.0},
+        "one canvas": {"block_len": 0, "ar_weight": 0.0},
+        "blocks of 11": blocks(base, 11),
+        "no autoregressive loss": {"ar_weight": 0.0},
+    }
+    return {
+        "masked": {},
+        "masked, self-conditioning": {"self_conditioning": 0.5},
+        "masked, blocks of 11": blocks(base, 11),
+        "masked, blocks of 22": blocks(base, 22),
+        "canvas": whole,
+    } | {f"canvas, {name}": whole | changes for name, changes in without.items()}
+
+
 DISCRETE = dict(corruption="bernoulli")  # what discrete times need
 TRAINED = {
     "recipe": recipe,
