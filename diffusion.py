@@ -260,9 +260,8 @@ class Masked:
         K, n = self.units(L)
         u = draws.stratified(B * K // 2 if cfg.complementary else B * K, generator)
         u = importance.inverse_cdf(u, density)
-        if self.block_len:  # each row has K strata of its own, in its blocks in random order
-            u = u.view(B, K)
-            u = u.gather(1, torch.rand(u.shape, generator=generator).argsort(1)).flatten()
+        if self.block_len:
+            u = draws.shuffled(u.view(B, K), generator).flatten()
         draw, maskable = CORRUPTIONS[cfg.corruption], self.maskable(given, n)
         masked, elbo, weight, most = draw(cfg, u, n, generator, density, maskable)
         masked = F.pad(masked.view(B, -1), (self.bos, 0))
@@ -289,7 +288,7 @@ class Masked:
         """
         if self.cfg.loss_weighting == "full":
             xt = q_sample(x0, corruption.masked, model.vocab_size - 1)
-            logits = self.logits(model, xt, told=corruption.conditioned)
+            logits = self.logits(model, xt, earlier=corruption.conditioned)
             return token_nll(logits.flatten(0, 1), x0.flatten()).view(x0.shape).mean(1)
         return self.weighted_ce(model, x0, corruption, token_nll)
 
@@ -314,16 +313,20 @@ class Masked:
         xt = q_sample(x0, corruption.masked, model.vocab_size - 1)
         return self.logits(model, xt, index, corruption.conditioned)
 
-    def logits(self, model, ids, index=None, told=None):
+    def logits(self, model, ids, index=None, earlier=None):
         """Logits of a canvas ids (B, L) that is being denoised: (B, L, V), or (N, V) at the flat
-        positions index (N,). told: see `self_conditioning.ask`."""
+        positions index (N,). earlier: see `self_conditioning.ask`."""
         masked = ids == model.vocab_size - 1
         ratio = masked.float().mean(1)
-        return self_conditioning.ask(self.cfg, model, ids, ratio, masked, told, select=index)
+        return self_conditioning.ask(self.cfg, model, ids, ratio, masked, earlier, select=index)
 
     def sampler(self, how):
         """The Sampler that how (SampleConfig) names."""
         return find_sampler(how.sampler, self.samplers)
+
+    def sampler_name(self, how):
+        """Its name, as it is shown."""
+        return self.procedure or how.sampler
 
     def denoiser(self, model, canvas, how, window=None):
         """The Denoiser of a canvas (B, L) as how (SampleConfig) wants it, in blocks from each row's
@@ -331,7 +334,7 @@ class Masked:
         (B, L), mask, device = canvas.shape, model.vocab_size - 1, canvas.device
         wanted = how.decode_block or (max(1, window // 4) if window and window < L else L)
         decode_block, origin = min(wanted, L), (canvas == mask).int().argmax(1, keepdim=True)
-        logits = lambda x, index, seen: self.logits(model, x, index, seen.told)
+        logits = lambda x, index, seen: self.logits(model, x, index, seen.earlier)
         given = (canvas != mask) & (torch.arange(L, device=device) >= self.bos)
         if how.cache in ("prefix", "dual"):
             network = kv_cache.Approximate(model, B, decode_block, how)
@@ -399,7 +402,9 @@ def sample(family, model, canvas, how, *, window=None, stop=None, seeds=None, to
             return
         u_position, u_token = uniforms(tick)
         view = state.view(turn, u_position, sampler, how.min_tokens)  # what the policy sees
-        asked = view.open if sampler.key or denoiser.memory else sampler.policy(view)[0]
+        asked = view.open if sampler.key else sampler.policy(view)[0]
+        if denoiser.asks_all:  # of rows that unmask something
+            asked = view.open & asked.any(1, keepdim=True)
         logits = denoiser(state.ids, asked, turn)  # (N, V)
         p = noise.belief(logits, state.ids, asked, turn)  # p(x0_i | xt), (N, V)
         unmask, remask = sampler.policy(view.scored(asked, p, sampler.key))

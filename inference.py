@@ -249,7 +249,7 @@ def generate(model, how, record=False):
             samples[i] = Sample(
                 text=canvas.finished(tokenizer, ids[r], rows[i][0], not how.no_stop),
                 seed=rows[i][1],
-                sampler=family.procedure or how.sampler,
+                sampler=family.sampler_name(how),
                 nfe=int(last.row_nfe[r]),
                 seconds=watch.seconds,
                 tokens_per_second=generated / watch.seconds,
@@ -263,8 +263,9 @@ def generate(model, how, record=False):
 
 def traced(model, how, frames):
     """The `trace.Trace` of frames, with a title that says how it was."""
-    procedure = model.family.procedure or how.sampler
-    words = f"{procedure} · temperature {how.temperature:g} · {frames[-1].nfe} NFE"
+    words = (
+        f"{model.family.sampler_name(how)} · temperature {how.temperature:g} · {frames[-1].nfe} NFE"
+    )
     return trace.Trace(frames, model.tokenizer, f"{model.name} · {words}")
 
 

@@ -202,7 +202,7 @@ def sampling(loaded, family, options):
     if "sampler" in asked:
         families.check_sampler(family, how)
     named = {name: getattr(how, name) for name in HOW}
-    named["sampler"] = family.procedure or how.sampler
+    named["sampler"] = family.sampler_name(how)
     return how, ", ".join(f"{name} {value}" for name, value in named.items() if value is not None)
 
 

@@ -1001,7 +1001,7 @@ def test_what_a_family_cannot_write(monkeypatch, capsys):
         ("blocks", "--draft abc", "sees all of the text"),
         ("ar", "--draft abc --prompt a", "leave out --prompt"),
         ("uniform", "--gen-len 90", "no more than its window"),
-        ("uniform", "--correctors 2", "they are of --sampler reverse"),
+        ("uniform", "--correctors 2 --sampler threshold", "they are of --sampler reverse"),
         ("ar", "--correctors 2", "only a model of uniform noise"),
     ):
         code, _, err = run(

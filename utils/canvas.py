@@ -182,7 +182,8 @@ def drafted(how, cfg, tokenizer):
     row = build(tokenizer, [how.draft], cfg.seq_len)
     if len(row) + (cfg.rows == "document") > cfg.seq_len:
         raise UserError(
-            f"the draft has {len(row):,} tokens, and the window has {cfg.seq_len:,}; shorten it"
+            f"the draft takes {len(row):,} tokens and its end one, and the window has "
+            f"{cfg.seq_len:,}; shorten it"
         )
     filled = cfg.seq_len - len(row) if cfg.rows == "document" else 0
     return row + [tokenizer.end] * filled

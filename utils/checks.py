@@ -16,7 +16,9 @@ def training(cfg):
     blocks_fill = bos + max(1, (cfg.seq_len - bos) // block) * block
     tokens, head_dim = cfg.batch_size * cfg.seq_len, cfg.n_embd / cfg.n_head
     importance, pairs = cfg.time_sampling == "importance", cfg.complementary
-    unweighted, asked = cfg.loss_weighting in ("pooled", "full"), cfg.rows == "pair"
+    # under uniform noise "full" is weighted like the others
+    unweighted = cfg.loss_weighting in ("pooled", "full") and cfg.objective != "uniform"
+    asked = cfg.rows == "pair"
     for wrong, names, why in (
         (os.path.basename(cfg.name) != cfg.name or cfg.name.endswith(".best"), ("name",),
          "must not be a path (--out_dir says where to write) nor end in .best"),

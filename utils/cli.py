@@ -205,13 +205,20 @@ def parse(argv, kind):
 def merge(kind, *layers):
     """A `kind` from dicts, later ones first in rank; a name that it does not have is an error."""
     fields, older, values = {f.name: f for f in dataclasses.fields(kind)}, aliases(kind), {}
-    for key, value in (item for layer in layers for item in layer.items()):
+    for key, value in (item for layer in layers for item in ramped(fields, layer).items()):
         key = older.get(key, key)
         if key not in fields:
             raise UserError(f"there is no setting {key}{nearest(key, fields)}")
         optional = value is None and fields[key].default is None
         values[key] = None if optional else typed(fields[key], value)
     return kind(**values)
+
+
+def ramped(fields, layer):
+    """A layer of `merge` in which a value of one end resets the other that it does not name."""
+    other = {name: f.metadata["ramp"] for name, f in fields.items() if f.metadata["ramp"]}
+    reset = {last: None for name, last in other.items() if name in layer and last not in layer}
+    return layer | reset
 
 
 def typed(f, value):

@@ -26,7 +26,7 @@ class MaskNoise:
     left(state, turn)                            share of noise after the step, (B,)
     """
 
-    carry_over, first_tick = True, 0
+    carry_over, first_tick, asks_all = True, 0, False
 
     def __init__(self, mask):
         self.mask = mask
@@ -55,7 +55,7 @@ class Window(NamedTuple):
     start: torch.Tensor  # (b, 1) first position of each row's block, in the window
     shift: torch.Tensor  # (b, 1) by which the window is moved
     turn: tuple  # the clock's `Turn`, of all rows
-    told: torch.Tensor = None  # (b, W, C) what the network predicted last (self_conditioning.py)
+    earlier: torch.Tensor = None  # (b, W, C) what was predicted last (self_conditioning.py)
 
 
 class Denoiser:
@@ -85,6 +85,7 @@ class Denoiser:
         self.network, self.noise, self.block_len, self.origin = network, noise, block_len, origin
         self.bos, self.sees_right, self.width = bos, sees_right, min(L, window or L)
         self.memory = memory
+        self.asks_all = bool(memory) or noise.asks_all  # or only what the policy unmasks
         if self.width < L and block_len >= self.width:
             raise UserError(
                 f"a text of {L} tokens is longer than the window of {self.width}: "
@@ -115,15 +116,16 @@ class Denoiser:
         x, seen, start = ids[rows], asked[rows], turn.start[rows]
         wanted = seen  # by their places in the canvas
         columns, shift = None, torch.zeros_like(start)
-        told = self.memory and self.memory.read(rows, wanted)
+        earlier = self.memory and self.memory.read(rows, wanted)
         if self.width < L:
             columns, shift = self.columns(start, rows, L)
             x, seen = x.gather(1, columns), seen.gather(1, columns)
             # a last block may reach over the canvas's end
             seen &= shift + torch.arange(self.width, device=x.device) < L
-            if told is not None:
-                told = told.gather(1, columns[..., None].expand(-1, -1, told.size(-1)))
-        logits = self.network(x, seen, Window(rows, columns, start - shift, shift, turn, told))
+            if earlier is not None:
+                wide = columns[..., None].expand(-1, -1, earlier.size(-1))
+                earlier = earlier.gather(1, wide)
+        logits = self.network(x, seen, Window(rows, columns, start - shift, shift, turn, earlier))
         if self.memory:
             self.memory.write(rows, wanted, logits)
         self.row_nfe = self.row_nfe.index_add(
@@ -183,11 +185,13 @@ class Guided:
         self.nfe += 2
         prompt = self.prompt[window.rows]
         prompt = prompt if window.columns is None else prompt.gather(1, window.columns)
-        index, told = asked.flatten().nonzero()[:, 0], window.told
+        index, earlier = asked.flatten().nonzero()[:, 0], window.earlier
+        if earlier is not None:  # what was said of the canvas with its prompt is not for the blind
+            earlier = torch.cat((earlier, torch.zeros_like(earlier)))
         both = self.logits(
             torch.cat((x, x.masked_fill(prompt, self.mask))),
             torch.cat((index, index + x.numel())),
-            window._replace(told=told if told is None else told.repeat(2, 1, 1)),
+            window._replace(earlier=earlier),
         )
         seeing, blind = at_least_float32(both).chunk(2)
         return (1 + self.w) * seeing - self.w * blind

@@ -26,6 +26,11 @@ def stratified(n, generator):
     return (stratum_of(n) + offset) / n
 
 
+def shuffled(u, generator):
+    """The uniforms u (B, K) of each row in random order: it has K strata of its own."""
+    return u.gather(1, torch.rand(u.shape, generator=generator).argsort(1))
+
+
 @lru_cache(maxsize=32)
 def stratum_of(n):
     """Which of n strata each of n rows takes, (n,) long."""

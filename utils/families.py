@@ -87,10 +87,10 @@ class Blocks(Masked):
         """Mask ratio (B, L) of the block of each position."""
         return blocks.mask_ratios(masked, self.block_len, self.bos)
 
-    def logits(self, model, ids, index=None, told=None):
+    def logits(self, model, ids, index=None, earlier=None):
         masked, place = ids == model.vocab_size - 1, torch.arange(ids.size(1), device=ids.device)
         sight = blocks.sight(place[None], ids.size(1), self.block_len, self.bos)
-        rest = (self.ratios(masked), masked, told)
+        rest = (self.ratios(masked), masked, earlier)
         return self_conditioning.ask(self.cfg, model, ids, *rest, attention=sight, select=index)
 
     def denoiser(self, model, canvas, how, window=None):
@@ -101,7 +101,7 @@ class Blocks(Masked):
             rest = (self.block_len, self.bos, levels, self.exact)
             network = kv_cache.Exact(model, canvas, *rest)
         else:
-            network = Plain(lambda x, index, seen: self.logits(model, x, index, seen.told))
+            network = Plain(lambda x, index, seen: self.logits(model, x, index, seen.earlier))
         origin = canvas.new_full((len(canvas), 1), self.bos)
         memory = self_conditioning.memory(self.cfg, model, canvas)
         rest = (self.block_len, origin, window, self.bos, False, memory)
@@ -156,7 +156,7 @@ class Autoregressive(Blocks):
     def noised_logits(self, model, x0, corruption, index):
         return self.logits(model, x0, index)
 
-    def logits(self, model, ids, index=None, told=None):
+    def logits(self, model, ids, index=None, earlier=None):
         shifted = blocks.shifted(ids, model.vocab_size - 1)
         return model(shifted, None, attention="causal", select=index)
 
@@ -193,11 +193,7 @@ def check_sampler(family, how):
     name = how.sampler.partition(":")[0]
     if name not in family.samplers:
         known = ", ".join(family.samplers)
-        own = "which has one of its own (--steps and --correctors say how long it works)"
-        raise UserError(
-            f"sampler={how.sampler} with {family.name}"
-            + (f", {own}" if len(family.samplers) == 1 else f"; known: {known}")
-        )
+        raise UserError(f"sampler={how.sampler} with {family.name}; known: {known}")
 
 
 def check_sampling(how):

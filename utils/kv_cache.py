@@ -54,9 +54,6 @@ class Exact:
         self.rows, self.width = rows, max(int(end.max()), int(self.columns.max()) + 1)
         index = asked.gather(1, self.columns).flatten().nonzero()[:, 0]
         ids = (blocks.shifted(x, self.mask) if self.shifted else x).gather(1, self.columns)
-        told = self_conditioning.told(window)
-        for name, kept in told.items():
-            told[name] = kept.gather(1, self.columns[..., None].expand(-1, -1, kept.size(-1)))
         first = window.start if self.causal else None
         logits = self.model(
             ids,
@@ -67,7 +64,7 @@ class Exact:
                 self.columns, self.width, self.block_len, self.bos, first, self.begin
             ),
             cache=self.keep,
-            **told,
+            **self_conditioning.shown(window.earlier, self.columns),
         )
         self.kept[rows] = end if self.shifted else start
         self.nfe += 1
@@ -134,12 +131,14 @@ class Approximate:
             self.start = start[some]
             self.nfe += 1
             index = asked[some].gather(1, columns).flatten().nonzero()[:, 0]
+            earlier = window.earlier if window.earlier is None else window.earlier[some]
             found = self.model(
                 x[some].gather(1, columns),
                 ratio[some],
                 positions=columns,
                 select=index,
                 cache=self.keep,
+                **self_conditioning.shown(earlier, columns),
             )
             logits = found.new_empty(len(owner), found.size(1)) if logits is None else logits
             logits[part[owner]] = found

@@ -38,7 +38,7 @@ def final(model, family, data, hardware, steps, count, how, judge=None):
         # a model of blocks fills no holes, and a window has to hold a puzzle
         fills = cfg.rows == "pair" or cfg.rows == "document" and not family.block_len
         if puzzles and fills:
-            sure = dataclasses.replace(how, temperature=0.0)
+            sure = dataclasses.replace(how, temperature=0.0, final_temperature=None)
             report |= samples.solve_puzzles(*rest, puzzles, hardware.device, sure)
     # what it was trained on need not be at hand
     searched = data.training(steps, SEARCHED) if data.training else None
@@ -254,6 +254,7 @@ def pooled_ce(model, cfg, rows, generator):
     losses = []
     for part in rows.split(cfg.rows_at_once):
         corruption = family.corrupt(part.shape, generator).to(rows.device)
+        corruption = corruption._replace(conditioned=None)  # of all rows, as in the bound
         counts = corruption.masked.sum().item()
         losses.append((family.loss(model, part, corruption).mean().item() * counts, counts))
     return sum(loss for loss, _ in losses) / max(1, sum(count for _, count in losses))

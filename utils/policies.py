@@ -260,10 +260,14 @@ def left_to_right(view):
 def accepting(policy):
     """The policy as one that accepts and renoises (DiffusionGemma, arXiv:2608.00146): what it would
     unmask if nothing were is drawn and accepted, all else becomes fresh noise. Nothing is final
-    before the end: what was accepted is drawn anew in the next step, or becomes noise."""
+    before the end: what was accepted is drawn anew in the next step, or becomes noise. A policy
+    that chooses how many is not held to the grid, but for the last step, which accepts all."""
 
     def accept(view):
-        accepted, _ = policy(view._replace(unmasked=view.none))
+        view = view._replace(unmasked=view.none)
+        if policy is not best_first:
+            view = view._replace(m_s=(view.steps_left > 1).to(view.m_s.dtype))
+        accepted, _ = policy(view)
         return accepted, view.open & ~accepted
 
     return accept

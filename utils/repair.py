@@ -15,13 +15,13 @@ def begin(family, model, blank, draft, share):
     """(canvas (B, L), draft (B, L) or None) with which `diffusion.sample` improves the draft (B, L)
     long. blank (B, L): MASK at what may be changed; share: of the tokens that are taken to be
     wrong."""
-    if family.block_len:
-        raise UserError(
-            f"--draft wants a model that sees all of the text, and this is {family.name}; train "
-            "one with --block_len 0"
-        )
     if not family.carries_over:
         return blank, draft
+    if family.block_len:
+        raise UserError(
+            f"--draft wants a model of uniform noise, or a masked one that sees all of the text, "
+            f"and this is {family.name}"
+        )
     mask = model.vocab_size - 1
     rows = [
         torch.where(doubtful(family, model, one, where, share), mask, one)

@@ -54,6 +54,8 @@ SUITS = (
     "corruption",
     "diffusion_steps",
     "loss_weighting",
+    "self_conditioning",
+    "ar_weight",
 )
 
 
@@ -192,6 +194,12 @@ def make_model(cfg, tokenizer, origin):
                     f"--init_from {cfg.init_from} was trained with {name}={getattr(theirs, name)}, "
                     f"not {getattr(cfg, name)}; give --{name} {getattr(theirs, name)}"
                 )
+        if theirs.self_conditioning and not cfg.self_conditioning:
+            share = f"{theirs.self_conditioning:g}"
+            raise UserError(
+                f"--init_from {cfg.init_from} was trained with self_conditioning={share}; give "
+                f"--self_conditioning {share}"
+            )
         with checkpoint.fitting(cfg.init_from):
             load_weights(model, origin.get("ema") or origin["model"])
     return model
@@ -199,7 +207,10 @@ def make_model(cfg, tokenizer, origin):
 
 def load_weights(model, weights):
     """Put weights (a state dict) into a network that may have more tokens, the markers of pairs:
-    they come before MASK, and begin as the mean of all tokens."""
+    they come before MASK, and begin as the mean of all tokens; and that may be self-conditioned
+    where they are not: an earlier prediction is not heard at first."""
+    if model.earlier is not None:
+        weights = {"earlier.weight": torch.zeros_like(model.earlier.weight)} | weights
     for name in ("embedding.weight", "head.weight"):
         table, missing = weights[name], model.vocab_size - len(weights[name])
         mean = table[:-1].mean(0, keepdim=True).expand(missing, -1)

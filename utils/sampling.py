@@ -173,14 +173,16 @@ class Clock:
     def turn(self, state):
         """The next `Turn`; None when every row is finished."""
         L = state.ids.size(1)
-        following = torch.where(state.masked, self.block_ids, L).amin(1)
+        todo = state.masked
+        if state.drafted:  # nothing is masked, and every block has its turn
+            todo = state.editable & (self.block_ids > self.block[:, None])
+        following = torch.where(todo, self.block_ids, L).amin(1)
         self.block = torch.where(self.over, following, self.block)
         if not (self.block < L).any():
             return None
         self.inside = self.block_ids == self.block[:, None]
-        fresh = self.over | (self.done == 0)
         self.done = torch.where(self.over, 0, self.done)
-        self.planned = torch.where(fresh, self.share(state), self.planned)
+        self.planned = torch.where(self.over, self.share(state), self.planned)
         # policies that unmask one token a step may take more steps than planned
         left = (self.planned - self.done).clamp(min=1)[:, None]
         m_t, m_s = (
@@ -195,8 +197,11 @@ class Clock:
             share = share.to(self.precision)
             m_t = share.maximum(m_t) if state.drafted else share
         corrects = self.correcting > 0
+        inside = self.inside
+        if corrects:  # a row that begins a block has nothing to correct
+            inside = inside & (self.done > 0)[:, None]
         return Turn(
-            self.inside,
+            inside,
             self.block,
             self.denoiser.origin + self.block[:, None] * self.denoiser.block_len,
             self.done,

@@ -8,31 +8,37 @@ and it stays a bound: on -log p of a sampler that asks twice in each step. The s
 once, and shows what was predicted in the step before.
 """
 
+from fractions import Fraction
+
 import torch
 
 
 def drawn(cfg, B, generator):
-    """Which of B rows get a first pass, (B,) bool, always as many; None without
-    self-conditioning."""
+    """Which of B rows get a first pass, (B,) bool; None without self-conditioning. As many in each
+    group of neighbours, two for a share of a half, so that pieces of a batch are alike; which of
+    them is chance, since neighbours have noise levels that are far apart."""
     if not cfg.self_conditioning:
         return None
-    return torch.rand(B, generator=generator).argsort() < round(cfg.self_conditioning * B)
+    share = Fraction(cfg.self_conditioning).limit_denominator(16)
+    groups = -(-B // share.denominator)
+    order = torch.rand(groups, share.denominator, generator=generator).argsort(1)
+    return (order < max(1, share.numerator)).flatten()[:B]
 
 
-def ask(cfg, model, ids, level, where, told=None, **how):
+def ask(cfg, model, ids, level, where, earlier=None, **how):
     """Logits of the network for ids (B, W) at noise levels (B,) or (B, W); of one that is
     self-conditioned those of its second pass.
 
-    where  (B, L) bool, L <= W: the positions whose prediction is shown
-    told   what of it: (B, W, C), a prediction of before; or (B,) bool, the rows that get a first
-           pass; None: all of them
-    how    further arguments of `Transformer.forward`
+    where    (B, L) bool, L <= W: the positions whose prediction is shown
+    earlier  (B, W, C), a prediction of before; or (B,) bool, the rows that get a first pass; None:
+             all of them
+    how      further arguments of `Transformer.forward`
     """
     if not cfg.self_conditioning:
         return model(ids, level, **how)
-    if told is None or told.dtype == torch.bool:
-        told = first_pass(model, ids, level, where, told, **how)
-    return model(ids, level, prediction=told, **how)
+    if earlier is None or earlier.dtype == torch.bool:
+        earlier = first_pass(model, ids, level, where, earlier, **how)
+    return model(ids, level, prediction=earlier, **how)
 
 
 @torch.no_grad()
@@ -47,14 +53,17 @@ def first_pass(model, ids, level, where, rows, select=None, **how):
     index = (start[:, None] + place).flatten()
     logits = model(ids[some], level[some], select=index, **how)
     found = model.mean_embedding(logits).view(len(some), L, -1)
-    told = found.new_zeros(B, W, found.size(-1))
-    told[some, :L] = found.masked_fill(~where[some][..., None], 0)
-    return told
+    earlier = found.new_zeros(B, W, found.size(-1))
+    earlier[some, :L] = found.masked_fill(~where[some][..., None], 0)
+    return earlier
 
 
-def told(window):
-    """The argument (dict) of `Transformer.forward` for a `denoisers.Window`."""
-    return {} if window.told is None else {"prediction": window.told}
+def shown(earlier, columns=None):
+    """The argument (dict) of `Transformer.forward` for an earlier prediction (b, W, C), or None, at
+    the columns (b, l); None: at all."""
+    if earlier is not None and columns is not None:
+        earlier = earlier.gather(1, columns[..., None].expand(-1, -1, earlier.size(-1)))
+    return {} if earlier is None else {"prediction": earlier}
 
 
 def memory(cfg, model, canvas):

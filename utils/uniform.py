@@ -12,12 +12,13 @@ the two are one.) alpha = 1 - m is the probability to be kept, b = m / V that of
 import torch
 import torch.nn.functional as F
 
+from config import SampleConfig
 from diffusion import SCHEDULES, bos_tokens, mask_ratio, mask_ratio_slope, token_nll
 from utils import blocks, draws, importance, kv_cache, self_conditioning
 from utils.cli import UserError
 from utils.corruption import Corruption, loss_per_pass
 from utils.denoisers import Denoiser, MaskNoise, Plain
-from utils.policies import UNIFORM_SAMPLERS, find_sampler, reverse
+from utils.policies import UNIFORM_SAMPLERS, find_sampler, left_to_right, reverse
 
 # noise level of training and of the bound: what is left out is a millionth of a nat per token
 MOST = 1 - 1e-3
@@ -66,12 +67,33 @@ def leave_one_out(logits, xt, level):
     return logits.scatter_add(-1, xt[..., None], -seen)
 
 
-def guessed_levels(wrong, number):
-    """Noise levels that a network which is not told them must have in mind, from the mean number of
-    wrong tokens among `number` that its rho expects: the mean under a uniform prior. Where the true
-    level is put into Bayes' rule instead, a clean text with a little doubt of it costs infinitely
-    many nats."""
-    return (1 + wrong) / (2 + number)
+def guessed_levels(wrong, counts, prior):
+    """Noise levels that a network which is not told them has in mind at each position of a unit.
+
+    wrong   (..., n) how likely each token is wrong, 1 - rho of what stands there
+    counts  (..., n) bool, positions of the unit that may be noise
+    prior   a of the law Beta(a, 1) of the levels in training
+
+    The mean of the level given how many of the *other* tokens are replaced; a replaced one is right
+    by chance one time in V, for which `wrong` is made up. With the true level in Bayes' rule
+    instead, a clean text with a little doubt of it would cost infinitely many nats.
+    """
+    wrong = wrong * counts
+    others = wrong.sum(-1, keepdim=True) - wrong
+    return ((prior + others) / (prior + counts.sum(-1, keepdim=True))).clamp(max=MOST)
+
+
+def wrong_share(logits, xt):
+    """How likely each token xt (...) is a replaced one, by the logits of rho (..., V): (...)."""
+    V = logits.size(-1)
+    wrong = 1 - logits.softmax(-1).gather(-1, xt[..., None])[..., 0]
+    return (wrong * V / max(1, V - 1)).clamp(max=1)
+
+
+def prior_of(schedule):
+    """a of the law Beta(a, 1) that has the mean level of the schedule."""
+    mean = mask_ratio(schedule, (torch.arange(1000) + 0.5) / 1000).mean().item()
+    return mean / (1 - mean)
 
 
 # --- noise, as the sampling loop sees it (`denoisers.MaskNoise`) ----------------------------------
@@ -88,13 +110,14 @@ class UniformNoise:
     position at a time.
 
     says_rho  whether the network says rho, not pi
-    told      whether it is told the noise level
+    prior     of the levels (`prior_of`) for a network that is not told them; None: it is
     """
 
     carry_over, first_tick = False, 1  # the uniforms of tick 0 are the first noise
 
-    def __init__(self, mask, says_rho=False, told=True):
-        self.mask, self.says_rho, self.told = mask, says_rho, told
+    def __init__(self, mask, says_rho=False, prior=None):
+        self.mask, self.says_rho, self.prior = mask, says_rho, prior
+        self.asks_all = says_rho and prior is not None  # to guess the level
 
     def fill(self, ids, where, u):
         return torch.where(where, (u * self.mask).long().clamp(max=self.mask - 1), ids)
@@ -104,10 +127,10 @@ class UniformNoise:
         if not self.says_rho:
             return logits
         xt, level = ids[asked], turn.m_t.expand(ids.shape)[asked]
-        if not self.told:
-            wrong = 1 - logits.softmax(-1).gather(-1, xt[:, None])[:, 0]
-            sums = wrong.new_zeros(ids.shape).masked_scatter(asked, wrong).sum(1)
-            level = guessed_levels(sums, asked.sum(1))[:, None].expand(ids.shape)[asked]
+        if self.prior is not None:
+            wrong = wrong_share(logits, xt)
+            wrong = wrong.new_zeros(ids.shape).masked_scatter(asked, wrong)
+            level = guessed_levels(wrong, asked, self.prior)[asked]
         return leave_one_out(logits, xt, level)
 
     def belief(self, logits, ids, asked, turn):
@@ -121,7 +144,10 @@ class UniformNoise:
         return posterior(p.to(m_t.dtype), ids[where], m_t, m_s)
 
     def left(self, state, turn):
-        return turn.m_s[:, 0].float()
+        inside = state.editable & turn.inside
+        later = state.masked & ~turn.inside
+        noise = turn.m_s[:, 0] * inside.sum(1) + later.sum(1)
+        return (noise / state.total.clamp(min=1)).float()
 
 
 class Renoise(UniformNoise):
@@ -187,7 +213,7 @@ class Uniform:
     why = {
         "guidance": "only a masked model of the whole window has it",
         "cache": "it keeps keys and values by itself, exact ones",
-        "left_to_right": "such a model has no order from left to right",
+        "left_to_right": "such a model has no order from left to right, but for --ar_weight",
         "time_sampling": "each block has a noise level of its own (--block_len 0: the window has)",
         "ar_weight": "there is a clean half with blocks only (--block_len 16, say)",
     }
@@ -195,7 +221,8 @@ class Uniform:
     def __init__(self, cfg):
         self.cfg, self.bos = cfg, bos_tokens(cfg)
         self.block_len = cfg.block_len if cfg.block_len < cfg.seq_len else 0
-        self.says_rho, self.told = cfg.loss_weighting == "full", cfg.time_conditioning != "none"
+        self.says_rho = cfg.loss_weighting == "full"
+        self.prior = prior_of(cfg.schedule) if cfg.time_conditioning == "none" else None
         self.name = "a model of uniform noise"
         if self.block_len:
             self.name += f" in blocks of {self.block_len}"
@@ -220,8 +247,7 @@ class Uniform:
         B, L = shape
         K, _ = self.units(L)
         t = draws.stratified(B * K, generator).view(B, K)
-        if K > 1:  # each row has strata of its own, in its blocks in random order
-            t = t.gather(1, torch.rand(t.shape, generator=generator).argsort(1))
+        t = draws.shuffled(t, generator) if self.block_len else t
         t = importance.inverse_cdf(t, density).clamp(min=1e-9)
         m = mask_ratio(self.cfg.schedule, t).clamp(max=MOST)
         weight = 1 / importance.density_at(t, density)
@@ -265,7 +291,7 @@ class Uniform:
         more = (corruption.noise >= 0, corruption.conditioned)
         if not self.block_len:
             logits = self_conditioning.ask(self.cfg, model, xt, corruption.level, *more)
-            return xt, draws.at_least_float32(logits), None, level
+            return xt, logits, None, level
         both = bool(self.cfg.ar_weight)
         place = torch.arange(L, device=x0.device)
         index = (torch.arange(len(x0), device=x0.device)[:, None] * 2 * L + place).flatten()
@@ -280,7 +306,7 @@ class Uniform:
             positions=place.repeat(2),
             select=None if both else index,
         )
-        logits = draws.at_least_float32(logits).view(len(x0), -1, logits.size(-1))
+        logits = logits.view(len(x0), -1, logits.size(-1))
         return xt, logits[:, :L], logits[:, L:] if both else None, level
 
     def loss(self, model, x0, corruption, token_nll=token_nll):
@@ -306,7 +332,7 @@ class Uniform:
     def closed_form(self, model, x0, corruption):
         """(integrand (B, L) of the bound, logits of the clean half or None)"""
         xt, logits, clean, level = self.predict(model, x0, corruption)
-        pi = self.leave_one_out(logits, xt, level, corruption)
+        pi = self.leave_one_out(draws.at_least_float32(logits), xt, level, corruption)
         level = level.masked_fill(corruption.noise < 0, 0.5)  # of what costs nothing
         return nelbo(pi, xt, x0, level), clean
 
@@ -314,12 +340,12 @@ class Uniform:
         """Logits of pi, (B, L, V), from those of the network."""
         if not self.says_rho:
             return logits
-        if not self.told:
-            L, counts = xt.size(1), corruption.noise >= 0
-            (K, n), wrong = self.units(L), 1 - logits.softmax(-1).gather(-1, xt[..., None])[..., 0]
-            sums = lambda values: values[:, L - K * n :].reshape(len(xt), K, n).sum(2)
-            guess = guessed_levels(sums(wrong * counts), sums(counts))
-            level = self.at_positions(guess, L)
+        if self.prior is not None:
+            (K, n), L = self.units(xt.size(1)), xt.size(1)
+            units = lambda values: values[:, L - K * n :].reshape(len(xt), K, n)
+            wrong, counts = wrong_share(logits, xt), corruption.noise >= 0
+            level = guessed_levels(units(wrong), units(counts), self.prior).flatten(1)
+            level = F.pad(level, (L - K * n, 0))
         return leave_one_out(logits, xt, level)
 
     def next_token(self, clean, x0, corruption, token_nll):
@@ -361,10 +387,17 @@ class Uniform:
 
     # --- sampling ---
 
-    def sampler(self, how):
-        """The reverse process, unless how names another that it has."""
+    def sampler_name(self, how):
+        """What of the samplers how (SampleConfig) means."""
+        usual = how.sampler == SampleConfig.sampler and not self.says_rho
         known = how.sampler.partition(":")[0] in self.samplers
-        sampler = find_sampler(how.sampler if known else "reverse", self.samplers)
+        return how.sampler if known and not usual else "reverse"
+
+    def sampler(self, how):
+        """The reverse process, unless how names another that it has. A network that says rho
+        accepts and renoises unless told otherwise; of one that says pi, it is done where its number
+        is named (entropy_bounded:0.1)."""
+        sampler = find_sampler(self.sampler_name(how), self.samplers)
         if how.correctors and sampler.policy is not reverse:
             raise UserError(f"correctors={how.correctors}: they are of --sampler reverse")
         return sampler
@@ -372,10 +405,10 @@ class Uniform:
     def denoiser(self, model, canvas, how, window=None):
         """The canvas, or a block of it, with the noise level that the clock has."""
         (B, L), mask, device = canvas.shape, model.vocab_size - 1, canvas.device
-        if how.sampler == LEFT_TO_RIGHT:
+        if self.sampler(how).policy is left_to_right:
             return self.token_denoiser(model, canvas, window)
         kind = Renoise if self.sampler(how).renoises else UniformNoise
-        noise = kind(mask, self.says_rho, self.told)
+        noise = kind(mask, self.says_rho, self.prior)
         memory = self_conditioning.memory(self.cfg, model, canvas)
         if self.block_len:
             return self.block_denoiser(model, canvas, how, window, noise, memory)
@@ -384,7 +417,10 @@ class Uniform:
                 "a model of uniform noise generates no more than its window; make --gen-len smaller"
             )
         ask = lambda x, index, seen: model(
-            x, seen.turn.m_t[seen.rows, 0].float(), select=index, **self_conditioning.told(seen)
+            x,
+            seen.turn.m_t[seen.rows, 0].float(),
+            select=index,
+            **self_conditioning.shown(seen.earlier),
         )
         origin = torch.zeros(B, 1, dtype=torch.long, device=device)
         return Denoiser(Plain(ask), noise, canvas, L, origin, memory=memory)
@@ -400,8 +436,8 @@ class Uniform:
         def ask(x, index, seen):
             place = torch.arange(x.size(1), device=x.device)
             sight = blocks.sight(place[None], x.size(1), n, bos, seen.start if causal else None)
-            told = self_conditioning.told(seen)
-            return model(x, levels(x, seen), attention=sight, select=index, **told)
+            rest = self_conditioning.shown(seen.earlier)
+            return model(x, levels(x, seen), attention=sight, select=index, **rest)
 
         network = Plain(ask)
         if how.cache == "auto":
@@ -433,6 +469,7 @@ class Uniform:
         """log p(x0_i | xt) (N, V) of what is corrupted, at its flat positions index (N,)."""
         corruption = corruption.to(x0.device)
         xt, logits, _, level = self.predict(model, x0, corruption)
+        logits = draws.at_least_float32(logits)
         logits = self.leave_one_out(logits, xt, level, corruption).flatten(0, 1)[index]
         m = level.flatten()[index]
         p = posterior(logits.softmax(-1), xt.flatten()[index], m, torch.zeros_like(m))

@@ -26,7 +26,7 @@ class Shifted(diffusion.Masked):
     """A masked model whose network reads the row one to the right, a MASK in front, and so needs a
     position more: at each it says the token that it will read at the next."""
 
-    def logits(self, model, ids, index=None, told=None):
+    def logits(self, model, ids, index=None, earlier=None):
         B, L = ids.shape
         mask = model.vocab_size - 1
         x = torch.cat((torch.full_like(ids[:, :1], mask), ids), 1)

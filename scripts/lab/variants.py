@@ -137,7 +137,7 @@ def ar_vs_diffusion(options):
 class CausalMasked(diffusion.Masked):
     """Masked diffusion whose network sees only what is to the left."""
 
-    def logits(self, model, ids, index=None, told=None):
+    def logits(self, model, ids, index=None, earlier=None):
         return model(
             ids, (ids == model.vocab_size - 1).float().mean(1), attention="causal", select=index
         )
