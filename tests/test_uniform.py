@@ -549,7 +549,7 @@ def test_uniform_blocks_generate_the_data(n, cache):
 # --- accept and renoise ---------------------------------------------------------------------------
 
 
-RENOISING = ("entropy_bounded", "entropy_bounded:0", "confidence", "threshold:0.5")
+RENOISING = ("entropy_bounded:0.1", "entropy_bounded:0", "confidence", "threshold:0.5")
 
 
 @pytest.mark.parametrize("sampler", RENOISING)
@@ -583,7 +583,7 @@ def test_it_stops_when_all_is_accepted_and_nothing_changes():
             return logits if select is None else logits.flatten(0, 1)[select]
 
     canvas = torch.full((2, L), MASK)
-    how = {"objective": "uniform", "loss_weighting": "full", "sampler": "entropy_bounded"}
+    how = {"objective": "uniform", "loss_weighting": "full", "sampler": "entropy_bounded:0.1"}
     *_, last = sample(Sure(), canvas, steps=50, **how)
     assert (last.ids == 1).all() and last.row_nfe.tolist() == [2, 2]
 
@@ -728,7 +728,7 @@ def test_one_network_generates_from_left_to_right_and_in_blocks(window):
     if window is None:
         logits = model(last.ids, torch.zeros(2), attention="causal")
         assert torch.equal(last.ids[:, 2:], logits[:, 1:-1].argmax(-1))
-    for sampler in ("reverse", "entropy_bounded"):
+    for sampler in ("reverse", "entropy_bounded:0.1"):
         steps = list(sample(model, canvas, window=window, **how | {"sampler": sampler, "steps": 6}))
         assert steps[-1].ids.max() < 5 and not steps[-1].masked.any()
     with pytest.raises(UserError, match="needs something to begin with"):
@@ -743,7 +743,7 @@ def test_keys_that_are_kept_are_those_of_training(bos, causal):
     model = toy.network(6, 5, torch.float64, **changes)
     canvas = torch.full((3, 12 + bos), 5)
     canvas[:, 0], canvas[1, 1:3] = 0, 2
-    for sampler in ("reverse", "entropy_bounded"):
+    for sampler in ("reverse", "entropy_bounded:0.1"):
         found = [
             list(sample(model, canvas, steps=9, sampler=sampler, cache=cache, **changes))[-1].ids
             for cache in ("auto", "none")

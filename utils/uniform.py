@@ -388,15 +388,16 @@ class Uniform:
     # --- sampling ---
 
     def sampler_name(self, how):
-        """What of the samplers how (SampleConfig) means."""
-        usual = how.sampler == SampleConfig.sampler and not self.says_rho
+        """What of the samplers how (SampleConfig) means: the reverse process, unless it names
+        another that this family has. The name that is usual for masks is not one: accept and
+        renoise wants its number, entropy_bounded:0.1. (Of 64 tales, after nine minutes in blocks of
+        22, the reverse process wrote 94% valid with 66 NFE, this none with 24, and 61% with 34
+        where the temperature falls from 0.8 to 0.4.)"""
         known = how.sampler.partition(":")[0] in self.samplers
-        return how.sampler if known and not usual else "reverse"
+        return how.sampler if known and how.sampler != SampleConfig.sampler else "reverse"
 
     def sampler(self, how):
-        """The reverse process, unless how names another that it has. A network that says rho
-        accepts and renoises unless told otherwise; of one that says pi, it is done where its number
-        is named (entropy_bounded:0.1)."""
+        """The Sampler that how (SampleConfig) means."""
         sampler = find_sampler(self.sampler_name(how), self.samplers)
         if how.correctors and sampler.policy is not reverse:
             raise UserError(f"correctors={how.correctors}: they are of --sampler reverse")
