@@ -194,6 +194,8 @@ def run_short(script, words, monkeypatch, capsys):
         monkeypatch.setitem(
             bench.BENCHES, words[0], (lambda name, options: settings.preset(name), print, "tales")
         )
+    if "--minutes" in words:
+        short = [*short, "--minutes", "0.005"]
     if script == "scripts/lab/ablate.py":
         comparison = ablate.COMPARISONS[words[0]]
         only = words[words.index("--only") + 1] if "--only" in words else ""

@@ -375,7 +375,6 @@ def test_what_stands_behind_an_answer_is_compared(monkeypatch, capsys):
     assert not compare_padding.is_beginning("") and not compare_padding.is_beginning(one[:-1])
     base = variants.base_config
     monkeypatch.setattr(variants, "base_config", lambda options: base(options) | SHAPE)
-    monkeypatch.setattr(compare_padding, "base_config", variants.base_config)
     monkeypatch.setattr(compare_padding, "PAIRS", 60)
     monkeypatch.setattr(compare_padding, "SAMPLERS", ("confidence",))
     words = "padding --base tales_asked --iters 2 --num_samples 2 --device cpu --out_dir out"
@@ -407,7 +406,7 @@ def test_an_autoregressive_network_goes_on_as_a_shifted_one(monkeypatch, capsys)
     assert not torch.equal(shifted.logits(model, changed)[:, 0], whole[:, 0])
     base = variants.base_config
     small = lambda options: base(options) | SHAPE | {"seq_len": 67}
-    monkeypatch.setattr(compare_adapt, "base_config", small)
+    monkeypatch.setattr(variants, "base_config", small)
     words = "adapt --base tales --iters 4 --device cpu --out_dir out"
     code, _, err = run(ablate.main, words, monkeypatch, capsys)
     rows = ablate.read_table("out/adapt_tales.csv")

@@ -14,8 +14,8 @@ import torch
 
 import diffusion
 from config import Config
+from scripts.lab import variants
 from scripts.lab.compare_training import run_variant
-from scripts.lab.variants import base_config
 from utils import cli, runtime
 
 SHARES = (0.25, 0.5, 0.75)  # of the steps that are autoregressive
@@ -81,7 +81,11 @@ def measure_adapt(options):
     """(function from a setting to the figures of its run; what they depend on besides). All have
     options.iters steps in all, each of the two parts with its own warm-up and decay."""
     folder, trained = tempfile.TemporaryDirectory(), {}
-    base = base_config(options) | {"block_len": 0, "eval_interval": 10**9, "save_interval": 10**9}
+    base = variants.base_config(options) | {
+        "block_len": 0,
+        "eval_interval": 10**9,
+        "save_interval": 10**9,
+    }
 
     def begun(share, seed):
         """Path of the autoregressive network of that share of the steps."""

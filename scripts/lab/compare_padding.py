@@ -13,8 +13,8 @@ from collections import Counter
 
 import diffusion
 from config import Config, SampleConfig
+from scripts.lab import variants
 from scripts.lab.compare_training import run_and_keep
-from scripts.lab.variants import base_config
 from utils import cli, encoding, families, metrics, pairs, runtime, samples, tales
 
 PAIRS, SENTENCES, QUESTION = 20_000, 5, "Begin a story."
@@ -78,7 +78,7 @@ def measure_padding(options):
 
     def measure(setting, folder=folder):  # which lasts as long as this is held
         changes = {"data": path, "objective": BEHIND[setting["behind the end"]]}
-        cfg = cli.merge(Config, base_config(options), changes, {"seed": setting["seed"]})
+        cfg = cli.merge(Config, variants.base_config(options), changes, {"seed": setting["seed"]})
         return judge(run(cfg), setting["sampler"], options.num_samples)
 
     return measure, {"minutes_a_run": options.minutes, "samples": options.num_samples}
