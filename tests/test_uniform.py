@@ -602,6 +602,21 @@ def test_the_temperature_falls(monkeypatch):
     assert seen == pytest.approx([0.8, 0.6, 0.4, 0.2])
 
 
+@pytest.mark.parametrize("n", (0, 2))
+def test_a_draft_has_all_its_steps(n):
+    """In every block as many as without one, from its noise level down to 0."""
+    model = toy.network(4, 5, torch.float64, objective="uniform")
+    canvas, levels = torch.full((2, L), MASK), []
+    watched = lambda ids, level, **more: (levels.append(level.max().item()), model(ids, **more))[1]
+    watched.vocab_size, kind = V + 1, of_loss("elbo", block_len=n)
+    how = SampleConfig(steps=6, top_p=1.0, draft_noise=0.3, cache="none")
+    draft = torch.tensor([[0, 1, 2, 0], [2, 2, 1, 0]])
+    *_, last = diffusion.sample(kind, watched, canvas, how, draft=draft)
+    assert last.row_nfe.tolist() == [6, 6] and levels[0] == pytest.approx(0.3)
+    blocks = [levels] if not n else [levels[:3], levels[3:]]
+    assert all(part == sorted(part, reverse=True) and part[0] == blocks[0][0] for part in blocks)
+
+
 # --- self-conditioning ----------------------------------------------------------------------------
 
 SELF = {"self_conditioning": 0.5, "n_layer": 2, "n_head": 2, "n_embd": 16}

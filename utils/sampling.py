@@ -162,11 +162,7 @@ class Clock:
         self.place = torch.arange(L, device=device)
         self.block_ids = (self.place - denoiser.origin).clamp(min=0) // denoiser.block_len  # (B, L)
         self.block = torch.full((B,), -1, device=device)
-        if state.drafted:  # of one block, in which nothing is masked
-            self.block = torch.where(state.editable, 0, L).amin(1)
-        self.over = torch.full_like(
-            self.block, not state.drafted, dtype=torch.bool
-        )  # block is done
+        self.over = torch.ones_like(self.block, dtype=torch.bool)  # whether the block is finished
         self.done, self.planned = torch.zeros_like(self.block), torch.ones_like(self.block)  # steps
         self.correcting = 0  # corrector's steps that are still to do before the next one
 
