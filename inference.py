@@ -143,7 +143,7 @@ class Model:
         [(row, seed)], device = rows, self.hardware.device
         blank = torch.tensor([row], device=device)
         shown = lambda frame: trace.shown(frame, row, self.tokenizer, not how.no_stop)
-        yield shown(trace.blank_frame(self.begun(blank, how)[0], self.tokenizer.mask))
+        yield shown(trace.blank_frame(blank[0], self.tokenizer.mask, self.begun(blank, how)[0]))
         steps = self.steps(blank, how, [seed], 0)
         for number in itertools.count(1):
             with self.hardware.autocast():  # not while the caller works
@@ -235,7 +235,9 @@ def generate(model, how, record=False):
         watch = Stopwatch(model.steps(blank, how, [rows[i][1] for i in members], top), device)
         steps, frames = iter(watch), []
         if first and record:
-            frames, steps = trace.record(steps, model.begun(blank, how), tokenizer.mask, every)
+            frames, steps = trace.record(
+                steps, blank, tokenizer.mask, every, model.begun(blank, how)
+            )
         if first and how.live:
             given = (blank[0] != tokenizer.mask).tolist()
             steps = terminal.live(steps, tokenizer, given, how.frame_ms)
@@ -263,10 +265,15 @@ def generate(model, how, record=False):
 
 def traced(model, how, frames):
     """The `trace.Trace` of frames, with a title that says how it was."""
-    words = (
-        f"{model.family.sampler_name(how)} · temperature {how.temperature:g} · {frames[-1].nfe} NFE"
-    )
-    return trace.Trace(frames, model.tokenizer, f"{model.name} · {words}")
+    parts = (model.name, model.family.sampler_name(how), temperature_of(how))
+    title = " · ".join((*parts, f"{frames[-1].nfe} NFE"))
+    return trace.Trace(frames, model.tokenizer, title)
+
+
+def temperature_of(how):
+    """In words, as titles have it."""
+    falls = "" if how.final_temperature is None else f" to {how.final_temperature:g}"
+    return f"temperature {how.temperature:g}{falls}"
 
 
 def follow(steps, masked, quiet):
@@ -302,9 +309,10 @@ def run(positional, overrides):
         head = f"--- seed {sample.seed}\n" if len(samples) > 1 else ""
         record = json.dumps(sample.record(), ensure_ascii=False) if how.json else ""
         print(record or head + sample.text)
+    sampled = f"{samples[0].sampler}, {temperature_of(how)}"
     print(
-        f"{model.name} on {model.hardware.device.type} | {samples[0].sampler}, temperature "
-        f"{how.temperature:g} | {nfe} network evaluations (NFE), {seconds:.1f} s",
+        f"{model.name} on {model.hardware.device.type} | {sampled} | {nfe} network evaluations "
+        f"(NFE), {seconds:.1f} s",
         file=sys.stderr,
     )
     write_traces(how, samples[0].trace)

@@ -46,7 +46,7 @@ from utils.built_in import BUILT_IN
 from utils.cli import UserError, field
 
 # options that are SampleConfig's too
-HOW = ("sampler", "steps", "temperature", "top_p")
+HOW = ("sampler", "steps", "temperature", "final_temperature", "top_p")
 # options that --against leaves idle
 NOT_AGAINST = ("num_samples", "left_to_right", "judge", "json", "plot", *HOW)
 
@@ -77,12 +77,18 @@ class EvaluateConfig:
     plot: str = field("", "write loss, entropy and accuracy over the noise level to this PNG")
     sampler: str = field(
         None,
-        "policy that says what is unmasked next (default of this and the next three: the "
+        "policy that says what is unmasked next (default of this and the next four: the "
         "checkpoint's)",
         "how",
     )
     steps: int = field(None, "most steps; uniform noise takes as many", low=1, high=LONGEST)
-    temperature: float = field(None, "of the token distribution", low=0)
+    temperature: float = field(
+        None,
+        "of the token distribution; 0.8:0.4 falls over the steps",
+        low=0,
+        ramp="final_temperature",
+    )
+    final_temperature: float = field(None, "what the temperature falls to", low=0)
     top_p: float = field(
         None, "draw from the likeliest tokens that sum to this (1: all)", above=0, high=1
     )

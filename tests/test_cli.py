@@ -1339,13 +1339,14 @@ def test_judged_and_sampled_as_it_was_trained(monkeypatch, capsys):
     )
     run(
         evaluate.main,
-        "--checkpoint mine.pt --json r.json --num_samples 1 --rows 1 --steps 3 --top_p 1",
+        "--checkpoint mine.pt --json r.json --num_samples 1 --rows 1 --steps 3 --top_p 1 "
+        "--temperature 0.8:0.4",
         monkeypatch,
         capsys,
     )
     assert (
         json.load(open("r.json"))["sampling"]
-        == "sampler random, steps 3, temperature 0.5, top_p 1.0"
+        == "sampler random, steps 3, temperature 0.8, final_temperature 0.4, top_p 1.0"
     )
 
 
@@ -1578,6 +1579,8 @@ def test_export_in_bfloat16(tales_run, monkeypatch, capsys):
     for words in (
         ["--checkpoint", path, "--output", "whole"],
         ["--checkpoint", path, "--output", "half", "--dtype", "bfloat16", "--temperature", "0.5"],
+        ["--checkpoint", "half", "--output", "falls", "--temperature", "0.8:0.4"],
+        ["--checkpoint", "falls", "--output", "rests", "--temperature", "0.5"],
         "--back half --output half.pt".split(),
     ):
         code, _, err = run(export.main, words, monkeypatch, capsys)
@@ -1586,6 +1589,9 @@ def test_export_in_bfloat16(tales_run, monkeypatch, capsys):
     assert 0.5 < sizes["half"] / sizes["whole"] < 0.6
     samples = [checkpoint.read(name)["sample"] for name in ("whole", "half.pt")]
     assert samples[1] == samples[0] | {"temperature": 0.5}
+    falls = checkpoint.read("falls")["sample"]
+    assert falls == samples[0] | {"temperature": 0.8, "final_temperature": 0.4}
+    assert checkpoint.read("rests")["sample"] == samples[1]
     for words, message in (
         ("--temperature -1", "temperature=-1.0 must be at least 0"),
         ("--top_p 2", "top_p=2.0 must be at most 1"),

@@ -1,6 +1,7 @@
 """The laboratory: what it says of stories, and of how a step grows."""
 
 import json
+import math
 import os
 import random
 
@@ -228,10 +229,15 @@ def test_the_recipe_on_trial(monkeypatch, capsys):
     settings = lambda options: [
         one
         for one in compare_canvas.canvas_settings(options)
-        if one["variant"] in few
-        and (one["sampler"], one["steps"])
-        in (("entropy_bounded:0.1", ""), ("reverse", 4), ("entropy_bounded:1", 4), ("repair 2", ""))
+        if one["variant"] in few and (one["sampler"], one["steps"]) in wanted
     ]
+    wanted = (
+        ("entropy_bounded:0.1, cooled", ""),
+        ("reverse", 8),
+        ("entropy_bounded_strict:0.1, cooled", 8),
+        ("repair 2", ""),
+        ("repair 2, entropy_bounded:10", ""),
+    )
     monkeypatch.setitem(
         ablate.COMPARISONS, "canvas", ablate.COMPARISONS["canvas"]._replace(settings=settings)
     )
@@ -244,22 +250,35 @@ def test_the_recipe_on_trial(monkeypatch, capsys):
     assert code == 0 and os.path.getsize("out/canvas_tales.png") > 10_000, err
     found = {(row["variant"], row["sampler"]): row for row in rows}
     assert found.keys() == {
-        *((name, sampler) for name in few[1:] for sampler in ("reverse", "entropy_bounded:1")),
-        ("masked", "entropy_bounded:0.1"),
+        *((name, wanted[i][0]) for name in few[1:] for i in (1, 2, 4)),
+        ("masked", "entropy_bounded:0.1, cooled"),
         ("masked", "repair 2"),
-        ("canvas, one canvas", "repair 2"),
     }
-    assert float(found["canvas, one canvas", "reverse"]["nfe"]) == 4
-    assert (
-        found["masked", "repair 2"]["restored"] == "0"
-        and not found["masked", "repair 2"]["distinct"]
-    )
+    assert float(found["canvas, one canvas", "reverse"]["nfe"]) == 8
+    mended = found["masked", "repair 2"]
+    assert mended["repaired"] == "0" and float(mended["nfe"]) > 66 and not mended["distinct_2"]
     with pytest.raises(UserError, match="--base tales"):
         compare_canvas.judge_canvas(ablate.AblateConfig(base="sudoku"))
+
+
+def test_what_counts_as_repaired():
+    """A valid story whose other words are as they were; restored: all are."""
+    begin, place = "Once upon a time, a ", 5
+    story = next(s for s in tales.generate("repaired", 50) if s.startswith(f"{begin}brave "))
+    other = story.replace("brave", "little", 1)
+    assert tales.log_prob(other) > -math.inf
+    judged = lambda text, places: compare_canvas.judged([text], [story], [places])
+    everything = {"valid": 1.0, "repaired": 1.0, "restored": 1.0}
+    assert judged(story, [0, 3]) == everything
+    assert judged(other, [place]) == everything | {"restored": 0.0}
+    assert judged(other, [place + 1]) == everything | {"restored": 0.0, "repaired": 0.0}
+    assert judged("nonsense", [0]) == dict.fromkeys(everything, 0.0)
 
 
 def test_broken_stories_have_so_many_wrong_words():
     [text], rng = tales.generate("broken", 1), random.Random(1)
     for count in (1, 3):
-        words = compare_canvas.broken(text, count, rng).split(" ")
-        assert sum(a != b for a, b in zip(words, text.split(" "), strict=True)) == count
+        wrong, places = compare_canvas.broken(text, count, rng)
+        pairs = zip(wrong.split(" "), text.split(" "), strict=True)
+        assert [i for i, (a, b) in enumerate(pairs) if a != b] == sorted(places)
+        assert len(places) == count

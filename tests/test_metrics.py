@@ -122,7 +122,8 @@ def bpe():
     return train_bpe(tales.generate(1, 300), 600)
 
 
-def frame(ids, fresh=(), remasked=(), nfe=1, confidence=1.0, top=None):
+def frame(ids, fresh=(), remasked=(), nfe=1, confidence=1.0, top=None, noisy=None, noise=1.0):
+    """A Frame of ids; noisy: places of random tokens, None: noise is MASK, the largest id."""
     return trace.Frame(
         nfe,
         ids,
@@ -130,7 +131,9 @@ def frame(ids, fresh=(), remasked=(), nfe=1, confidence=1.0, top=None):
         [i in remasked for i in range(len(ids))],
         nfe,
         [confidence] * len(ids),
+        [token == 599 if noisy is None else i in noisy for i, token in enumerate(ids)],
         top,
+        noise,
     )
 
 
@@ -159,6 +162,50 @@ def test_states_look_different(bpe):
         video.pictures([frame([ids[0]] + [bpe.mask] * (len(ids) - 1)), settled], bpe, "t")
     )[1][0]
     assert rgb(video.GIVEN) in colours(text(given)) and rgb(video.GIVEN) not in colours(text(first))
+
+
+def random_noise(bpe):
+    """Frames of random tokens: noise; one is accepted; it is changed and one renoised; the text."""
+    ids = bpe.encode(["a red kite"])[0]
+    rest = set(range(1, len(ids)))
+    return [
+        frame([bpe.mask] * len(ids), nfe=0, confidence=0.0),
+        frame(ids, fresh={0, 1}, noisy=rest - {1}, noise=0.7, confidence=0.5),
+        frame(ids[::-1], fresh={0}, remasked={1}, noisy=rest, noise=0.8, confidence=0.5),
+        frame(ids, fresh=rest, noisy=(), nfe=2, noise=0.0),
+    ]
+
+
+def test_random_tokens_that_are_noise_look_so(bpe):
+    """Pale in a hollow box; a token that was there and is now another is in a coloured one."""
+    frames = random_noise(bpe)
+    _, first, second, last = (image for image, _ in video.pictures(frames, bpe, "t"))
+    text = lambda image: colours(image.crop((0, video.TEXT_TOP, video.WIDTH, video.TEXT_BOTTOM)))
+    filled = lambda image: sum(
+        n
+        for n, colour in image.crop((0, 112, 1280, 580)).getcolors(2**24)
+        if colour == rgb("#e69f00")
+    )
+    assert rgb(video.FAINT) in text(first) and rgb(video.REMASKED) in text(second)
+    assert 0 < filled(second) < filled(first) / 3, "an outline is no filled box"
+    assert rgb(video.FAINT) not in text(last) and rgb(video.REMASKED) not in text(last)
+    shown = [trace.shown(f, frames[0].ids, bpe) for f in frames]
+    assert pages.marked(shown[1], [False] * 9).count('class="noise"') == len(frames[0].ids) - 2
+    assert 'class="again noise"' in pages.marked(shown[2], [False] * 9)
+
+
+def test_a_draft_is_not_given(bpe):
+    """What stands there at first may change; nothing is known of how sure the model is of it."""
+    ids = bpe.encode(["a red kite"])[0]
+    blank = torch.tensor([ids[:1] + [bpe.mask] * (len(ids) - 1)])
+    first = trace.blank_frame(blank[0], bpe.mask, torch.tensor(ids))
+    assert first.ids == ids and not any(first.noisy) and first.noise == 0
+    assert trace.given_in([first], bpe) == [True] + [False] * (len(ids) - 1)
+    last = frame([*ids[:-1], ids[1]], fresh={len(ids) - 1}, confidence=0.0, noisy=(), noise=0.0)
+    changed = trace.changed(first, last)
+    assert changed == [False] * (len(ids) - 1) + [True]
+    image = next(iter(video.pictures([first, last], bpe, "t")))[0]
+    assert video.tint(0.0) not in colours(image.crop((0, 112, 1280, 580)))
 
 
 def test_tokens_stay_in_place_and_lines_are_not_overfull():
@@ -287,6 +334,13 @@ def test_live_shows_the_noise_level(bpe):
     step.t = torch.tensor([0.4])
     shown = live([step], bpe, COLUMNS="80")
     assert "2 NFE, noise level 0.40" in shown and "masks left" not in shown
+    step.masked = torch.arange(step.ids.size(1))[None] == 4
+    after = SimpleNamespace(**vars(step) | {"fresh": torch.arange(step.ids.size(1))[None] > 2})
+    after.masked, after.t = torch.zeros_like(step.masked), torch.zeros(1)
+    plain = live([step, after], bpe, COLUMNS="80", NO_COLOR="1").split("\x1b[H")
+    assert all("accepted" in part and "renoised" in part for part in plain[2:])
+    assert "\x1b[2;3m" in plain[2] and "\x1b[2;3m" not in plain[-1], "noise"
+    assert "noise level 0.00" in plain[-1] and "\x1b[1;3m" in plain[-1], "changed"
 
 
 def test_live_terminal(bpe):

@@ -202,16 +202,21 @@ def check_sampling(how):
     check_name("schedule", how.schedule, SCHEDULES)
 
 
+ACCEPTS = "What it would unmask if nothing were is accepted, all else becomes fresh noise."
+
+
 def show_list():
     """Print the presets, each with its differences from the defaults, the samplers, schedules and
     objectives."""
     for name, settings in PRESETS.items():
         print(f"preset {name}: {', '.join(f'{k}={v}' for k, v in settings.items())}")
-    for name, sampler in SAMPLERS.items():
-        number = "" if sampler.value is None else f":{sampler.value:g}"
-        key = sampler.key.__doc__ if sampler.key else ""
-        key = f" Key: {key[0].lower()}{key[1:]}" if key else ""
-        print(f"sampler {name}{number}: {' '.join(sampler.policy.__doc__.split())}{key}")
-    print(f"samplers under uniform noise: {', '.join(UNIFORM_SAMPLERS)}")
+    for known, where in ((SAMPLERS, ""), (UNIFORM_SAMPLERS, " under uniform noise")):
+        for name, sampler in known.items():
+            number = "" if sampler.value is None else f":{sampler.value:g}"
+            key = sampler.key.__doc__ if sampler.key else ""
+            key = f" Key: {key[0].lower()}{key[1:]}" if key else ""
+            what = " ".join(sampler.policy.__doc__.split()) + key
+            what += f" {ACCEPTS}" if sampler.renoises else ""
+            print(f"sampler{where} {name}{number}: {what}")
     print(f"schedules: {', '.join(SCHEDULES)}")
     print(f"objectives: {', '.join(FAMILIES)}")

@@ -4,7 +4,7 @@ import html
 import json
 import os
 
-from utils import cli
+from utils import cli, trace
 
 
 def page(frames, tokenizer, title):
@@ -25,6 +25,8 @@ def page(frames, tokenizer, title):
             "ids": [[i, frame.ids[i]] for i in changed],
             "fresh": [i for i, x in enumerate(frame.fresh) if x],
             "again": [i for i, x in enumerate(frame.remasked) if x],
+            "noisy": [i for i, x in enumerate(frame.noisy) if x],
+            "noise": round(frame.noise, 4),
             "sure": [
                 [i, round(c, 3)]
                 for i, c in enumerate(frame.confidence)
@@ -47,6 +49,8 @@ def page(frames, tokenizer, title):
     data = {
         "title": title,
         "mask": mask,
+        "masks": trace.of_masks(frames, mask),
+        "given": trace.given_in(frames, tokenizer),
         "end": tokenizer.end,
         "tokens": tokens,
         "steps": steps,
@@ -86,6 +90,7 @@ STYLE = """<style>
   --tint: 120, 175, 230; }
 .dark .trace { --faint: #8d8f96; --given: #6cb8ea; --tint: 50, 105, 165; }
 .trace span { border-radius: 4px; padding: .1em 0; }
+.trace .noise { color: var(--faint); box-shadow: inset 0 0 0 1px var(--faint); }
 .trace .mask { box-shadow: inset 0 0 0 1px var(--faint); }
 .trace .fresh { background: #e69f00 !important; color: #1d1d1f; font-weight: 700; }
 .trace .again { box-shadow: inset 0 0 0 2px #cc79a7; background: repeating-linear-gradient(135deg,
@@ -116,8 +121,10 @@ def marked(shown, given):
     spans = []
     for i, token in enumerate(shown.tokens):
         states = {"mask": token is None, "again": shown.remasked[i], "fresh": shown.fresh[i]}
+        states["noise"] = shown.noisy[i] and token is not None
         kinds = [kind for kind, here in (states | {"given": given[i]}).items() if here]
-        share = 0 if given[i] or token is None else 0.9 * (1 - shown.confidence[i])
+        plain = given[i] or shown.noisy[i]
+        share = 0 if plain else 0.9 * (1 - (shown.confidence[i] or 1))
         tint = f' style="background: rgba(var(--tint), {share:.2f})"' if share > 0.005 else ""
         text = "\u00a0\u00a0\u00a0" if token is None else html.escape(token)
         spans.append(f'<span class="{" ".join(kinds)}"{tint}>{text}</span>')

@@ -44,7 +44,7 @@ class State:
         if self.drafted:
             self.ids = torch.where(self.editable, draft, canvas)
             self.masked = torch.zeros_like(self.editable)
-        self.confidence = self.probability = torch.where(self.masked, 0.0, 1.0)
+        self.confidence = self.probability = torch.where(self.editable, 0.0, 1.0)
         self.fresh = self.remasked = torch.zeros_like(self.masked)
         shape = (*canvas.shape, min(top, noise.mask))
         self.top = (canvas.new_zeros(shape), self.confidence.new_zeros(shape)) if top else None

@@ -3,6 +3,8 @@
 import os
 from typing import NamedTuple
 
+import torch
+
 from utils import canvas
 from utils.cli import UserError
 
@@ -16,7 +18,9 @@ class Frame(NamedTuple):
     fresh: list  # L bools
     remasked: list  # L bools
     nfe: int  # of this row so far
-    confidence: list  # L floats, the largest probability of each position when it was last computed
+    confidence: list  # L floats, the largest probability of each position when it was last
+    # computed; 1: given
+    noisy: list  # L bools: MASK stands there, or a random token that is not yet accepted
     top: list = None  # L lists of (token, probability), likeliest first, as last computed
     noise: float = 1.0  # share of noise in what is generated, from 1 to 0
 
@@ -37,6 +41,7 @@ class Shown(NamedTuple):
     fresh: list  # L bools, unmasked or changed in this step
     remasked: list  # L bools
     confidence: list  # L floats
+    noisy: list  # L bools, noise stands there
     nfe: int  # network evaluations so far
     number: int  # of the step; 0: the canvas
     noise: float  # share of noise in what is generated, from 1 to 0
@@ -64,6 +69,7 @@ def shown(frame, blank, tokenizer, stop=True):
         frame.fresh,
         frame.remasked,
         frame.confidence,
+        frame.noisy,
         frame.nfe,
         frame.number,
         frame.noise,
@@ -104,20 +110,39 @@ def check_states(row, how, family, mask):
         )
 
 
-def blank_frame(canvas, mask):
-    """The Frame of a canvas (L,) before the first step."""
-    nothing = [False] * len(canvas)
-    return Frame(0, canvas.tolist(), nothing, nothing, 0, (canvas != mask).float().tolist())
+def blank_frame(canvas, mask, begun):
+    """The Frame before the first step of a canvas (L,); begun (L,): what stands there, the canvas
+    itself or a draft."""
+    nothing, ids = [False] * len(canvas), begun.tolist()
+    given, noisy = (canvas != mask).float().tolist(), [i == mask for i in ids]
+    return Frame(0, ids, nothing, nothing, 0, given, noisy, noise=float(any(noisy)))
 
 
-def record(steps, canvas, mask, every=1):
+def given_in(frames, tokenizer):
+    """Which tokens the user gave, L bools."""
+    ends = (tokenizer.mask, tokenizer.end)
+    return [c == 1 and i not in ends for i, c in zip(frames[0].ids, frames[0].confidence)]
+
+
+def of_masks(frames, mask):
+    """Whether noise is MASK in the frames, and not a random token."""
+    at_once = len(frames) < 3 and mask in frames[0].ids
+    return at_once or any(mask in frame.ids for frame in frames[1:])
+
+
+def changed(before, frame):
+    """Which tokens are others than before, where there was no noise: L bools."""
+    return [fresh and not noisy for fresh, noisy in zip(frame.fresh, before.noisy)]
+
+
+def record(steps, canvas, mask, every=1, begun=None):
     """Wrap the stream of `sampling.Step`s: returns (frames, iterator that yields the same steps).
 
-    frames fills as the iterator is consumed: row 0 of `canvas`, then of every `every`-th step, and
-    of the last, unless nothing changed in it. What became fresh or was masked in steps between is
-    marked in the next frame.
+    frames fills as the iterator is consumed: row 0 of `canvas`, or of the draft that it begins as,
+    then of every `every`-th step, and of the last, unless nothing changed in it. What became fresh
+    or was masked in steps between is marked in the next frame.
     """
-    frames = [blank_frame(canvas[0], mask)]
+    frames = [blank_frame(canvas[0], mask, (canvas if begun is None else begun)[0])]
 
     def watch():
         fresh = remasked = None
@@ -135,7 +160,7 @@ def record(steps, canvas, mask, every=1):
         if fresh is not None and (fresh | remasked).any():
             frames.append(frame_of(number, step, fresh, remasked))
         elif len(frames) > 1:  # what was asked since changed nothing
-            frames[-1] = frames[-1]._replace(nfe=int(step.row_nfe[0]), noise=float(step.t[0]))
+            frames[-1] = frame_of(frames[-1].number, step, *map(torch.tensor, frames[-1][2:4]))
 
     return frames, watch()
 
@@ -154,6 +179,7 @@ def frame_of(number, step, fresh, remasked):
         remasked.tolist(),
         int(step.row_nfe[0]),
         step.confidence[0].tolist(),
+        step.masked[0].tolist(),
         top,
         float(step.t[0]),
     )

@@ -1,10 +1,12 @@
 """Text appearing out of masks, as MP4 or GIF: frames -> pictures -> a file.
 
 Every token keeps its place from first to last, because the layout is that of the finished text.
-States are told apart by shape as well as by colour (Okabe-Ito's colours, which colour-blind readers
-can tell apart): a masked token is a hollow box, a fresh one bold on a filled box, a remasked one a
-crossed box, given text is underlined. What the model has generated stands on a tint: the paler, the
-surer it was.
+States are told apart by shape as well as by colour (Okabe-Ito's colours, which colour-blind
+readers can tell apart): a masked token is a hollow box, a fresh one bold on a filled box, a
+remasked one a crossed box, given text is underlined. Noise that is a random token is pale in a
+hollow box, one that is put there again in a crossed one; a token that was there already and is now
+another is bold in a box. What the model has generated stands on a tint: the paler, the surer it
+was.
 """
 
 import functools
@@ -15,7 +17,7 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
-from utils import cli
+from utils import cli, trace
 
 WIDTH, HEIGHT, MARGIN = 1280, 720, 48
 TEXT_TOP, TEXT_BOTTOM = 112, 580  # the text's part of the picture
@@ -113,16 +115,17 @@ class Film(NamedTuple):
 
     plan: Layout
     given: list  # L bools: what the user gave
-    counts: list  # number of masks in each frame
+    noise: list  # share of noise in each frame
     sure: list  # mean confidence of what is generated, in each frame (None: nothing yet)
     title: str
+    masks: int  # how many there are at first; 0 where noise is random tokens
 
 
-def draw(film, frame, pieces, number, page):
+def draw(film, frame, pieces, changed, number, page):
     """One picture (PIL.Image) of the frame with that number, on that page: the text in its states,
-    the title line, the number of masks and its timeline. pieces: text of each token in this frame,
-    None where it is a MASK."""
-    plan, given, counts, sure, title = film
+    the title line, how much noise is left and its timeline. pieces: text of each token in this
+    frame, None where it is a MASK; changed (L bools): which were other ones."""
+    plan, given = film.plan, film.given
     image = Image.new("RGB", (WIDTH, HEIGHT), PAPER)
     pen = ImageDraw.Draw(image)
     cell, line_height = font(plan.size).getlength("m"), 1.5 * plan.size
@@ -136,11 +139,15 @@ def draw(film, frame, pieces, number, page):
                 width = min(plan.cells[i] - part, plan.columns) * cell
                 box = (x + 1, y + 1, x + max(width - 2, 4), y + 1.25 * plan.size)
                 shown = text and text[part : part + plan.columns].rstrip()
-                state = (given[i], frame.fresh[i], frame.remasked[i], frame.confidence[i])
-                _draw_token(pen, box, plan.size, Look(shown, *state))
-    _draw_header(pen, title, frame, counts, number, page, plan.pages)
-    _draw_timeline(pen, counts, sure, number)
-    _draw_legend(pen, any(given))
+                state = (given[i], frame.fresh[i], frame.remasked[i], frame.confidence[i] or 1.0)
+                look = Look(shown, *state, frame.noisy[i] and shown is not None, changed[i])
+                _draw_token(pen, box, plan.size, look)
+    left = sum(frame.noisy)
+    masks = f"{left} mask{'s' * (left != 1)} left of {film.masks}"
+    status = masks if film.masks else f"noise level {film.noise[number]:.2f}"
+    _draw_header(pen, film.title, f"NFE {frame.nfe}   {status}", page, plan.pages)
+    _draw_timeline(pen, film.noise, film.sure, number)
+    _draw_legend(pen, any(given), film.masks)
     return image
 
 
@@ -158,12 +165,14 @@ class Look(NamedTuple):
     fresh: bool = False
     remasked: bool = False
     confidence: float = 1.0
+    noisy: bool = False
+    changed: bool = False
 
 
 def _draw_token(pen, box, size, look):
     """A token in its box (x0, y0, x1, y1), in type of that size."""
-    (x0, y0, x1, y1), (text, given, fresh, remasked, confidence) = box, look
-    if text is None:
+    (x0, y0, x1, y1), (text, given, fresh, remasked, confidence, noisy, changed) = box, look
+    if text is None or noisy:
         pen.rounded_rectangle(
             (x0, y0 + 3, x1, y1 - 1),
             4,
@@ -172,8 +181,12 @@ def _draw_token(pen, box, size, look):
         )
         if remasked:
             pen.line((x0 + 3, y1 - 4, x1 - 3, y0 + 6), fill=REMASKED, width=2)
+        if noisy:
+            pen.text((x0 - 1, y0), text, font=font(size), fill=FAINT)
         return
-    if fresh:
+    if changed:
+        pen.rounded_rectangle(box, 4, outline=FRESH, width=3)
+    elif fresh:
         pen.rounded_rectangle(box, 4, fill=FRESH)
     elif not given:
         pen.rounded_rectangle(box, 4, fill=tint(confidence))
@@ -188,10 +201,8 @@ def _draw_token(pen, box, size, look):
         pen.line((x0, y1, x1, y1), fill=GIVEN, width=1)
 
 
-def _draw_header(pen, title, frame, counts, number, page, pages):
+def _draw_header(pen, title, status, page, pages):
     pen.text((MARGIN, 28), title, font=font(22, "-Bold"), fill=INK)
-    left = counts[number]
-    status = f"NFE {frame.nfe}   {left} mask{'s' * (left != 1)} left of {counts[0]}"
     pen.text(
         (MARGIN, 62),
         status + (f"   page {page + 1} of {pages}" if pages > 1 else ""),
@@ -200,13 +211,13 @@ def _draw_header(pen, title, frame, counts, number, page, pages):
     )
 
 
-def _draw_timeline(pen, counts, sure, number):
-    """Masks over the frames, a faint curve for what comes, filled up to now; and mean confidence, a
+def _draw_timeline(pen, noise, sure, number):
+    """Noise over the frames, a faint curve for what comes, filled up to now; and mean confidence, a
     dotted curve."""
     left, right, top, bottom = MARGIN, WIDTH - MARGIN, 604, 662
-    x = lambda i: left + (right - left) * i / max(1, len(counts) - 1)
+    x = lambda i: left + (right - left) * i / max(1, len(noise) - 1)
     y = lambda share: bottom - (bottom - top) * share
-    points = [(x(i), y(count / max(1, counts[0]))) for i, count in enumerate(counts)]
+    points = [(x(i), y(share)) for i, share in enumerate(noise)]
     if number:
         pen.polygon([(left, bottom), *points[: number + 1], (x(number), bottom)], fill=CURVE)
     pen.line(points, fill=FAINT, width=2)
@@ -217,15 +228,16 @@ def _draw_timeline(pen, counts, sure, number):
     pen.line((x(number), top - 4, x(number), bottom + 4), fill=INK, width=2)
 
 
-def _draw_legend(pen, prompted):
+def _draw_legend(pen, prompted, masks):
     x, y, size = MARGIN, 680, 16
-    looks = {
-        "masked": Look(),
-        "fresh": Look("a", fresh=True),
-        "settled": Look("a"),
-        "unsure": Look("a", confidence=0.3),
-        "masked again": Look(remasked=True),
-    }
+    looks = {"settled": Look("a"), "unsure": Look("a", confidence=0.3)}
+    if masks:
+        looks = {"masked": Look(), "fresh": Look("a", fresh=True)} | looks
+        looks["masked again"] = Look(remasked=True)
+    else:
+        new = {"accepted": Look("a", fresh=True), "changed": Look("a", fresh=True, changed=True)}
+        looks = {"noise": Look("a", noisy=True)} | new | looks
+        looks["renoised"] = Look("a", remasked=True, noisy=True)
     looks |= {"given": Look("a", given=True)} if prompted else {}
     for name, look in looks.items():
         _draw_token(pen, (x, y, x + 12, y + 20), size, look)
@@ -233,7 +245,7 @@ def _draw_legend(pen, prompted):
         x += 20 + font(size).getlength(name) + 28
     pen.text(
         (WIDTH - MARGIN, y),
-        "area: masks left   dots: mean confidence",
+        "area: noise   dots: mean confidence",
         font=font(size),
         fill=INK,
         anchor="ra",
@@ -242,8 +254,8 @@ def _draw_legend(pen, prompted):
 
 def without_beginning(frame, n):
     """The Frame without its first n tokens."""
-    parts = {name: getattr(frame, name)[n:] for name in ("ids", "fresh", "remasked", "confidence")}
-    return frame._replace(**parts)
+    names = ("ids", "fresh", "remasked", "confidence", "noisy")
+    return frame._replace(**{name: getattr(frame, name)[n:] for name in names})
 
 
 def pictures(frames, tokenizer, title):
@@ -264,19 +276,18 @@ def pictures(frames, tokenizer, title):
     ]
     pieces = [shown(frame.ids) for frame in frames]
     plan = layout([[piece or "" for piece in column] for column in pieces])
-    given = [i not in (mask, tokenizer.end) for i in frames[0].ids]
-    counts = [frame.ids.count(mask) for frame in frames]
-    sure = []
+    given, sure = trace.given_in(frames, tokenizer), []
     for frame in frames:
         generated = [
             c
-            for i, c, first in zip(frame.ids, frame.confidence, frames[0].ids)
-            if i != mask and first == mask
+            for noisy, c, first in zip(frame.noisy, frame.confidence, frames[0].confidence)
+            if not noisy and first < 1
         ]
-        sure.append(sum(generated) / len(generated) if generated else None)
-    page = 0
-    film = Film(plan, given, counts, sure, title)
-    for number, frame in enumerate(frames):
+        sure.append(sum(generated) / len(generated) if generated and frame.number else None)
+    most = max(1, *(sum(frame.noisy) for frame in frames))
+    masks, noise = most * trace.of_masks(frames, mask), [frame.noise for frame in frames]
+    film, page = Film(plan, given, noise, sure, title, masks), 0
+    for number, (before, frame) in enumerate(zip([frames[0], *frames], frames)):
         on_pages = [
             line // plan.lines for (line, _), fresh in zip(plan.places, frame.fresh) if fresh
         ]
@@ -284,7 +295,8 @@ def pictures(frames, tokenizer, title):
             page = on_pages[0]
         last = number == len(frames) - 1
         for page in range(plan.pages) if last else (page,):
-            image = draw(film, frame, pieces[number], number, page)
+            changed = trace.changed(before, frame)
+            image = draw(film, frame, pieces[number], changed, number, page)
             yield image, (HOLD_SECONDS if plan.pages == 1 else PAGE_SECONDS) if last else None
 
 

@@ -5,7 +5,12 @@ All variants have the base's shape and as many minutes. What their samples are w
 tales, over the NFE that they take; and what of the wrong words in a story they repair.
 """
 
+import contextlib
+import dataclasses
+import math
+import operator
 import random
+import statistics
 
 import torch
 
@@ -18,11 +23,19 @@ from utils import canvas, cli, families, repair, runtime, samples, tales
 from utils.built_in import BUILT_IN
 from utils.cli import UserError
 
-STEPS = (4, 8, 12, 16, 24, 32, 64)
-MASKED = [f"entropy_bounded:{x:g}" for x in (0.03, 0.1, 0.3, 1, 3)]
-LOCAL = [f"local_entropy:{x}" for x in (11, 17, 22, 33, 48)]
-RENOISING = ("entropy_bounded:0.1", "entropy_bounded:1")
+STEPS = (8, 12, 16, 24, 32, 64)
+# "cooled": the temperature falls from 0.8 to 0.4; strict is DiffusionGemma's own rule
+WAYS = (
+    "reverse",
+    "entropy_bounded:10",
+    "entropy_bounded:10, cooled",
+    "entropy_bounded:1, cooled",
+    "entropy_bounded_strict:0.1, cooled",
+)
+BOUNDS = (0.03, 0.1, 0.3, 1, 3)  # of masks, nats
+STRETCHES = (11, 17, 22, 33, 48)  # of local_entropy
 WRONG = (1, 2, 4, 8)  # words of a story
+REPAIRS = ("reverse", "entropy_bounded:10")
 
 
 def config_of(options, name):
@@ -31,23 +44,31 @@ def config_of(options, name):
     return cli.merge(Config, base, variants.canvas(options)[name])
 
 
+def ways(family):
+    """(sampler, steps) of all that a family's samples are made with; "" is no number of steps."""
+    if not family.carries_over:
+        return [(name, steps) for name in WAYS for steps in STEPS]
+    bounded = [
+        f"entropy_bounded:{bound:g}{cooled}" for cooled in ("", ", cooled") for bound in BOUNDS
+    ]
+    local = [] if family.block_len else [f"local_entropy:{length}" for length in STRETCHES]
+    return [(name, "") for name in bounded + local]
+
+
 def canvas_settings(options):
     """Every variant: by the samplers of its family, at several NFE; and repair."""
     rows = []
     for name in variants.canvas(options):
         family = families.family_of(config_of(options, name))
-        if family.carries_over:
-            ways = [
-                (sampler, "", "") for sampler in MASKED + (LOCAL if not family.block_len else [])
-            ]
-        else:
-            ways = [("reverse", steps, "") for steps in STEPS]
-            ways += [(sampler, steps, 0.4) for sampler in RENOISING for steps in STEPS]
-        ways += [(f"repair {k}", "", "") for k in WRONG if not family.block_len]
+        mends = ("",) if family.carries_over else REPAIRS
+        mends = () if family.carries_over and family.block_len else mends
+        found = ways(family) + [
+            (f"repair {k}, {how}".strip(", "), "") for how in mends for k in WRONG
+        ]
         rows += [
-            {"variant": name, "seed": seed, "sampler": sampler, "steps": steps, "cooled": last}
+            {"variant": name, "seed": seed, "sampler": sampler, "steps": steps}
             for seed in range(1, options.seeds + 1)
-            for sampler, steps, last in ways
+            for sampler, steps in found
         ]
     return rows
 
@@ -71,18 +92,22 @@ def judge_canvas(options):
         }
         with kept.hardware.autocast():
             if setting["sampler"].startswith("repair"):
-                wrong = int(setting["sampler"].removeprefix("repair "))
-                return figures | repaired(kept, family, wrong, options.num_samples)
+                return figures | repaired(kept, family, setting["sampler"], options.num_samples)
             return figures | sampled(kept, family, setting, options.num_samples)
 
     return measure, {"minutes_a_run": options.minutes, "samples": options.num_samples}
 
 
+def sampling_of(name, steps=""):
+    """The SampleConfig (dict) of a sampler as the table names it."""
+    sampler, _, cooled = name.partition(", ")
+    how = {"sampler": sampler, "steps": steps or None}
+    return how | ({"temperature": 0.8, "final_temperature": 0.4} if cooled else {})
+
+
 def sampled(kept, family, setting, count):
-    """NFE and what is known of `count` samples (dict); where the temperature falls, from 0.8."""
-    last = setting["cooled"] or None
-    how = {"sampler": setting["sampler"], "steps": setting["steps"], "final_temperature": last}
-    how["temperature"] = 0.8 if last else 1.0
+    """NFE and what is known of `count` samples (dict)."""
+    how = sampling_of(setting["sampler"], setting["steps"])
     write = lambda blank, seeds: generate(kept.model, family, how, blank, seeds)
     rest = (family, kept.tokenizer)
     rows, nfe = samples.sample_rows(
@@ -90,44 +115,69 @@ def sampled(kept, family, setting, count):
     )
     stories = [canvas.finished(kept.tokenizer, row) for row in rows.tolist()]
     figures = BUILT_IN["tales"].figures(stories) | samples.diversity(stories)
-    names = ("valid", "agreeing", "log_prob", "distinct", "distinct_2")
+    names = ("valid", "agreeing", "log_prob", "distinct_2", "self_overlap")
     return {"nfe": nfe.float().mean().item()} | {name: figures[name] for name in names}
-
-
-def broken(story, count, rng):
-    """The story (str) with `count` of its words replaced by others of the grammar."""
-    words, vocabulary = story.split(" "), WORDS
-    for place in rng.sample(range(len(words)), count):
-        bare = words[place].strip('.,"!')
-        other = rng.choice([word for word in vocabulary if word != bare])
-        words[place] = words[place].replace(bare, other, 1)
-    return " ".join(words)
 
 
 # words of the grammar, each once
 WORDS = sorted({w.strip('.,"!') for s in tales.generate("words", 200) for w in s.split(" ")} - {""})
 
 
-def repaired(kept, family, count, number):
-    """Share (dict) of `number` held-out stories with `count` wrong words that become valid, and
-    that become what they were."""
-    tokenizer, cfg, rng = kept.tokenizer, kept.cfg, random.Random(f"wrong {count}")
-    truth = BUILT_IN["tales"].held_out(cfg.seed)[:number]
-    found, nfe = [], 0
-    for seed, story in enumerate(truth):
-        how = SampleConfig(draft=broken(story, count, rng), draft_noise=count / cfg.seq_len)
-        try:
-            row = canvas.drafted(how, cfg, tokenizer)
-        except UserError:  # a rare word has more tokens than the window has room for
-            found.append("")
-            continue
-        draft = torch.tensor([row], device=kept.hardware.device)
-        blank = draft.masked_fill(torch.arange(len(row), device=draft.device) > 0, tokenizer.mask)
-        blank, draft = repair.begin(family, kept.model, blank, draft, how.draft_noise)
-        for step in diffusion.sample(family, kept.model, blank, how, seeds=[seed], draft=draft):
-            pass
-        found.append(canvas.finished(tokenizer, step.ids[0].tolist()))
-        nfe += step.nfe + (len(row) - 1 if draft is None else 0)  # each token is asked for, masked
-    valid = sum(tales.log_prob(text) > -float("inf") for text in found)
-    same = sum(map(str.__eq__, found, truth))
-    return {"nfe": nfe / number, "valid": valid / number, "restored": same / number}
+def broken(story, count, rng):
+    """(the story (str) with `count` of its words replaced by others of the grammar, their
+    places)"""
+    words = story.split(" ")
+    places = rng.sample(range(len(words)), count)
+    for place in places:
+        bare = words[place].strip('.,"!')
+        words[place] = words[place].replace(
+            bare, rng.choice([word for word in WORDS if word != bare]), 1
+        )
+    return " ".join(words), places
+
+
+def drafts(kept, count, number):
+    """(held-out stories, the places of their wrong words, rows (number, L) of what they became).
+    A rare word may have more tokens than the window has room for: then others are wrong."""
+    rng, truth = random.Random(f"wrong {count}"), BUILT_IN["tales"].held_out(kept.cfg.seed)[:number]
+    rows, where = [], []
+    for story in truth:
+        while len(rows) == len(where):
+            text, places = broken(story, count, rng)
+            with contextlib.suppress(UserError):
+                rows.append(canvas.drafted(SampleConfig(draft=text), kept.cfg, kept.tokenizer))
+        where.append(places)
+    return truth, where, torch.tensor(rows, device=kept.hardware.device)
+
+
+def repaired(kept, family, name, number):
+    """NFE, and what becomes of `number` held-out stories with wrong words (dict)."""
+    count, _, sampler = name.removeprefix("repair ").partition(", ")
+    how = SampleConfig(sampler=sampler or SampleConfig.sampler, steps=24 if sampler else None)
+    how = dataclasses.replace(how, draft_noise=int(count) / kept.cfg.seq_len)
+    truth, places, rows = drafts(kept, int(count), number)
+    blank = rows.masked_fill(
+        torch.arange(rows.size(1), device=rows.device) > 0, kept.tokenizer.mask
+    )
+    blank, draft = repair.begin(family, kept.model, blank, rows, how.draft_noise)
+    for step in diffusion.sample(family, kept.model, blank, how, draft=draft):
+        pass
+    asked = rows.size(1) - 1 if draft is None else 0  # each token while it is masked
+    found = [canvas.finished(kept.tokenizer, row) for row in step.ids.tolist()]
+    return {"nfe": step.row_nfe.float().mean().item() + asked} | judged(found, truth, places)
+
+
+def judged(found, truth, places):
+    """Shares (dict) of the texts found (list of str) that are valid stories; that are so with all
+    words but those at the places as in truth; and that are what they were."""
+    valid = [tales.log_prob(text) > -math.inf for text in found]
+    others = lambda text, wrong: [w for i, w in enumerate(text.split(" ")) if i not in wrong]
+    mended = [
+        others(text, wrong) == others(story, wrong)
+        for text, story, wrong in zip(found, truth, places)
+    ]
+    return {
+        "valid": statistics.fmean(valid),
+        "repaired": statistics.fmean(map(operator.and_, valid, mended)),
+        "restored": statistics.fmean(map(operator.eq, found, truth)),
+    }

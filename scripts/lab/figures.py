@@ -1,5 +1,6 @@
 """Figures of the comparisons."""
 
+import itertools
 import math
 
 from config import SampleConfig
@@ -244,34 +245,40 @@ def by_family(rows, title, path):
 
 
 def of_canvas(rows, title, path):
-    """The best share of valid stories at up to so many NFE, and the share of stories with wrong
-    words that are restored, of each variant; rows are those of scripts/lab/ablate.py canvas (dicts
-    of str). A PNG at `path`."""
+    """The bound of each variant; the best share of valid stories at up to so many NFE; the share of
+    stories with wrong words that are repaired, by the better sampler: means over seeds. Rows are
+    those of scripts/lab/ablate.py canvas (dicts of str). A PNG at `path`."""
     plt = plots.pyplot()
-    figure, axes = plt.subplots(1, 2, figsize=(14, 6), layout="constrained")
-    for number, name in enumerate(dict.fromkeys(row["variant"] for row in rows)):
+    figure, axes = plt.subplots(1, 3, figsize=(19, 6.5), layout="constrained")
+    mean = lambda own, name: sum(float(row[name]) for row in own) / len(own)
+    names = list(dict.fromkeys(row["variant"] for row in rows))
+    for number, name in enumerate(names):
         own = [row for row in rows if row["variant"] == name]
-        style = dict(color=plots.OKABE_ITO[number % 7], ls=("-", "--", ":")[number // 7 % 3])
-        label = f"{name} ({100 * float(own[0]['above_exact']):.1f}% above exact)"
-        wrote = [row for row in own if not row["sampler"].startswith("repair")]
-        points, best = [], 0.0
-        for row in sorted(wrote, key=lambda row: float(row["nfe"])):
-            best = max(best, 100 * float(row["valid"]))
-            points.append((float(row["nfe"]), best))
-        axes[0].plot(*zip(*points), drawstyle="steps-post", label=label, **style)
-        mended = {}
+        colour = plots.OKABE_ITO[number % 7]
+        style = dict(color=colour, ls=("-", "--", ":")[number // 7 % 3], label=name)
+        bounds = {row["seed"]: 100 * float(row["above_exact"]) for row in own}
+        axes[0].plot(list(bounds.values()), [number] * len(bounds), "o", color=colour)
+        groups = {}
         for row in own:
-            if row["sampler"].startswith("repair"):
-                words = int(row["sampler"].removeprefix("repair "))
-                mended.setdefault(words, []).append(100 * float(row["restored"]))
-        if mended:
-            means = [sum(shares) / len(shares) for shares in mended.values()]
-            axes[1].plot(list(mended), means, "o", **style)
-    axes[0].set(xlabel="NFE", ylabel="% valid stories, best at most so many NFE", xlim=(0, 70))
-    axes[1].set(xlabel="wrong words", ylabel="% restored", xticks=(1, 2, 4, 8))
+            groups.setdefault((row["sampler"], row["steps"]), []).append(row)
+        wrote, mended = [(0.0, 0.0)], {}
+        for (sampler, _), group in groups.items():
+            if sampler.startswith("repair"):
+                words = int(sampler.split()[1].strip(","))
+                mended[words] = max(mended.get(words, 0.0), 100 * mean(group, "repaired"))
+            else:
+                wrote.append((mean(group, "nfe"), 100 * mean(group, "valid")))
+        nfe, valid = zip(*sorted(wrote))
+        axes[1].plot(nfe, list(itertools.accumulate(valid, max)), drawstyle="steps-post", **style)
+        axes[2].plot(list(mended), list(mended.values()), marker="o", **style)
+    axes[0].set(xlabel="NELBO, % above exact", xscale="log", yticks=range(len(names)))
+    axes[0].set_yticklabels(names)
+    axes[0].invert_yaxis()
+    axes[1].set(xlabel="NFE", ylabel="% valid stories, best at most so many NFE", xlim=(0, 70))
+    axes[2].set(xlabel="wrong words", ylabel="% repaired", xticks=(1, 2, 4, 8))
     for axis in axes:
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
+    axes[1].legend(fontsize=8)
     figure.suptitle(title)
     plots.save(figure, path)
     plt.close(figure)
