@@ -29,6 +29,7 @@ WAYS = (
     "reverse",
     "entropy_bounded:10",
     "entropy_bounded:10, cooled",
+    "entropy_bounded:3, cooled",
     "entropy_bounded:1, cooled",
     "entropy_bounded_strict:0.1, cooled",
 )

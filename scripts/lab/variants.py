@@ -306,14 +306,14 @@ def canvas(options):
         "the bound as loss": {"loss_weighting": "elbo", "schedule": "poly2", "init": "normal"}
         | {"time_conditioning": "adaln"},
         "no self-conditioning": {"self_conditioning": 0.0},
-        "one canvas": {"block_len": 0, "ar_weight": 0.0},
-        "blocks of 11": blocks(base, 11),
         "no autoregressive loss": {"ar_weight": 0.0},
+        "blocks of 11": blocks(base, 11),
+        "blocks of 33": blocks(base, 33),
+        "one canvas": {"block_len": 0, "ar_weight": 0.0},
     }
     return {
         "masked": {},
         "masked, self-conditioning": {"self_conditioning": 0.5},
-        "masked, blocks of 11": blocks(base, 11),
         "masked, blocks of 22": blocks(base, 22),
         "canvas": whole,
     } | {f"canvas, {name}": whole | changes for name, changes in without.items()}
