@@ -147,9 +147,9 @@ class SampleConfig:
     num_samples: int = field(1, "how many of each", low=1, high=10**5)
     seed: int = field(1337, "of the first sample; the next has the next number", low=0, high=SEEDS)
 
-    # by scripts/lab/ablate.py samplers: as good as one token at a time, in a third of the NFE
-    sampler: str = field("entropy_bounded", "policy that says which tokens are unmasked next, NAME "
-        "or NAME:NUMBER; --list shows all", "how")
+    sampler: str = field("", "policy that says which tokens are unmasked next, NAME or "
+        "NAME:NUMBER; --list shows all (default: entropy_bounded; reverse under uniform noise)",
+        "how")
     steps: int = field(None, "most steps; more is better and slower (default: as many as there are "
         "tokens to generate, or, under uniform noise, in the text)", low=1, high=LONGEST)
     schedule: str = field("linear", "mask ratio over the steps")

@@ -29,7 +29,7 @@ from utils.cli import check_needs
 from utils.corruption import Corruption, loss_per_pass
 from utils.denoisers import Denoiser, Guided, MaskNoise, Plain
 from utils.draws import at_least_float32
-from utils.policies import SAMPLERS, find_sampler
+from utils.policies import SAMPLERS, USUAL, find_sampler
 from utils.sampling import Clock, State
 
 # --- schedules -----------------------------------------------------------------------------------
@@ -225,12 +225,14 @@ class Masked:
     block_len  of blocks that it generates from left to right, seeing nothing to the right of them;
                0: it has none
     carries_over  whether what is visible is right, in training: so it is with masks
-    samplers   that it can be sampled with; procedure: its name for it where there is no choice
+    samplers   that it can be sampled with; usual: the name of the one that it is, unless told
+    procedure  how it generates, where there is no choice
     needs      {setting of Config or SampleConfig: what it may be, the family's default first};
                `why`: {setting: the reason}
     """
 
     name, exact, block_len, samplers, procedure = "a masked model", False, 0, SAMPLERS, None
+    usual = USUAL
     carries_over = True
     needs = {"correctors": (0,), "ar_weight": (0,)}
     why = dict.fromkeys(needs, "only a model of uniform noise has that")
@@ -322,11 +324,11 @@ class Masked:
 
     def sampler(self, how):
         """The Sampler that how (SampleConfig) names."""
-        return find_sampler(how.sampler, self.samplers)
+        return find_sampler(how.sampler or self.usual, self.samplers)
 
     def sampler_name(self, how):
         """Its name, as it is shown."""
-        return self.procedure or how.sampler
+        return self.procedure or how.sampler or self.usual
 
     def denoiser(self, model, canvas, how, window=None):
         """The Denoiser of a canvas (B, L) as how (SampleConfig) wants it, in blocks from each row's

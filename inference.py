@@ -110,12 +110,12 @@ class Model:
         """The stream of `sampling.Step`s that fills canvases blank (B, L), or improves the draft
         that stands there."""
         stop = None if how.no_stop or how.draft else self.tokenizer.end
-        more = dict(window=self.family.cfg.seq_len, seeds=seeds, top=top)
+        more, spent = dict(window=self.family.cfg.seq_len, seeds=seeds, top=top), 0
         if how.draft:
-            draft = self.begun(blank, how)
-            rest = (self.network, blank, draft, how.draft_noise)
-            blank, more["draft"] = repair.begin(self.family, *rest)
-        return diffusion.sample(self.family, self.network, blank, how, stop=stop, **more)
+            rest = (self.network, blank, self.begun(blank, how), how.draft_noise)
+            blank, more["draft"], spent = repair.begin(self.family, *rest)
+        for step in diffusion.sample(self.family, self.network, blank, how, stop=stop, **more):
+            yield step._replace(nfe=step.nfe + spent, row_nfe=step.row_nfe + spent)
 
     def begun(self, blank, how):
         """What stands on the canvases blank (B, L) at first, (B, L) long."""

@@ -159,7 +159,7 @@ def blocks(options):
             raise gr.Error(str(error), print_exception=False) from None
         usual = model.settings()
         names = [OWN] if model.family.procedure else list(model.family.samplers)
-        name, _, number = usual.sampler.partition(":")
+        name, _, number = model.family.sampler_name(usual).partition(":")
         name = name if name in names else names[0]
         return (
             about(model),

@@ -13,7 +13,7 @@ from conftest import TINY, load, run
 import diffusion
 import inference
 import train
-from utils import checkpoint, encoding, repair, trace
+from utils import canvas, checkpoint, encoding, repair, trace
 from utils.cli import UserError
 from utils.families import family_of
 
@@ -95,18 +95,23 @@ DRAFT = "One day, Tom saw a cat."
 
 
 @pytest.mark.parametrize("name", ("documents", "uniform"))
-def test_a_draft_is_what_stands_there_at_first(name, folder):
+def test_a_draft_is_what_stands_there_at_first(name, folder, monkeypatch):
     """Its trace begins with it; where most is taken to be wrong, much of it is changed."""
     model = model_of(folder, name)
     sample = model.generate(draft=DRAFT, seed=1, steps=6, draft_noise=0.95)
     first, *rest = sample.trace.frames
     blank = [model.tokenizer.end] + [model.tokenizer.mask] * (len(first.ids) - 1)
     assert trace.shown(first, blank, model.tokenizer).text == DRAFT and rest
-    assert len(sample.tokens) == len(first.ids) and sample.nfe <= 6
+    asked = len(first.ids) - 1 if name == "documents" else 0  # each token while it is masked
+    assert len(sample.tokens) == len(first.ids) and asked < sample.nfe <= asked + 6
+    assert first.nfe == 0 and rest[-1].nfe == sample.nfe
     assert [state.text for state in model.stream(draft=DRAFT)][0] == DRAFT
+    monkeypatch.setattr(canvas, "MOST_TOKENS", 50)
     for options, message in (
         ({"draft": "One day, " * 60}, "the window has"),
         ({"draft": DRAFT, "prompt": "One"}, "leave out --prompt"),
+        ({"draft": DRAFT, "min_len": 3}, "leave out .*--min-len"),
+        ({"draft": DRAFT, "num_samples": 9}, "ask for fewer at a time"),
     ):
         with pytest.raises(UserError, match=message):
             model.generate(**options)

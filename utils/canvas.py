@@ -148,9 +148,10 @@ def rows_of(how, family, tokenizer):
     and numbers of samples."""
     window = family.cfg.seq_len
     if how.draft:
-        row = blank_of_draft(how, family.cfg, tokenizer)
-        return [(row, how.seed + i) for i in range(how.num_samples)]
-    rows = [build(tokenizer, parts, window, prompt) for prompt, parts in asked_for(how, family.cfg)]
+        rows = [blank_of_draft(how, family.cfg, tokenizer)]
+    else:
+        asked = asked_for(how, family.cfg)
+        rows = [build(tokenizer, parts, window, prompt) for prompt, parts in asked]
     if family.cfg.rows == "pair" and (longest := max(map(len, rows))) > window:
         raise UserError(
             f"question and answer would have {longest:,} tokens, and the window has {window:,}; "

@@ -67,9 +67,9 @@ def sampling(how):
            "it says itself what is given and how much to generate; leave out --prompt, --suffix, "
            "--prompt-file and --gen-len") for name in ("infill", "puzzle")),
         (how.infill and how.puzzle, ("infill", "puzzle"), "give one of them"),
-        (how.draft and (given or how.gen_len or how.infill or how.puzzle), ("draft",),
-         "it is all of the text; leave out --prompt, --suffix, --prompt-file, --gen-len, --infill "
-         "and --puzzle"),
+        (how.draft and (given or how.gen_len or how.min_len or how.infill or how.puzzle),
+         ("draft",), "it is all of the text; leave out --prompt, --suffix, --prompt-file, "
+         "--gen-len, --min-len, --infill and --puzzle"),
         (how.no_stop and how.min_len, ("no_stop", "min_len"), "one or the other"),
         (how.prompt_file and how.prompt, ("prompt_file", "prompt"), "give one of them"),
         (cached and not how.decode_block, ("cache", "decode_block"),

@@ -198,7 +198,8 @@ def check_sampler(family, how):
 
 def check_sampling(how):
     """Complain of a sampler or a schedule that no family has."""
-    find_sampler(how.sampler, SAMPLERS | UNIFORM_SAMPLERS)
+    if how.sampler:
+        find_sampler(how.sampler, SAMPLERS | UNIFORM_SAMPLERS)
     check_name("schedule", how.schedule, SCHEDULES)
 
 

@@ -311,6 +311,9 @@ SAMPLERS = {
     "remdm_loop": Sampler(remdm_loop, value=0.02, may_remask=True, grid=loop_grid),
 }
 
+# of masks: as good as one token at a time, in a third of the NFE (scripts/lab/ablate.py samplers)
+USUAL = "entropy_bounded"
+
 UNIFORM_SAMPLERS = {
     "reverse": Sampler(reverse, may_remask=True),
     "left_to_right": Sampler(left_to_right),

@@ -12,29 +12,29 @@ from utils.draws import at_least_float32
 
 
 def begin(family, model, blank, draft, share):
-    """(canvas (B, L), draft (B, L) or None) with which `diffusion.sample` improves the draft (B, L)
-    long. blank (B, L): MASK at what may be changed; share: of the tokens that are taken to be
-    wrong."""
+    """(canvas (B, L), draft (B, L) or None, NFE a row so far) with which `diffusion.sample`
+    improves the draft (B, L) long. blank (B, L): MASK at what may be changed; share: of the tokens
+    that are taken to be wrong."""
     if not family.carries_over:
-        return blank, draft
+        return blank, draft, 0
     if family.block_len:
         raise UserError(
             f"--draft wants a model of uniform noise, or a masked one that sees all of the text, "
             f"and this is {family.name}"
         )
     mask = model.vocab_size - 1
-    rows = [
-        torch.where(doubtful(family, model, one, where, share), mask, one)
-        for one, where in zip(draft, blank == mask)
-    ]
-    return torch.stack(rows), None
+    drafts, which = draft.unique(dim=0, return_inverse=True)
+    where = draft.new_empty(drafts.shape).index_copy(0, which, blank) == mask
+    doubted = [doubtful(family, model, *pair, share) for pair in zip(drafts, where)]
+    canvas = draft.masked_fill(torch.stack(doubted)[which], mask)
+    return canvas, None, int(where.sum(1).max())
 
 
 @torch.no_grad()
 def doubtful(family, model, draft, where, share):
     """Which of the positions `where` (L,) bool of a draft (L,) are more likely wrong than right,
-    (L,) bool: of a wrong token any is as likely, of a right one p(x_i | all others). At least the
-    one that is doubted most."""
+    (L,) bool: of a wrong token any is as likely, of a right one p(x_i | all others), for which the
+    network is asked while that is masked. At least the one that is doubted most."""
     V, places = model.vocab_size - 1, where.nonzero()[:, 0]
     rows = draft.repeat(len(places), 1)
     rows[torch.arange(len(places)), places] = V

@@ -154,18 +154,17 @@ def drafts(kept, count, number):
 def repaired(kept, family, name, number):
     """NFE, and what becomes of `number` held-out stories with wrong words (dict)."""
     count, _, sampler = name.removeprefix("repair ").partition(", ")
-    how = SampleConfig(sampler=sampler or SampleConfig.sampler, steps=24 if sampler else None)
+    how = SampleConfig(sampler=sampler, steps=24 if sampler else None)
     how = dataclasses.replace(how, draft_noise=int(count) / kept.cfg.seq_len)
     truth, places, rows = drafts(kept, int(count), number)
     blank = rows.masked_fill(
         torch.arange(rows.size(1), device=rows.device) > 0, kept.tokenizer.mask
     )
-    blank, draft = repair.begin(family, kept.model, blank, rows, how.draft_noise)
+    blank, draft, spent = repair.begin(family, kept.model, blank, rows, how.draft_noise)
     for step in diffusion.sample(family, kept.model, blank, how, draft=draft):
         pass
-    asked = rows.size(1) - 1 if draft is None else 0  # each token while it is masked
     found = [canvas.finished(kept.tokenizer, row) for row in step.ids.tolist()]
-    return {"nfe": step.row_nfe.float().mean().item() + asked} | judged(found, truth, places)
+    return {"nfe": step.row_nfe.float().mean().item() + spent} | judged(found, truth, places)
 
 
 def judged(found, truth, places):

@@ -132,7 +132,7 @@ def judge_families(options):
         name, _, correctors = setting["sampler"].partition(", ")
         fixed = name in family.samplers
         how = SampleConfig(
-            sampler=name if fixed else SampleConfig.sampler,
+            sampler=name if fixed else "",
             steps=64 if name == "remdm_conf" else None,
             temperature=0.0,
             top_p=1.0,

@@ -30,6 +30,7 @@ from utils import (
 from utils import tokenizer as tokenizers
 from utils.built_in import BUILT_IN
 from utils.cli import UserError
+from utils.policies import USUAL
 
 # --- on tales, where truth is known ---------------------------------------------------------------
 
@@ -70,7 +71,7 @@ def sampler_settings(options):
         for steps in (4, 8, 16, 32, 64, 101)
     ]
     rows = [row | {"cache": "none", "top_p": 1.0} for row in rows]
-    best = {"sampler": SampleConfig.sampler, "steps": "", "decode_block": 0, "cache": "none"}
+    best = {"sampler": USUAL, "steps": "", "decode_block": 0, "cache": "none"}
     rows += [best | {"top_p": share} for share in (0.9, 0.95, 0.98, 0.99)]
     best["decode_block"] = 16
     return rows + [
@@ -186,7 +187,7 @@ def temperature_settings(options):
     network's own."""
     return [
         {"sampler": sampler, "steps": "", "temperature": t, "top_p": 1.0}
-        for sampler in (SampleConfig.sampler, "first_hitting")
+        for sampler in (USUAL, "first_hitting")
         for t in (0.0, 0.3, 0.6, 0.8, 0.9, 1.0, 1.1, 1.3)
     ]
 
@@ -201,7 +202,7 @@ def order_settings(options):
             ("first_hitting", 1.0),
             ("confidence", 1.0),
             ("confidence", 0.0),
-            (SampleConfig.sampler, 1.0),
+            (USUAL, 1.0),
         )
     ]
 
@@ -293,7 +294,7 @@ def spelling_settings(options):
         ("first_hitting", ""),
     ]
     best = [
-        {"sampler": SampleConfig.sampler, "steps": "", "temperature": t, "top_p": 1.0}
+        {"sampler": USUAL, "steps": "", "temperature": t, "top_p": 1.0}
         for t in (0.0, 0.5, 0.8, 1.0)
     ]
     return (

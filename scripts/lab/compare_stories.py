@@ -13,6 +13,7 @@ from scripts.lab.stories import Checker, error_rates
 from utils import canvas, corpus, families, judges, metrics, samples, texts
 from utils.built_in import BUILT_IN
 from utils.cli import UserError
+from utils.policies import USUAL
 
 DEFAULT = dict(sampler="", steps="", decode_block=0, temperature=1.0, top_p=SampleConfig.top_p)
 REAL = dict.fromkeys(DEFAULT, "") | {"sampler": "held-out text"}  # which nothing samples
@@ -60,10 +61,10 @@ def story_settings(options):
 
 def check_choice(family):
     """Refuse what generates otherwise than by unmasking: the comparisons' settings are of that."""
-    if SampleConfig.sampler not in family.samplers:
+    if not family.carries_over:
         raise UserError(
-            f"{family.name} generates {family.procedure}; stories are compared of masked models, "
-            "of blocks and of autoregressive ones"
+            "stories are compared of masked models, of blocks and of autoregressive ones, and "
+            f"this is {family.name}"
         )
 
 
@@ -157,7 +158,7 @@ def long_settings(options):
     """Held-out stories one after the other; the default sampler in blocks of several sizes, or the
     model's own; one token at a time; colder."""
     family, rows = family_of(options), [REAL]
-    sizes, best = (0,) if family.block_len else (8, 16, 32, 64), SampleConfig.sampler
+    sizes, best = (0,) if family.block_len else (8, 16, 32, 64), USUAL
     if family.procedure:
         best = "first_hitting"
     else:
