@@ -1573,6 +1573,30 @@ def test_export_and_back(tales_run, monkeypatch, capsys):
         assert code == 2 and message in err and err.count("\n") == 1
 
 
+def test_a_canvas_is_exported_and_tuned(monkeypatch, capsys):
+    """Its weights of self-conditioning too; and masks take them over."""
+    train.train(settings(name="canvas", **config.CANVAS | {"block_len": 22}), quiet=True)
+    path, how = "artifacts/models/canvas.best.pt", {"seed": 3, "steps": 6}
+    code, _, err = run(export.main, ["--checkpoint", path, "--output", "out"], monkeypatch, capsys)
+    assert code == 0, err
+    found = [inference.load(name, device="cpu") for name in (path, "out")]
+    text, nll = (
+        [f(model) for model in found]
+        for f in (
+            lambda model: model.generate(**how).text,
+            lambda model: model.nll("Once upon a time.", passes=2).nats,
+        )
+    )
+    assert text[0] == text[1] and nll[0] == pytest.approx(nll[1], rel=1e-6)
+    still = {"init_from": path, "max_iters": 1, "lr": 0.0, "muon_lr": 0.0}
+    train.train(settings(name="tuned", **config.CANVAS | {"block_len": 11} | still), quiet=True)
+    assert same(weights(path), weights("artifacts/models/tuned.pt"))
+    train.train(settings(name="masked", self_conditioning=0.5, **still), quiet=True)
+    assert same(weights(path), weights("artifacts/models/masked.pt"))
+    with pytest.raises(UserError, match="give --self_conditioning 0.5"):
+        train.train(settings(**still), quiet=True)
+
+
 def test_export_in_bfloat16(tales_run, monkeypatch, capsys):
     """Half the size; what comes back is in float32 again, rounded, and writes."""
     path = str(tales_run / "models" / "tales.best.pt")

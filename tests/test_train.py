@@ -45,6 +45,7 @@ from utils.settings import family_defaults
 
 CPU = ranks.Hardware(torch.device("cpu"))
 UNIFORM = family_defaults("uniform") | {"objective": "uniform"}
+CANVAS = config.CANVAS | {"block_len": 6}
 TINY = SIZES | dict(
     data="tales",
     rows="document",
@@ -119,6 +120,7 @@ def test_ranks_share_the_batch():
         {"rows": "stream", "corruption": "bernoulli"},
         {"block_len": 6},
         UNIFORM,
+        CANVAS,
     ):
         cfg = tiny(batch_size=8, **changes)
         data = corpus.load(cfg)
@@ -132,7 +134,9 @@ def test_ranks_share_the_batch():
             lambda piece: piece[0],
             lambda piece: piece[1].masked,
             lambda piece: piece[1].weight,
-            *[lambda piece: piece[1].noise, lambda piece: piece[1].level] * (changes == UNIFORM),
+            *[lambda piece: piece[1].noise, lambda piece: piece[1].level]
+            * ("objective" in changes),
+            *[lambda piece: piece[1].conditioned] * (changes == CANVAS),
         ):
             assert torch.equal(part(whole), torch.cat([part(half.pieces[0]) for half in halves]))
         assert len({seed, halves[1].seed}) == 2, "dropout differs"
@@ -277,6 +281,7 @@ def test_what_is_judged_and_sampled_is_the_average():
         UNIFORM,
         {"objective": "ar"},
         {"block_len": 6},
+        CANVAS,
     ),
 )
 def test_resuming_is_exact(changes, monkeypatch):

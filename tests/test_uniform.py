@@ -441,16 +441,18 @@ def test_accept_and_renoise_draws_from_rho(name, monkeypatch):
 
 class BlockOfNoise:
     """The perfect network of uniform noise in blocks, for [noisy ; clean] and, with a cache or
-    without, for a canvas: p(x0_i | clean blocks before, noisy tokens of its block but i)."""
+    without, for a canvas: p(x0_i | clean blocks before, noisy tokens of its block but i); full:
+    with that token too, level: as if that were the noise level."""
 
     vocab_size = V + 1
 
-    def __init__(self, n, blur=0.0):
-        self.n, self.blur = n, blur
+    def __init__(self, n, blur=0.0, full=False, level=None):
+        self.n, self.blur, self.full, self.level = n, blur, full, level
 
     def __call__(self, ids, noise_level, *, attention, positions=None, select=None, cache=None):
         B, W = ids.shape
         m = noise_level[:, :L].double()
+        m = m if self.level is None else torch.full_like(m, self.level)
         noisy, clean = ids[:, :L], ids[:, -L:]
         keep = (1 - m)[:, None, :] * (noisy[:, None] == SEQUENCES) + (m / V)[:, None]  # (B, 81, L)
         same = clean[:, None] == SEQUENCES
@@ -459,7 +461,7 @@ class BlockOfNoise:
             block = range(i // self.n * self.n, i // self.n * self.n + self.n)
             chance = P * same[..., : block.start].all(-1)
             for j in block:
-                chance = chance * (1 if j == i else keep[..., j])
+                chance = chance * (1 if j == i and not self.full else keep[..., j])
             p = chance @ torch.nn.functional.one_hot(SEQUENCES[:, i], V).double()
             out.append(p / p.sum(-1, keepdim=True))
         p = torch.stack(out, 1)
@@ -521,6 +523,24 @@ def test_the_bound_of_uniform_blocks(n, blurred):
             assert abs(gap.mean().item()) < 4 * gap.std().item() / math.sqrt(len(gap)), (n, blur)
 
 
+@pytest.mark.parametrize(
+    "n, name, level",
+    ((1, "flat", None), (2, "flat", None), (1, "full", None), (2, "full", None), (1, "full", 0.5)),
+)
+def test_the_bound_of_blocks_of_a_network_that_learned_cross_entropy(n, name, level):
+    """The likelihood itself, whichever posterior the perfect network says. One that is not told the
+    level of a block of one token has nothing to guess it from: it means that of the middle, 0.5,
+    and so does the bound."""
+    told = "adaln" if level is None else "none"
+    kind = of_loss(name, block_len=n, seq_len=L, schedule="linear", time_conditioning=told)
+    x0 = SEQUENCES[P.multinomial(4000, replacement=True, generator=generator(5))]
+    network = BlockOfNoise(n, full=name == "full", level=level)
+    gap = kind.nelbo(network, x0, 1)[:, 0] * L + P[code(x0)].log()
+    assert abs(gap.mean().item()) < 4 * gap.std().item() / math.sqrt(len(gap))
+    wrong = kind.nelbo(BlockOfNoise(n, full=name == "flat", level=level), x0, 1)[:, 0] * L
+    assert (wrong + P[code(x0)].log()).mean().item() > 0.03
+
+
 @pytest.mark.parametrize("n", (1, 2))
 @pytest.mark.parametrize("cache", ("auto", "none"))
 def test_uniform_blocks_generate_the_data(n, cache):
@@ -544,6 +564,18 @@ def test_uniform_blocks_generate_the_data(n, cache):
     *_, last = sample(Finished(n), canvas, steps=64, **how)
     assert total_variation(empirical(last.ids), P) < 0.03
     assert last.row_nfe.unique().tolist() == [64]
+
+
+def test_correctors_in_blocks():
+    """Each block has its own, none before its first step or after its last; they bring the samples
+    nearer to the data."""
+    canvas, errors = torch.full((20_000, L), MASK), []
+    how = {"objective": "uniform", "block_len": 2, "cache": "none", "steps": 4}
+    for sweeps in (0, 8):
+        *_, last = sample(BlockOfNoise(2), canvas, correctors=sweeps, **how)
+        errors.append(total_variation(empirical(last.ids), P))
+        assert last.row_nfe.unique().tolist() == [4 + 2 * sweeps]
+    assert errors[1] < errors[0] - 0.02
 
 
 # --- accept and renoise ---------------------------------------------------------------------------
@@ -615,6 +647,21 @@ def test_a_draft_has_all_its_steps(n):
     assert last.row_nfe.tolist() == [6, 6] and levels[0] == pytest.approx(0.3)
     blocks = [levels] if not n else [levels[:3], levels[3:]]
     assert all(part == sorted(part, reverse=True) and part[0] == blocks[0][0] for part in blocks)
+
+
+@pytest.mark.parametrize("name", ("elbo", "full"))
+def test_a_draft_is_repaired(name):
+    """The reverse process takes it for a text with noise, and draws what it was from the posterior
+    p(x0 | draft) of that noise level."""
+    kind = of_loss(name, time_conditioning="adaln")
+    m, draft = 0.4, torch.tensor([0, 2, 2, 1])
+    posterior = P * ((1 - m) * (SEQUENCES == draft) + m / V).prod(1)
+    posterior = posterior / posterior.sum()
+    how = SampleConfig(steps=64, top_p=1.0, draft_noise=m)
+    canvas = torch.full((20_000, L), MASK)
+    begun = {"draft": draft.expand(20_000, L)}
+    *_, last = diffusion.sample(kind, LeaveOneOut(full=name == "full"), canvas, how, **begun)
+    assert total_variation(empirical(last.ids), posterior) < 0.03
 
 
 # --- self-conditioning ----------------------------------------------------------------------------
@@ -704,6 +751,22 @@ def test_sampling_shows_what_was_predicted_in_the_step_before(changes, sampler):
     assert torch.equal(alone.ids[0], last.ids[1])
 
 
+@pytest.mark.parametrize("cache", ("prefix", "dual"))
+def test_an_approximate_cache_shows_the_same(cache):
+    """One that is made anew in every step changes nothing."""
+    _, model = conditioned({})
+    canvas = torch.full((3, 12), 5)
+    canvas[:, 0], canvas[1, 5:7] = 1, 2
+    how = SELF | {"steps": 9, "decode_block": 4, "sampler": "confidence"}
+    found = [
+        list(sample(model, canvas, **how | more))[-1].ids
+        for more in ({}, {"cache": cache, "cache_refresh": 1})
+    ]
+    assert torch.equal(*found)
+    *_, last = sample(model, canvas, cache=cache, **how)
+    assert last.ids.max() < 5
+
+
 # --- the autoregressive loss of the clean half ----------------------------------------------------
 
 CANVAS = {"objective": "uniform", "block_len": 4, "ar_weight": 0.5, "time_conditioning": "none"}
@@ -748,6 +811,41 @@ def test_one_network_generates_from_left_to_right_and_in_blocks(window):
         assert steps[-1].ids.max() < 5 and not steps[-1].masked.any()
     with pytest.raises(UserError, match="needs something to begin with"):
         list(sample(model, torch.full((1, 6), 5), **how))
+
+
+def test_left_to_right_is_the_law_of_the_network():
+    """What the perfect autoregressive network generates has the law of the data, and
+    `Uniform.left_to_right` says how likely it is, but for the first token, which is given."""
+
+    class Chain:
+        """p(x_i+1 | x_1 .. x_i) at position i, for the whole row or as new positions of it."""
+
+        vocab_size = V + 1
+
+        def __call__(self, ids, level, *, positions=None, select=None, attention=None, cache=None):
+            if positions is not None:
+                self.seen = getattr(self, "seen", torch.zeros(len(ids), L + 1, dtype=torch.long))
+                self.seen = self.seen.scatter(1, positions, ids)
+                rows, place = self.seen[:, 1:], positions - 1
+            else:
+                rows, place = ids, torch.arange(L).expand(len(ids), L)
+            out = []
+            for i in place[0].tolist():
+                same = (rows[:, None, : i + 1] == SEQUENCES[:, : i + 1]).all(-1) * P
+                p = same @ torch.nn.functional.one_hot(SEQUENCES[:, min(i + 1, L - 1)], V).double()
+                out.append((p / p.sum(-1, keepdim=True)).log())
+            logits = torch.stack(out, 1)
+            return logits if select is None else logits.flatten(0, 1)[select]
+
+    kind = of_loss("full", block_len=2, seq_len=L, ar_weight=0.5, time_conditioning="none")
+    first = torch.stack([P[SEQUENCES[:, 0] == v].sum() for v in range(V)])
+    exact = kind.left_to_right(Chain(), SEQUENCES) * L
+    torch.testing.assert_close(exact, first[SEQUENCES[:, 0]].log() - P.log(), atol=1e-6, rtol=0)
+    canvas = torch.full((20_000, L), MASK)
+    canvas[:, 0] = first.multinomial(20_000, replacement=True, generator=generator(3))
+    how = {"objective": "uniform", "block_len": 2, "ar_weight": 0.5, "time_conditioning": "none"}
+    *_, last = sample(Chain(), canvas, sampler="left_to_right", **how)
+    assert total_variation(empirical(last.ids), P) < 0.03
 
 
 @pytest.mark.parametrize("causal", (0.0, 0.5))
