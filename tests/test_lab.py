@@ -24,7 +24,6 @@ from scripts.lab import (
 )
 from scripts.lab import stories as checks
 from utils import tales, texts
-from utils.cli import UserError
 from utils.tokenizer import train_char
 
 NAMES = [("Lily", "she"), ("Tom", "he"), ("Mia", "she"), ("Ben", "he")]
@@ -257,8 +256,38 @@ def test_the_recipe_on_trial(monkeypatch, capsys):
     assert float(found["canvas, one canvas", "reverse"]["nfe"]) == 8
     mended = found["masked", "repair 2"]
     assert mended["repaired"] == "0" and float(mended["nfe"]) > 66 and not mended["distinct_2"]
-    with pytest.raises(UserError, match="--base tales"):
-        compare_canvas.judge_canvas(ablate.AblateConfig(base="sudoku"))
+
+
+@pytest.mark.parametrize("corpus", ("--base sudoku", "--data own.txt"))
+def test_the_recipe_on_trial_elsewhere(corpus, monkeypatch, capsys):
+    """On grids puzzles are solved; on texts words are looked up."""
+    open("own.txt", "w").write("a red kite flew over the old mill, and fell. " * 300)
+    few = ("masked", "canvas, one canvas")
+    settings = lambda options: [
+        one
+        for one in compare_canvas.canvas_settings(options)
+        if one["variant"] in few
+        and one["steps"] in ("", 8)
+        and one["sampler"] in ("entropy_bounded:0.1", "reverse", "puzzles, reverse")
+    ]
+    monkeypatch.setitem(
+        ablate.COMPARISONS, "canvas", ablate.COMPARISONS["canvas"]._replace(settings=settings)
+    )
+    shape = dict(n_layer=1, n_head=2, n_embd=16, batch_size=4, final_rows=4)
+    base = variants.base_config
+    monkeypatch.setattr(variants, "base_config", lambda options: base(options) | shape)
+    words = f"canvas {corpus} --iters 2 --num_samples 2 --device cpu --out_dir out"
+    code, _, err = run(ablate.main, words, monkeypatch, capsys)
+    grids = "sudoku" in corpus
+    stem = "out/canvas_sudoku" if grids else "out/canvas_on_own"
+    assert code == 0 and os.path.getsize(f"{stem}.png") > 10_000, err
+    rows = {(row["variant"], row["sampler"]): row for row in ablate.read_table(f"{stem}.csv")}
+    assert len(rows) == (3 if grids else 2)
+    share = float(rows["canvas, one canvas", "reverse"]["valid" if grids else "words"])
+    assert share == 0 if grids else 0 <= share < 0.5, "a single letter may be a word"
+    assert ("above_exact" in rows["masked", "entropy_bounded:0.1"]) == grids
+    if grids:
+        assert rows["canvas, one canvas", "puzzles, reverse"]["solved"] == "0"
 
 
 def test_what_counts_as_repaired():

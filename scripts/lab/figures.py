@@ -245,40 +245,59 @@ def by_family(rows, title, path):
 
 
 def of_canvas(rows, title, path):
-    """The bound of each variant; the best share of valid stories at up to so many NFE; the share of
-    stories with wrong words that are repaired, by the better sampler: means over seeds. Rows are
-    those of scripts/lab/ablate.py canvas (dicts of str). A PNG at `path`."""
+    """The bound of each variant; the best share of valid texts (or of known words) at up to so many
+    NFE; and what of texts with wrong words is repaired, or the puzzles that are solved, by the best
+    sampler: means over seeds. Rows are those of scripts/lab/ablate.py canvas (dicts of str). A PNG
+    at `path`."""
     plt = plots.pyplot()
     figure, axes = plt.subplots(1, 3, figsize=(19, 6.5), layout="constrained")
     mean = lambda own, name: sum(float(row[name]) for row in own) / len(own)
-    names = list(dict.fromkeys(row["variant"] for row in rows))
+    names, exact = list(dict.fromkeys(row["variant"] for row in rows)), "above_exact" in rows[0]
+    share, what = ("valid", "valid texts") if exact else ("words", "known words")
     for number, name in enumerate(names):
         own = [row for row in rows if row["variant"] == name]
         colour = plots.OKABE_ITO[number % 7]
         style = dict(color=colour, ls=("-", "--", ":")[number // 7 % 3], label=name)
-        bounds = {row["seed"]: 100 * float(row["above_exact"]) for row in own}
+        bounds = {
+            row["seed"]: 100 * float(row["above_exact"]) if exact else float(row["bound"])
+            for row in own
+        }
         axes[0].plot(list(bounds.values()), [number] * len(bounds), "o", color=colour)
         groups = {}
         for row in own:
             groups.setdefault((row["sampler"], row["steps"]), []).append(row)
-        wrote, mended = [(0.0, 0.0)], {}
+        wrote, mended, puzzles = [], {}, 0.0
         for (sampler, _), group in groups.items():
             if sampler.startswith("repair"):
                 words = int(sampler.split()[1].strip(","))
                 mended[words] = max(mended.get(words, 0.0), 100 * mean(group, "repaired"))
+            elif sampler.startswith("puzzles"):
+                puzzles = max(puzzles, 100 * mean(group, "solved"))
             else:
-                wrote.append((mean(group, "nfe"), 100 * mean(group, "valid")))
-        nfe, valid = zip(*sorted(wrote))
-        axes[1].plot(nfe, list(itertools.accumulate(valid, max)), drawstyle="steps-post", **style)
-        axes[2].plot(list(mended), list(mended.values()), marker="o", **style)
-    axes[0].set(xlabel="NELBO, % above exact", xscale="log", yticks=range(len(names)))
+                wrote.append((mean(group, "nfe"), 100 * mean(group, share)))
+        if wrote:
+            nfe, shares = zip(*sorted(wrote))
+            best = list(itertools.accumulate(shares, max))
+            axes[1].plot(nfe, best, drawstyle="steps-post", **style)
+        if mended:
+            axes[2].plot(list(mended), list(mended.values()), marker="o", **style)
+        if puzzles:
+            axes[2].barh(number, puzzles, color=colour)
+    axes[0].set(xlabel="NELBO, % above exact" if exact else "NELBO (nats a token)")
+    axes[0].set(xscale="log" if exact else "linear", yticks=range(len(names)))
     axes[0].set_yticklabels(names)
     axes[0].invert_yaxis()
-    axes[1].set(xlabel="NFE", ylabel="% valid stories, best at most so many NFE", xlim=(0, 70))
-    axes[2].set(xlabel="wrong words", ylabel="% repaired", xticks=(1, 2, 4, 8))
+    axes[1].set(xlabel="NFE", ylabel=f"% {what}, best at most so many NFE", xlim=(0, 70))
+    axes[1].legend(fontsize=8)
+    if any(row["sampler"].startswith("puzzles") for row in rows):
+        axes[2].sharey(axes[0])
+        axes[2].set(xlabel="% of puzzles solved")
+    elif any(row["sampler"].startswith("repair") for row in rows):
+        axes[2].set(xlabel="wrong words", ylabel="% repaired", xticks=(1, 2, 4, 8))
+    else:
+        axes[2].remove()
     for axis in axes:
         axis.grid(alpha=0.3)
-    axes[1].legend(fontsize=8)
     figure.suptitle(title)
     plots.save(figure, path)
     plt.close(figure)

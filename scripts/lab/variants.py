@@ -297,9 +297,11 @@ def puzzles(options):
 
 
 def canvas(options):
-    """The recipe of DiffusionGemma in small, without each of its ingredients, and masks."""
+    """The recipe of DiffusionGemma in small, in thirds of a row; without each of its ingredients;
+    and masks."""
     base = cli.merge(Config, base_config(options))
-    whole = config.CANVAS | blocks(base, 22)
+    n = (base.seq_len - diffusion.bos_tokens(base)) // 3
+    whole = config.CANVAS | blocks(base, n)
     without = {
         "told the noise level": {"time_conditioning": "adaln"},
         "cross entropy at corrupted positions": {"loss_weighting": "flat"},
@@ -307,14 +309,14 @@ def canvas(options):
         | {"time_conditioning": "adaln"},
         "no self-conditioning": {"self_conditioning": 0.0},
         "no autoregressive loss": {"ar_weight": 0.0},
-        "blocks of 11": blocks(base, 11),
-        "blocks of 33": blocks(base, 33),
+        f"blocks of {n // 2}": blocks(base, n // 2),
+        f"blocks of {n // 2 * 3}": blocks(base, n // 2 * 3),
         "one canvas": {"block_len": 0, "ar_weight": 0.0},
     }
     return {
         "masked": {},
         "masked, self-conditioning": {"self_conditioning": 0.5},
-        "masked, blocks of 22": blocks(base, 22),
+        f"masked, blocks of {n}": blocks(base, n),
         "canvas": whole,
     } | {f"canvas, {name}": whole | changes for name, changes in without.items()}
 
