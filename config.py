@@ -224,6 +224,8 @@ PRESETS = {
     # bound itself is the better loss, with smaller steps, and large tied embeddings learn to copy
     # names.
     "tales": MADE | dict(data="tales", vocab_size=1024, seq_len=67),
+    # The same stories by the recipe of DiffusionGemma.
+    "tales_canvas": MADE | CANVAS | dict(data="tales", vocab_size=1024, seq_len=67, block_len=22),
     # Stories on request: questions and answers.
     "tales_asked": MADE | dict(
         data="tales_asked", rows="pair", vocab_size=1024, seq_len=97, short_rows=0.0),

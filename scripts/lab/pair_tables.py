@@ -1,6 +1,7 @@
-"""Tables of puzzles, of questions and answers, and of what came from an autoregressive network; see
-tables.py."""
+"""Tables of puzzles, of questions and answers, of what came from an autoregressive network, and of
+the recipe of uniform noise; see tables.py."""
 
+import re
 from operator import itemgetter
 
 from scripts.lab.results import best_at_most, load, mean, share, source, table
@@ -56,6 +57,37 @@ def puzzle_families():
         cells.append([*first, f"`{sampler}`", nfe, spread])
         before = name
     head = ["family", "steps", "NELBO above exact", "sampler", "NFE", "solved"]
+    return table(head, cells) + source(file)
+
+
+def canvas(file):
+    """What each variant of the recipe comes to after equal minutes: its bound, the best of its
+    samplers at most so much NFE, how likely that one's valid stories are, and what it repairs:
+    means over seeds."""
+    limits, wrong, variants = (16, 20, 32, 64), (1, 2, 4, 8), {}
+    for row in load(file):
+        variants.setdefault(row["variant"], {}).setdefault(
+            (row["sampler"], row["steps"]), []
+        ).append(row)
+    cells = []
+    for name, ways in variants.items():
+        rows = [row for group in ways.values() for row in group]
+        line = [name, f"{mean(rows, 'training_steps'):,.0f}", f"{mean(rows, 'above_exact'):.1%}"]
+        wrote = [rows for (way, _), rows in ways.items() if not way.startswith("repair")]
+        for limit in limits:
+            few = [rows for rows in wrote if mean(rows, "nfe") <= limit]
+            best = max(few, key=lambda rows: mean(rows, "valid"), default=None)
+            line.append(f"{mean(best, 'valid'):.1%}" if best else "–")
+        known = [row for row in best if row["log_prob"]]
+        line.append(f"{mean(known, 'log_prob'):.2f}" if known else "–")
+        for count in wrong:
+            again = f"repair {count}"
+            found = [r for (way, _), r in ways.items() if re.fullmatch(f"{again}(, .*)?", way)]
+            shares = [mean(rows, "repaired") for rows in found]
+            line.append(f"{max(shares):.1%}" if shares else "–")
+        cells.append(line)
+    head = ["variant", "steps", "NELBO above exact", *(f"valid, {n} NFE" for n in limits)]
+    head += ["their log-probability", *(f"{n} repaired" for n in wrong)]
     return table(head, cells) + source(file)
 
 

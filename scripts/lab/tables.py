@@ -251,6 +251,7 @@ TABLES = {
     "padding": functools.partial(listed, "ablations/padding_tales_asked.csv", pair_tables.PADDING),
     "adapt": functools.partial(pair_tables.adapt, "ablations/adapt.csv"),
     "adapt_stories": functools.partial(pair_tables.adapt, "ablations/adapt_on_stories_847.csv"),
+    "canvas": functools.partial(pair_tables.canvas, "ablations/canvas_tales.csv"),
     "sampled": sampled,
     "temperatures": functools.partial(listed, "ablations/temperature.csv", TEMPERATURES),
     "spelling": functools.partial(listed, "ablations/spelling.csv", SPELLING),
