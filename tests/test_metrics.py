@@ -441,9 +441,9 @@ setTimeout(() => { seen.push(look()); document.title = JSON.stringify(seen); }, 
 </script>"""
 
 
-def test_the_page_in_a_browser(bpe, tmp_path):
-    """Keys, slider, play, colours and alternatives in a headless browser, where one is
-    installed."""
+def in_a_browser(frames, tokenizer, script, page):
+    """What the script makes the title of the page of these frames, a file, in a headless browser,
+    where one is installed."""
     browser = next(
         filter(
             None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))
@@ -452,19 +452,8 @@ def test_the_page_in_a_browser(bpe, tmp_path):
     )
     if browser is None:
         pytest.skip("no Chromium or Chrome is installed")
-    ids, page = bpe.encode(["a red kite"])[0], tmp_path / "x.html"
-    top = [[(ids[0], 0.75), (ids[1], 0.25)]] + [[(ids[1], 1.0)]] * (len(ids) - 1)
-    pages.write_html(
-        str(page),
-        [
-            frame([bpe.mask] * len(ids), nfe=0, confidence=0.0),
-            frame([ids[0]] + [bpe.mask] * (len(ids) - 1), fresh={0}, confidence=0.5, top=top),
-            frame(ids, fresh=set(range(1, len(ids))), nfe=2, top=top),
-        ],
-        bpe,
-        "title",
-    )
-    page.write_text(page.read_text(encoding="utf-8") + PRESS_KEYS, encoding="utf-8")
+    pages.write_html(str(page), frames, tokenizer, "title")
+    page.write_text(page.read_text(encoding="utf-8") + script, encoding="utf-8")
     done = subprocess.run(
         [
             browser,
@@ -475,7 +464,44 @@ def test_the_page_in_a_browser(bpe, tmp_path):
         text=True,
         timeout=60,
     )
-    seen = json.loads(html.unescape(re.search("<title>(.*?)</title>", done.stdout)[1]))
+    return json.loads(html.unescape(re.search("<title>(.*?)</title>", done.stdout)[1]))
+
+
+CLASSES = """<script>
+const seen = [];
+for (let k = 0; k < T; k++) {
+  show(k);
+  tip({target: spans[1], clientX: 0, clientY: 0});
+  const text = name => document.querySelector(name).textContent;
+  const classes = spans.map(span => span.className);
+  seen.push({classes, status: text("#status"), tip: text("#tip"), legend: text(".legend")});
+}
+document.title = JSON.stringify(seen);
+</script>"""
+
+
+def test_random_tokens_in_a_browser(bpe, tmp_path):
+    """Each state by its class; and the noise level, not a number of masks."""
+    page = tmp_path / "x.html"
+    blank, first, second, last = in_a_browser(random_noise(bpe), bpe, CLASSES, page)
+    assert set(blank["classes"]) == {"t mask"} and "noise level 1.00" in blank["status"]
+    assert first["classes"][:3] == ["t fresh", "t fresh", "t noise"]
+    assert second["classes"][:3] == ["t changed", "t noise again", "t noise"]
+    assert "noise level 0.80" in second["status"] and "noise" in second["tip"]
+    assert "noise" not in " ".join(last["classes"]) and "settled in step" in last["tip"]
+    assert "renoised" in last["legend"] and "masked" not in last["legend"]
+
+
+def test_the_page_in_a_browser(bpe, tmp_path):
+    """Keys, slider, play, colours and alternatives."""
+    ids = bpe.encode(["a red kite"])[0]
+    top = [[(ids[0], 0.75), (ids[1], 0.25)]] + [[(ids[1], 1.0)]] * (len(ids) - 1)
+    frames = [
+        frame([bpe.mask] * len(ids), nfe=0, confidence=0.0),
+        frame([ids[0]] + [bpe.mask] * (len(ids) - 1), fresh={0}, confidence=0.5, top=top),
+        frame(ids, fresh=set(range(1, len(ids))), nfe=2, top=top),
+    ]
+    seen = in_a_browser(frames, bpe, PRESS_KEYS, tmp_path / "x.html")
     blank, half, order, end, themes, slid, played = seen
     assert blank["text"] == "" and f"{len(ids)} of {len(ids)} masks left" in blank["status"]
     assert (
