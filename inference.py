@@ -63,7 +63,9 @@ class Sample:
     tokens_per_second: float  # of all those, up to the texts' ends
     tokens: list = dataclasses.field(repr=False)  # str of each position of the row
     confidence: list = dataclasses.field(repr=False)  # probability of the likeliest token there
-    step: list = dataclasses.field(repr=False)  # in which each settled; 0: given
+    step: list = dataclasses.field(
+        repr=False
+    )  # in which each settled; 0: given, or as in the draft
     trace: tuple = dataclasses.field(default=None, repr=False)  # trace.Trace, if recorded
 
     def __str__(self):
@@ -112,8 +114,11 @@ class Model:
         stop = None if how.no_stop or how.draft else self.tokenizer.end
         more, spent = dict(window=self.family.cfg.seq_len, seeds=seeds, top=top), 0
         if how.draft:
-            rest = (self.network, blank, self.begun(blank, how), how.draft_noise)
-            blank, more["draft"], spent = repair.begin(self.family, *rest)
+            rest = (self.network, blank, self.begun(blank, how), how)
+            blank, more["draft"], first = repair.begin(self.family, *rest)
+            if first:
+                spent = first.nfe
+                yield first
         for step in diffusion.sample(self.family, self.network, blank, how, stop=stop, **more):
             yield step._replace(nfe=step.nfe + spent, row_nfe=step.row_nfe + spent)
 
@@ -143,14 +148,16 @@ class Model:
         [(row, seed)], device = rows, self.hardware.device
         blank = torch.tensor([row], device=device)
         shown = lambda frame: trace.shown(frame, row, self.tokenizer, not how.no_stop)
-        yield shown(trace.blank_frame(blank[0], self.tokenizer.mask, self.begun(blank, how)[0]))
+        frame = trace.blank_frame(blank[0], self.tokenizer.mask, self.begun(blank, how)[0])
+        yield shown(frame)
         steps = self.steps(blank, how, [seed], 0)
         for number in itertools.count(1):
             with self.hardware.autocast():  # not while the caller works
                 step = next(steps, None)
             if step is None:
                 return
-            yield shown(trace.frame_of(number, step, step.fresh[0], step.remasked[0]))
+            frame = trace.frame_of(number, step, frame)
+            yield shown(frame)
 
     def nll(self, text, passes=32, prompt=""):
         """`metrics.TextBound` of the text (str) and its end, in nats: an upper bound on -log p, the
@@ -240,7 +247,8 @@ def generate(model, how, record=False):
             )
         if first and how.live:
             given = (blank[0] != tokenizer.mask).tolist()
-            steps = terminal.live(steps, tokenizer, given, how.frame_ms)
+            noisy = (model.begun(blank, how)[0] == tokenizer.mask).tolist()
+            steps = terminal.live(steps, tokenizer, given, how.frame_ms, noisy)
         with model.hardware.autocast():
             last, settled = follow(steps, blank == tokenizer.mask, quiet=first and how.live)
         nfe, seconds, ids = nfe + last.nfe, seconds + watch.seconds, last.ids.tolist()

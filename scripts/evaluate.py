@@ -97,7 +97,7 @@ class EvaluateConfig:
 
     def __post_init__(self):
         cli.check(self)
-        if self.sampler is not None:
+        if self.sampler:
             policies.find_sampler(self.sampler, policies.SAMPLERS | policies.UNIFORM_SAMPLERS)
 
 

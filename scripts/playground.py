@@ -74,6 +74,7 @@ def options_of(model, prompt, suffix, infill, gen_len, steps, temperature, seed,
     found = dict(prompt=prompt, suffix=suffix, infill=infill, gen_len=int(gen_len or 0) or None)
     found |= dict(steps=int(steps or 0) or None, temperature=temperature, seed=int(seed or 0))
     usual = model.settings()
+    named = "" if named == model.family.sampler_name(usual) else named
     return {
         name: value
         for name, value in (found | {"sampler": named}).items()
@@ -100,9 +101,7 @@ def watch(model, options):
             given, total = [token is not None for token in state.tokens], state.tokens.count(None)
         written = (1 - state.noise) * total
         masks = state.tokens.count(None)
-        left = f"{masks} of {total} masks left"
-        if state.noise and not masks:  # of uniform noise, which has no masks
-            left = f"noise level {state.noise:.2f}"
+        left = f"{masks} of {total} masks left" if state.masks else f"noise level {state.noise:.2f}"
         rate = f", {written / seconds:,.0f} tokens/s" if state.nfe else ""
         line = f"step {state.number}, {state.nfe} NFE, {left}{rate}"
         yield page.marked(state, given), line

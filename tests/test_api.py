@@ -105,6 +105,13 @@ def test_a_draft_is_what_stands_there_at_first(name, folder, monkeypatch):
     asked = len(first.ids) - 1 if name == "documents" else 0  # each token while it is masked
     assert len(sample.tokens) == len(first.ids) and asked < sample.nfe <= asked + 6
     assert first.nfe == 0 and rest[-1].nfe == sample.nfe
+    assert rest[-1].masks == (name == "documents") and trace.given_in([first], model.tokenizer) == [
+        False
+    ] * len(first.ids)
+    if name == "documents":  # what is doubted is masked in a step of its own
+        begun = rest[0]
+        assert begun.nfe == asked and begun.noisy == begun.remasked and any(begun.noisy)
+        assert begun.noise == pytest.approx(sum(begun.noisy) / asked)
     assert [state.text for state in model.stream(draft=DRAFT)][0] == DRAFT
     monkeypatch.setattr(canvas, "MOST_TOKENS", 50)
     for options, message in (

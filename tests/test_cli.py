@@ -1573,6 +1573,16 @@ def test_export_and_back(tales_run, monkeypatch, capsys):
         assert code == 2 and message in err and err.count("\n") == 1
 
 
+def test_checkpoints_from_before_accept_and_renoise():
+    """Uniform noise was sampled by the reverse process, whatever the default's name said."""
+    sampled = lambda objective, sampler: checkpoint.sampling(
+        {"sample": {"sampler": sampler}, "config": {"objective": objective}}, "x.pt"
+    )
+    assert sampled("uniform", "entropy_bounded") == {"sampler": ""}
+    for kept in (("masked", "entropy_bounded"), ("uniform", "entropy_bounded:3")):
+        assert sampled(*kept) == {"sampler": kept[1]}
+
+
 def test_a_canvas_is_exported_and_tuned(monkeypatch, capsys):
     """Its weights of self-conditioning too; and masks take them over."""
     train.train(settings(name="canvas", **config.CANVAS | {"block_len": 22}), quiet=True)

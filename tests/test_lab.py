@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import TINY, load, run
 
+import diffusion
 import train
 from scripts.lab import (
     ablate,
@@ -24,6 +25,7 @@ from scripts.lab import (
 )
 from scripts.lab import stories as checks
 from utils import tales, texts
+from utils.cli import UserError
 from utils.tokenizer import train_char
 
 NAMES = [("Lily", "she"), ("Tom", "he"), ("Mia", "she"), ("Ben", "he")]
@@ -256,6 +258,28 @@ def test_the_recipe_on_trial(monkeypatch, capsys):
     assert float(found["canvas, one canvas", "reverse"]["nfe"]) == 8
     mended = found["masked", "repair 2"]
     assert mended["repaired"] == "0" and float(mended["nfe"]) > 66 and not mended["distinct_2"]
+
+
+def test_what_cannot_be_on_trial():
+    for base, message in (
+        ({"base": "tales_asked"}, "canvas is of texts"),
+        ({"base": "gpt2"}, "canvas is of texts"),
+        ({"base": "sudoku4"}, "canvas cuts rows into thirds"),
+    ):
+        with pytest.raises(UserError, match=message):
+            compare_canvas.judge_canvas(ablate.AblateConfig(**base))
+
+
+def test_all_variants_have_one_window():
+    for base in ("", "tales", "sudoku", "stories_small"):
+        options = ablate.AblateConfig(base=base)
+        found = [compare_canvas.config_of(options, name) for name in variants.canvas(options)]
+        assert len({cfg.seq_len for cfg in found}) == 1
+        for cfg in found:
+            bos = diffusion.bos_tokens(cfg)
+            assert not cfg.block_len or (cfg.seq_len - bos) % cfg.block_len == 0
+        masked = compare_canvas.config_of(options, "masked")
+        assert masked.objective == "masked" and masked.block_len == 0
 
 
 @pytest.mark.parametrize("corpus", ("--base sudoku", "--data own.txt"))

@@ -122,16 +122,20 @@ def bpe():
     return train_bpe(tales.generate(1, 300), 600)
 
 
-def frame(ids, fresh=(), remasked=(), nfe=1, confidence=1.0, top=None, noisy=None, noise=1.0):
+def frame(
+    ids, fresh=(), remasked=(), nfe=1, confidence=1.0, top=None, noisy=None, noise=1.0, changed=()
+):
     """A Frame of ids; noisy: places of random tokens, None: noise is MASK, the largest id."""
     return trace.Frame(
         nfe,
         ids,
         [i in fresh for i in range(len(ids))],
+        [i in changed for i in range(len(ids))],
         [i in remasked for i in range(len(ids))],
         nfe,
         [confidence] * len(ids),
         [token == 599 if noisy is None else i in noisy for i, token in enumerate(ids)],
+        noisy is None,
         top,
         noise,
     )
@@ -171,7 +175,7 @@ def random_noise(bpe):
     return [
         frame([bpe.mask] * len(ids), nfe=0, confidence=0.0),
         frame(ids, fresh={0, 1}, noisy=rest - {1}, noise=0.7, confidence=0.5),
-        frame(ids[::-1], fresh={0}, remasked={1}, noisy=rest, noise=0.8, confidence=0.5),
+        frame(ids[::-1], {0}, changed={0}, remasked={1}, noisy=rest, noise=0.8, confidence=0.5),
         frame(ids, fresh=rest, noisy=(), nfe=2, noise=0.0),
     ]
 
@@ -201,9 +205,11 @@ def test_a_draft_is_not_given(bpe):
     first = trace.blank_frame(blank[0], bpe.mask, torch.tensor(ids))
     assert first.ids == ids and not any(first.noisy) and first.noise == 0
     assert trace.given_in([first], bpe) == [True] + [False] * (len(ids) - 1)
-    last = frame([*ids[:-1], ids[1]], fresh={len(ids) - 1}, confidence=0.0, noisy=(), noise=0.0)
-    changed = trace.changed(first, last)
-    assert changed == [False] * (len(ids) - 1) + [True]
+    step = step_of(1, ids=[*ids[:-1], ids[1]])
+    step.fresh = torch.tensor([[False] * (len(ids) - 2) + [True, True]])
+    step.confidence, step.masked = torch.zeros(1, len(ids)), torch.zeros(1, len(ids)) > 0
+    last = trace.frame_of(1, step, first, remasked=step.masked[0])
+    assert last.changed == [False] * (len(ids) - 1) + [True], "another token than before"
     image = next(iter(video.pictures([first, last], bpe, "t")))[0]
     assert video.tint(0.0) not in colours(image.crop((0, 112, 1280, 580)))
 
@@ -252,6 +258,7 @@ def step_of(n, fresh=True, remasked=False, ids=None):
         row_nfe=torch.tensor([n]),
         confidence=torch.tensor([[0.5]]),
         masked=torch.tensor([[remasked]]),
+        masks=True,
         top=None,
         t=torch.tensor([0.5]),
     )
@@ -324,6 +331,7 @@ def canvas_steps(bpe):
         confidence=torch.full((1, len(ids)), n / 4),
         row_nfe=torch.tensor([n]),
         t=torch.tensor([0.0]),
+        masks=True,
     )
     return [make(half, 1), make(ids, 2)]
 
@@ -331,7 +339,7 @@ def canvas_steps(bpe):
 def test_live_shows_the_noise_level(bpe):
     """Of uniform noise, whose states are all text."""
     step = canvas_steps(bpe)[1]
-    step.t = torch.tensor([0.4])
+    step.t, step.masks = torch.tensor([0.4]), False
     shown = live([step], bpe, COLUMNS="80")
     assert "2 NFE, noise level 0.40" in shown and "masks left" not in shown
     step.masked = torch.arange(step.ids.size(1))[None] == 4

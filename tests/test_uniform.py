@@ -18,7 +18,7 @@ from toy import MASK, SEQUENCES, L, P, V, code, sample, settings
 import diffusion
 from config import SampleConfig
 from model import Transformer
-from utils import draws, uniform
+from utils import draws, repair, uniform
 from utils.cli import UserError
 from utils.families import checked, family_of
 from utils.runtime import generator
@@ -606,6 +606,28 @@ def test_accept_and_renoise(name, sampler):
             assert torch.equal(alone.ids[0], step.ids[r])
 
 
+def test_how_many_are_accepted():
+    """At least as many as the grid says; or, by DiffusionGemma's own rule, as fit the bound, until
+    the last step takes all."""
+
+    class Unsure(LeaveOneOut):
+        def __call__(self, ids, noise_level, select=None):
+            logits = torch.zeros(*ids.shape, V, dtype=torch.float64)
+            return logits if select is None else logits.flatten(0, 1)[select]
+
+    canvas = torch.full((3, L), MASK)
+    how = {"objective": "uniform", "loss_weighting": "full", "steps": 4}
+    for sampler, expected in (
+        ("entropy_bounded:0.1", [1, 2, 3, 4]),
+        ("entropy_bounded_strict:0.1", [1, 1, 1, 4]),
+        ("entropy_bounded", [3, 3, 3, 4]),  # three times log 3 but one is below 3
+        ("confidence", [1, 2, 3, 4]),
+        ("threshold:0.9", [1, 2, 3, 4]),
+    ):
+        steps = sample(Unsure(), canvas, sampler=sampler, **how)
+        assert [(L - step.masked.sum(1)).tolist() for step in steps] == [[n] * 3 for n in expected]
+
+
 def test_it_stops_when_all_is_accepted_and_nothing_changes():
     """A network that is sure: one step accepts all, the next changes nothing."""
 
@@ -809,6 +831,9 @@ def test_one_network_generates_from_left_to_right_and_in_blocks(window):
     for sampler in ("reverse", "entropy_bounded:0.1"):
         steps = list(sample(model, canvas, window=window, **how | {"sampler": sampler, "steps": 6}))
         assert steps[-1].ids.max() < 5 and not steps[-1].masked.any()
+    kind, draft = family_of(settings(**CANVAS)), torch.zeros_like(canvas)
+    with pytest.raises(UserError, match="--draft is nothing for --sampler left_to_right"):
+        repair.begin(kind, model, canvas, draft, SampleConfig(sampler="left_to_right"))
     with pytest.raises(UserError, match="needs something to begin with"):
         list(sample(model, torch.full((1, 6), 5), **how))
 

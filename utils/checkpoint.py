@@ -268,7 +268,9 @@ def sampling(state, path):
             raise UserError(f"there is no way of sampling called {sorted(map(str, unknown))[0]}")
         how = cli.merge(SampleConfig, state["sample"])
         families.check_sampling(how)
-    return state["sample"]
+    renamed = state["config"].get("objective") == "uniform" and "entropy_bounded" == how.sampler
+    # before there was accept and renoise, the default's name meant the reverse process
+    return state["sample"] | ({"sampler": ""} if renamed else {})
 
 
 def restore(state, device, path="the checkpoint"):

@@ -191,7 +191,7 @@ def checked(cfg):
 def check_sampler(family, how):
     """Complain of a sampler that the family does not have."""
     name = how.sampler.partition(":")[0]
-    if name not in family.samplers:
+    if name and name not in family.samplers:
         known = ", ".join(family.samplers)
         raise UserError(f"sampler={how.sampler} with {family.name}; known: {known}")
 

@@ -12,7 +12,7 @@ def page(frames, tokenizer, title):
     in it.
 
     Frames are stored as differences: what changed in a step, and the alternatives that were
-    computed in it.
+    computed in it; but for random tokens that are noise.
     """
     mask, steps, seen = tokenizer.mask, [], {}
     for before, frame in zip([None, *frames], frames):
@@ -25,7 +25,8 @@ def page(frames, tokenizer, title):
             "ids": [[i, frame.ids[i]] for i in changed],
             "fresh": [i for i, x in enumerate(frame.fresh) if x],
             "again": [i for i, x in enumerate(frame.remasked) if x],
-            "noisy": [i for i, x in enumerate(frame.noisy) if x],
+            "changed": [i for i, x in enumerate(frame.changed) if x],
+            "random": [i for i, x in enumerate(frame.noisy) if x and frame.ids[i] != mask],
             "noise": round(frame.noise, 4),
             "sure": [
                 [i, round(c, 3)]
@@ -49,7 +50,7 @@ def page(frames, tokenizer, title):
     data = {
         "title": title,
         "mask": mask,
-        "masks": trace.of_masks(frames, mask),
+        "masks": frames[-1].masks,
         "given": trace.given_in(frames, tokenizer),
         "end": tokenizer.end,
         "tokens": tokens,
@@ -95,6 +96,7 @@ STYLE = """<style>
 .trace .fresh { background: #e69f00 !important; color: #1d1d1f; font-weight: 700; }
 .trace .again { box-shadow: inset 0 0 0 2px #cc79a7; background: repeating-linear-gradient(135deg,
   transparent 0 4px, #cc79a7 4px 5px) !important; }
+.trace .changed { box-shadow: inset 0 0 0 2px #e69f00; font-weight: 700; }
 .trace .given { color: var(--given); text-decoration: underline; text-underline-offset: .25em; }
 </style>"""
 
@@ -105,9 +107,11 @@ LEGEND = (
         f'<span class="{kind}"{style}>{name}</span>'
         for kind, style, name in (
             ("mask", "", "masked"),
-            ("fresh", "", "fresh"),
+            ("noise", "", "noise"),
+            ("fresh", "", "fresh, accepted"),
+            ("changed", "", "changed"),
             ("", ' style="background: rgba(var(--tint), .8)"', "unsure"),
-            ("again", "", "masked again"),
+            ("again", "", "masked again, renoised"),
             ("given", "", "given"),
         )
     )
@@ -120,7 +124,9 @@ def marked(shown, given):
     wrote."""
     spans = []
     for i, token in enumerate(shown.tokens):
-        states = {"mask": token is None, "again": shown.remasked[i], "fresh": shown.fresh[i]}
+        fresh, changed = shown.fresh[i] and not shown.changed[i], shown.changed[i]
+        states = {"mask": token is None, "again": shown.remasked[i], "fresh": fresh}
+        states["changed"] = changed
         states["noise"] = shown.noisy[i] and token is not None
         kinds = [kind for kind, here in (states | {"given": given[i]}).items() if here]
         plain = given[i] or shown.noisy[i]

@@ -9,14 +9,17 @@ import torch
 
 from utils.cli import UserError
 from utils.draws import at_least_float32
+from utils.sampling import Step
 
 
-def begin(family, model, blank, draft, share):
-    """(canvas (B, L), draft (B, L) or None, NFE a row so far) with which `diffusion.sample`
-    improves the draft (B, L) long. blank (B, L): MASK at what may be changed; share: of the tokens
-    that are taken to be wrong."""
+def begin(family, model, blank, draft, how):
+    """(canvas (B, L), draft (B, L) or None) with which `diffusion.sample` improves the draft (B, L)
+    long, and, where a step is needed before, that `sampling.Step`. blank (B, L): MASK at what may
+    be changed; how: SampleConfig."""
     if not family.carries_over:
-        return blank, draft, 0
+        if not family.sampler(how).may_remask:
+            raise UserError(f"--draft is nothing for --sampler {family.sampler_name(how)}")
+        return blank, draft, None
     if family.block_len:
         raise UserError(
             f"--draft wants a model of uniform noise, or a masked one that sees all of the text, "
@@ -25,9 +28,13 @@ def begin(family, model, blank, draft, share):
     mask = model.vocab_size - 1
     drafts, which = draft.unique(dim=0, return_inverse=True)
     where = draft.new_empty(drafts.shape).index_copy(0, which, blank) == mask
-    doubted = [doubtful(family, model, *pair, share) for pair in zip(drafts, where)]
-    canvas = draft.masked_fill(torch.stack(doubted)[which], mask)
-    return canvas, None, int(where.sum(1).max())
+    doubted = [doubtful(family, model, *pair, how.draft_noise) for pair in zip(drafts, where)]
+    masked, nothing = torch.stack(doubted)[which], torch.zeros_like(draft, dtype=torch.bool)
+    canvas, asked, editable = draft.masked_fill(masked, mask), where.sum(1)[which], blank == mask
+    confidence, share = torch.where(editable, 0.0, 1.0), masked.sum(1) / editable.sum(1)
+    nfe = int(asked.max())
+    parts = (canvas, masked, nothing, masked, confidence, None, nfe, asked, share, True)
+    return canvas, None, Step(*parts)
 
 
 @torch.no_grad()

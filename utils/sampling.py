@@ -24,6 +24,7 @@ class Step(NamedTuple):
     nfe: int  # so far, whatever the rows of a call
     row_nfe: torch.Tensor  # (B,) long, of each row; with guidance two a step
     t: torch.Tensor  # (B,) share of noise in what is generated, from 1 to 0
+    masks: bool  # whether noise is MASK, and no random token
 
 
 class State:
@@ -113,6 +114,7 @@ class State:
             denoiser.nfe,
             denoiser.row_nfe,
             self.noise.left(self, turn),
+            self.noise.carry_over,
         )
 
 

@@ -27,11 +27,12 @@ OF_RANDOM_TOKENS = {"fresh": "accepted", "masked again": "renoised"}  # what the
 UNSURE_BELOW = 0.5  # confidence
 
 
-def live(steps, tokenizer, given, frame_ms=0, out=None):
+def live(steps, tokenizer, given, frame_ms=0, noisy=None, out=None):
     """Wrap the stream of `sampling.Step`s: shows row 0 in the terminal `out` after each, and yields
     the same steps.
 
-    given (L bools) is what the user wrote. Neither a terminal nor a notebook: shows nothing. A
+    given (L bools) is what the user wrote; noisy (L bools): where noise is at first, None:
+    everywhere. Neither a terminal nor a notebook: shows nothing. A
     terminal that cannot move its cursor gets a line a step. The text is drawn on the alternate
     screen, which leaves no trace, also after Ctrl-C.
     """
@@ -44,7 +45,7 @@ def live(steps, tokenizer, given, frame_ms=0, out=None):
         yield from steps
         return
     full, empty = "█░" if console.encoding.startswith("utf") else "#_"
-    total, lines, noisy, masks = None, console.is_dumb_terminal, None, True
+    total, lines = None, console.is_dumb_terminal
     screen = Live(console=console, screen=not console.is_jupyter, auto_refresh=False)
     with contextlib.nullcontext() if lines else screen:
         for number, step in enumerate(steps, 1):
@@ -53,18 +54,16 @@ def live(steps, tokenizer, given, frame_ms=0, out=None):
                 continue
             started, left = time.perf_counter(), int(step.masked[0].sum())
             total, noise = total or left + int(step.fresh[0].sum()), float(step.t[0])
-            # noise that is left, and is no MASK, is random tokens
-            masks &= bool((step.ids[0] == tokenizer.mask).any()) or not noise
             status = f"step {number}, {int(step.row_nfe[0])} NFE, " + (
-                f"{left} of {total} masks left" if masks else f"noise level {noise:.2f}"
+                f"{left} of {total} masks left" if step.masks else f"noise level {noise:.2f}"
             )
             if lines:
                 console.print(status, soft_wrap=True)
             else:
-                share = (total - left) / max(1, total) if masks else 1 - noise
+                share = (total - left) / max(1, total) if step.masks else 1 - noise
                 done = int(20 * share + 1e-6)
                 status += "  " + full * done + empty * (20 - done)
-                look = Look(console, tokenizer, empty, {} if masks else OF_RANDOM_TOKENS)
+                look = Look(console, tokenizer, empty, {} if step.masks else OF_RANDOM_TOKENS)
                 states = states_of(step, noisy, given)
                 screen.update(picture(look, status, step, states), refresh=True)
             noisy = step.masked[0].tolist()

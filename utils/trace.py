@@ -3,8 +3,6 @@
 import os
 from typing import NamedTuple
 
-import torch
-
 from utils import canvas
 from utils.cli import UserError
 
@@ -15,12 +13,14 @@ UNASKED = 2**17  # the same of a trace that nobody asked for: 80 MB
 class Frame(NamedTuple):
     number: int  # of the step, from 1; 0 is the canvas
     ids: list  # L ids of one row
-    fresh: list  # L bools
+    fresh: list  # L bools, unmasked or changed in this step
+    changed: list  # L bools, which of them are other tokens than before, where there was no noise
     remasked: list  # L bools
     nfe: int  # of this row so far
     confidence: list  # L floats, the largest probability of each position when it was last
-    # computed; 1: given
+    # computed; 0: never, 1: given
     noisy: list  # L bools: MASK stands there, or a random token that is not yet accepted
+    masks: bool  # whether noise is MASK
     top: list = None  # L lists of (token, probability), likeliest first, as last computed
     noise: float = 1.0  # share of noise in what is generated, from 1 to 0
 
@@ -39,9 +39,11 @@ class Shown(NamedTuple):
     text: str  # so far, MASKED where nothing stands yet
     tokens: list  # of each position its str, None where masked
     fresh: list  # L bools, unmasked or changed in this step
+    changed: list  # L bools, which of them were other tokens
     remasked: list  # L bools
     confidence: list  # L floats
     noisy: list  # L bools, noise stands there
+    masks: bool  # whether noise is MASK
     nfe: int  # network evaluations so far
     number: int  # of the step; 0: the canvas
     noise: float  # share of noise in what is generated, from 1 to 0
@@ -67,9 +69,11 @@ def shown(frame, blank, tokenizer, stop=True):
         text,
         tokens,
         frame.fresh,
+        frame.changed,
         frame.remasked,
         frame.confidence,
         frame.noisy,
+        frame.masks,
         frame.nfe,
         frame.number,
         frame.noise,
@@ -92,7 +96,7 @@ def most_states(row, how, family, mask):
 
 def least_every(row, how, family, mask, most):
     """The least trace_every with which a trace of the row (list of ids), as how (SampleConfig)
-    wants it, has at most so many states of tokens: one takes some 90 bytes, with its alternatives
+    wants it, has at most so many states of tokens: one takes some 100 bytes, with its alternatives
     600."""
     return -(-most_states(row, how, family, mask) * len(row) // most)
 
@@ -115,24 +119,14 @@ def blank_frame(canvas, mask, begun):
     itself or a draft."""
     nothing, ids = [False] * len(canvas), begun.tolist()
     given, noisy = (canvas != mask).float().tolist(), [i == mask for i in ids]
-    return Frame(0, ids, nothing, nothing, 0, given, noisy, noise=float(any(noisy)))
+    full = float(any(noisy))
+    return Frame(0, ids, nothing, nothing, nothing, 0, given, noisy, True, noise=full)
 
 
 def given_in(frames, tokenizer):
     """Which tokens the user gave, L bools."""
     ends = (tokenizer.mask, tokenizer.end)
     return [c == 1 and i not in ends for i, c in zip(frames[0].ids, frames[0].confidence)]
-
-
-def of_masks(frames, mask):
-    """Whether noise is MASK in the frames, and not a random token."""
-    at_once = len(frames) < 3 and mask in frames[0].ids
-    return at_once or any(mask in frame.ids for frame in frames[1:])
-
-
-def changed(before, frame):
-    """Which tokens are others than before, where there was no noise: L bools."""
-    return [fresh and not noisy for fresh, noisy in zip(frame.fresh, before.noisy)]
 
 
 def record(steps, canvas, mask, every=1, begun=None):
@@ -154,32 +148,43 @@ def record(steps, canvas, mask, every=1, begun=None):
                 else remasked & ~step.fresh[0] | step.remasked[0]
             )
             if number % every == 0 and (fresh | remasked).any():
-                frames.append(frame_of(number, step, fresh, remasked))
+                frames.append(frame_of(number, step, frames[-1], fresh, remasked))
                 fresh = remasked = None
             yield step
         if fresh is not None and (fresh | remasked).any():
-            frames.append(frame_of(number, step, fresh, remasked))
+            frames.append(frame_of(number, step, frames[-1], fresh, remasked))
         elif len(frames) > 1:  # what was asked since changed nothing
-            frames[-1] = frame_of(frames[-1].number, step, *map(torch.tensor, frames[-1][2:4]))
+            now, kept = (
+                frame_of(frames[-1].number, step, frames[-1]),
+                ("fresh", "changed", "remasked"),
+            )
+            frames[-1] = now._replace(**{name: getattr(frames[-1], name) for name in kept})
 
     return frames, watch()
 
 
-def frame_of(number, step, fresh, remasked):
-    """The `Frame` of row 0 of a Step; fresh and remasked (L) bool are of the frame."""
-    top = None
+def frame_of(number, step, before, fresh=None, remasked=None):
+    """The `Frame` of row 0 of a Step; fresh and remasked (L) bool, where they are not the step's,
+    are of all since the Frame before."""
+    fresh = (step.fresh[0] if fresh is None else fresh).tolist()
+    remasked = (step.remasked[0] if remasked is None else remasked).tolist()
+    ids, top = step.ids[0].tolist(), None
+    there = zip(ids, before.ids, before.noisy)
+    changed = [f and new != old and not noisy for f, (new, old, noisy) in zip(fresh, there)]
     if step.top is not None:
         tokens, p = (part[0].tolist() for part in step.top)
         # [] was never computed
         top = [list(zip(*pair)) if pair[1][0] > 0 else [] for pair in zip(tokens, p)]
     return Frame(
         number,
-        step.ids[0].tolist(),
-        fresh.tolist(),
-        remasked.tolist(),
+        ids,
+        fresh,
+        changed,
+        remasked,
         int(step.row_nfe[0]),
         step.confidence[0].tolist(),
         step.masked[0].tolist(),
+        step.masks,
         top,
         float(step.t[0]),
     )

@@ -118,13 +118,14 @@ class Film(NamedTuple):
     noise: list  # share of noise in each frame
     sure: list  # mean confidence of what is generated, in each frame (None: nothing yet)
     title: str
-    masks: int  # how many there are at first; 0 where noise is random tokens
+    masks: int  # how many there are at most; 0 where noise is random tokens
+    changes: bool  # whether any token is changed
 
 
-def draw(film, frame, pieces, changed, number, page):
+def draw(film, frame, pieces, number, page):
     """One picture (PIL.Image) of the frame with that number, on that page: the text in its states,
     the title line, how much noise is left and its timeline. pieces: text of each token in this
-    frame, None where it is a MASK; changed (L bools): which were other ones."""
+    frame, None where it is a MASK."""
     plan, given = film.plan, film.given
     image = Image.new("RGB", (WIDTH, HEIGHT), PAPER)
     pen = ImageDraw.Draw(image)
@@ -140,14 +141,14 @@ def draw(film, frame, pieces, changed, number, page):
                 box = (x + 1, y + 1, x + max(width - 2, 4), y + 1.25 * plan.size)
                 shown = text and text[part : part + plan.columns].rstrip()
                 state = (given[i], frame.fresh[i], frame.remasked[i], frame.confidence[i] or 1.0)
-                look = Look(shown, *state, frame.noisy[i] and shown is not None, changed[i])
+                look = Look(shown, *state, frame.noisy[i] and shown is not None, frame.changed[i])
                 _draw_token(pen, box, plan.size, look)
     left = sum(frame.noisy)
     masks = f"{left} mask{'s' * (left != 1)} left of {film.masks}"
     status = masks if film.masks else f"noise level {film.noise[number]:.2f}"
     _draw_header(pen, film.title, f"NFE {frame.nfe}   {status}", page, plan.pages)
     _draw_timeline(pen, film.noise, film.sure, number)
-    _draw_legend(pen, any(given), film.masks)
+    _draw_legend(pen, any(given), film)
     return image
 
 
@@ -228,16 +229,16 @@ def _draw_timeline(pen, noise, sure, number):
     pen.line((x(number), top - 4, x(number), bottom + 4), fill=INK, width=2)
 
 
-def _draw_legend(pen, prompted, masks):
+def _draw_legend(pen, prompted, film):
     x, y, size = MARGIN, 680, 16
     looks = {"settled": Look("a"), "unsure": Look("a", confidence=0.3)}
-    if masks:
-        looks = {"masked": Look(), "fresh": Look("a", fresh=True)} | looks
+    changed = {"changed": Look("a", fresh=True, changed=True)} if film.changes else {}
+    if film.masks:
+        looks = {"masked": Look(), "fresh": Look("a", fresh=True)} | changed | looks
         looks["masked again"] = Look(remasked=True)
     else:
-        new = {"accepted": Look("a", fresh=True), "changed": Look("a", fresh=True, changed=True)}
-        looks = {"noise": Look("a", noisy=True)} | new | looks
-        looks["renoised"] = Look("a", remasked=True, noisy=True)
+        noise = {"noise": Look("a", noisy=True), "accepted": Look("a", fresh=True)}
+        looks = noise | changed | looks | {"renoised": Look("a", remasked=True, noisy=True)}
     looks |= {"given": Look("a", given=True)} if prompted else {}
     for name, look in looks.items():
         _draw_token(pen, (x, y, x + 12, y + 20), size, look)
@@ -254,7 +255,7 @@ def _draw_legend(pen, prompted, masks):
 
 def without_beginning(frame, n):
     """The Frame without its first n tokens."""
-    names = ("ids", "fresh", "remasked", "confidence", "noisy")
+    names = ("ids", "fresh", "changed", "remasked", "confidence", "noisy")
     return frame._replace(**{name: getattr(frame, name)[n:] for name in names})
 
 
@@ -284,10 +285,10 @@ def pictures(frames, tokenizer, title):
             if not noisy and first < 1
         ]
         sure.append(sum(generated) / len(generated) if generated and frame.number else None)
-    most = max(1, *(sum(frame.noisy) for frame in frames))
-    masks, noise = most * trace.of_masks(frames, mask), [frame.noise for frame in frames]
-    film, page = Film(plan, given, noise, sure, title, masks), 0
-    for number, (before, frame) in enumerate(zip([frames[0], *frames], frames)):
+    masks = max(1, *(sum(frame.noisy) for frame in frames)) if frames[-1].masks else 0
+    changes, noise = any(any(f.changed) for f in frames), [frame.noise for frame in frames]
+    film, page = Film(plan, given, noise, sure, title, masks, changes), 0
+    for number, frame in enumerate(frames):
         on_pages = [
             line // plan.lines for (line, _), fresh in zip(plan.places, frame.fresh) if fresh
         ]
@@ -295,8 +296,7 @@ def pictures(frames, tokenizer, title):
             page = on_pages[0]
         last = number == len(frames) - 1
         for page in range(plan.pages) if last else (page,):
-            changed = trace.changed(before, frame)
-            image = draw(film, frame, pieces[number], changed, number, page)
+            image = draw(film, frame, pieces[number], number, page)
             yield image, (HOLD_SECONDS if plan.pages == 1 else PAGE_SECONDS) if last else None
 
 

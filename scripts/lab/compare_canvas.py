@@ -6,7 +6,6 @@ the NFE that they take: on tales and on grids exactly, on other texts by their w
 of the wrong words in a tale they repair, and how many puzzles they solve.
 """
 
-import contextlib
 import functools
 import math
 import operator
@@ -38,7 +37,7 @@ WAYS = (
 BOUNDS = (0.03, 0.1, 0.3, 1, 3)  # of masks, nats
 STRETCHES = (11, 17, 22, 33, 48)  # of local_entropy
 WRONG = (1, 2, 4, 8)  # words of a story
-RENOISING = ("reverse", "entropy_bounded:10")  # that repair and solve
+REPAIRING = ("reverse", "entropy_bounded:10")  # that repair and solve
 
 
 def config_of(options, name):
@@ -67,11 +66,11 @@ def canvas_settings(options):
         cfg = config_of(options, name)
         family, found = families.family_of(cfg), []
         if cfg.data == "tales" and not family.carries_over:
-            found = [(f"repair {k}, {how}", "") for how in RENOISING for k in WRONG]
+            found = [(f"repair {k}, {how}", "") for how in REPAIRING for k in WRONG]
         elif cfg.data == "tales" and not family.block_len:
             found = [(f"repair {k}", "") for k in WRONG]
         elif cfg.data.startswith("sudoku") and not family.block_len:
-            fill = ("entropy", "entropy_bounded") if family.carries_over else RENOISING
+            fill = ("entropy", "entropy_bounded") if family.carries_over else REPAIRING
             found = [(f"puzzles, {how}", "") for how in fill]
         rows += [
             {"variant": name, "seed": seed, "sampler": sampler, "steps": steps}
@@ -85,6 +84,9 @@ def judge_canvas(options):
     """(function from a setting to the figures of its run, and to those of its samples, repairs or
     puzzles; what they depend on besides)."""
     run = run_and_keep(runtime.choose_device(options.device))
+    base = config_of(options, "masked")
+    if base.rows == "pair" or base.data not in BUILT_IN and not base.data.endswith(".txt"):
+        raise UserError("canvas is of texts: a built-in corpus of them, or a .txt file")
 
     def measure(setting):
         cfg = vars(config_of(options, setting["variant"])) | {"seed": setting["seed"]}
@@ -129,7 +131,8 @@ def sampled(kept, family, setting, count):
     else:
         # windows cut the first and the last word
         words = [word for text in found for word in WORD.findall(text)[1:-1]]
-        figures["words"] = sum(map(words_of(kept.cfg.data).__contains__, words)) / len(words)
+        known = sum(map(words_of(kept.cfg.data).__contains__, words))
+        figures["words"] = known / max(1, len(words))
     names = ("nfe", "valid", "agreeing", "log_prob", "words", "distinct_2", "self_overlap")
     return {name: figures[name] for name in names if name in figures}
 
@@ -138,7 +141,7 @@ def sampled(kept, family, setting, count):
 def words_of(path):
     """The words (set of str) of a text file."""
     with open(path, encoding="utf-8") as file:
-        return set(WORD.findall(file.read()))
+        return {word for line in file for word in WORD.findall(line)}
 
 
 WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")
@@ -176,16 +179,19 @@ def drafts(kept, count, number):
     rng, truth = random.Random(f"wrong {count}"), BUILT_IN["tales"].held_out(kept.cfg.seed)[:number]
     rows, where = [], []
     for story in truth:
-        while len(rows) == len(where):
+        row = []
+        while not row or len(row) > kept.cfg.seq_len:
             text, places = broken(story, count, rng)
-            with contextlib.suppress(UserError):
-                rows.append(canvas.drafted(SampleConfig(draft=text), kept.cfg, kept.tokenizer))
+            ids = canvas.build(kept.tokenizer, [text], kept.cfg.seq_len)
+            row = ids + [kept.tokenizer.end] * max(1, kept.cfg.seq_len - len(ids))
+        rows.append(row)
         where.append(places)
     return truth, where, torch.tensor(rows, device=kept.hardware.device)
 
 
 def repaired(kept, family, setting, number):
-    """NFE, and what becomes of `number` held-out stories with wrong words (dict)."""
+    """NFE, and what becomes of `number` held-out stories with wrong words (dict); the sampler is
+    told which share of the tokens is wrong."""
     count, _, sampler = setting["sampler"].removeprefix("repair ").partition(", ")
     steps, noise = None if family.carries_over else 24, int(count) / kept.cfg.seq_len
     how = SampleConfig(sampler=sampler, steps=steps, draft_noise=noise)
@@ -193,11 +199,12 @@ def repaired(kept, family, setting, number):
     blank = rows.masked_fill(
         torch.arange(rows.size(1), device=rows.device) > 0, kept.tokenizer.mask
     )
-    blank, draft, spent = repair.begin(family, kept.model, blank, rows, how.draft_noise)
+    blank, draft, first = repair.begin(family, kept.model, blank, rows, how)
     for step in diffusion.sample(family, kept.model, blank, how, draft=draft):
         pass
     found = [canvas.finished(kept.tokenizer, row) for row in step.ids.tolist()]
-    return {"nfe": step.row_nfe.float().mean().item() + spent} | judged(found, truth, places)
+    spent = first.row_nfe if first else 0
+    return {"nfe": (step.row_nfe + spent).float().mean().item()} | judged(found, truth, places)
 
 
 def judged(found, truth, places):

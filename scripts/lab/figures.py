@@ -287,7 +287,7 @@ def of_canvas(rows, title, path):
     axes[0].set(xscale="log" if exact else "linear", yticks=range(len(names)))
     axes[0].set_yticklabels(names)
     axes[0].invert_yaxis()
-    axes[1].set(xlabel="NFE", ylabel=f"% {what}, best at most so many NFE", xlim=(0, 70))
+    axes[1].set(xlabel="NFE", ylabel=f"% {what}, best at most so many NFE", xlim=(0, None))
     axes[1].legend(fontsize=8)
     if any(row["sampler"].startswith("puzzles") for row in rows):
         axes[2].sharey(axes[0])

@@ -61,10 +61,10 @@ def puzzle_families():
 
 
 def canvas(file):
-    """What each variant of the recipe comes to after equal minutes: its bound, the best of its
-    samplers at most so much NFE, how likely that one's valid stories are, and what it repairs:
-    means over seeds."""
-    limits, wrong, variants = (16, 20, 32, 64), (1, 2, 4, 8), {}
+    """What each variant of the recipe comes to after equal minutes: its bound; the best of its
+    samplers at most so much NFE, with the log-probability of its valid stories; and what it
+    repairs: means over seeds."""
+    limits, wrong, variants = (16, 20, 32, 66), (1, 2, 4, 8), {}
     for row in load(file):
         variants.setdefault(row["variant"], {}).setdefault(
             (row["sampler"], row["steps"]), []
@@ -77,9 +77,9 @@ def canvas(file):
         for limit in limits:
             few = [rows for rows in wrote if mean(rows, "nfe") <= limit]
             best = max(few, key=lambda rows: mean(rows, "valid"), default=None)
-            line.append(f"{mean(best, 'valid'):.1%}" if best else "–")
-        known = [row for row in best if row["log_prob"]]
-        line.append(f"{mean(known, 'log_prob'):.2f}" if known else "–")
+            known = [row for row in best or () if row["log_prob"]]
+            likely = f" ({mean(known, 'log_prob'):.2f})" if known else ""
+            line.append(f"{mean(best, 'valid'):.1%}{likely}" if best else "–")
         for count in wrong:
             again = f"repair {count}"
             found = [r for (way, _), r in ways.items() if re.fullmatch(f"{again}(, .*)?", way)]
@@ -87,7 +87,7 @@ def canvas(file):
             line.append(f"{max(shares):.1%}" if shares else "–")
         cells.append(line)
     head = ["variant", "steps", "NELBO above exact", *(f"valid, {n} NFE" for n in limits)]
-    head += ["their log-probability", *(f"{n} repaired" for n in wrong)]
+    head += [f"{n} repaired" for n in wrong]
     return table(head, cells) + source(file)
 
 

@@ -3,10 +3,13 @@ variants, name -> differences from the base, in order; a new one is a function a
 TRAINED.
 """
 
+import dataclasses
+
 import config
 import diffusion
 from config import Config
 from utils import cli, settings
+from utils.cli import UserError
 
 SMALL = dict(n_layer=4, n_head=4, n_embd=128, seq_len=64, batch_size=64, lr=0.01)
 
@@ -298,10 +301,14 @@ def puzzles(options):
 
 def canvas(options):
     """The recipe of DiffusionGemma in small, in thirds of a row; without each of its ingredients;
-    and masks."""
+    and masks. All have the same window, which every length of blocks fills."""
     base = cli.merge(Config, base_config(options))
-    n = (base.seq_len - diffusion.bos_tokens(base)) // 3
-    whole = config.CANVAS | blocks(base, n)
+    bos = diffusion.bos_tokens(base)
+    n = (base.seq_len - bos) // 6 * 2
+    if base.rows == "document" and base.seq_len != bos + 3 * n:
+        raise UserError(f"canvas cuts rows into thirds; {base.seq_len - bos} tokens have none")
+    base = dataclasses.replace(base, seq_len=bos + 3 * n)
+    masks, whole = {"seq_len": base.seq_len, "block_len": 0}, config.CANVAS | blocks(base, n)
     without = {
         "told the noise level": {"time_conditioning": "adaln"},
         "cross entropy at corrupted positions": {"loss_weighting": "flat"},
@@ -314,8 +321,8 @@ def canvas(options):
         "one canvas": {"block_len": 0, "ar_weight": 0.0},
     }
     return {
-        "masked": {},
-        "masked, self-conditioning": {"self_conditioning": 0.5},
+        "masked": masks,
+        "masked, self-conditioning": masks | {"self_conditioning": 0.5},
         f"masked, blocks of {n}": blocks(base, n),
         "canvas": whole,
     } | {f"canvas, {name}": whole | changes for name, changes in without.items()}
