@@ -97,8 +97,11 @@ def family_settings(options):
             orders = (family.procedure,)
         elif family.block_len:
             orders = ("confidence", "entropy_bounded")
+        elif family.carries_over:
+            orders = MASKED
         else:
-            orders = MASKED if family.carries_over else ("reverse", "reverse, 2 correctors")
+            says_rho = family.cfg.loss_weighting == "full"
+            orders = ("reverse", "entropy_bounded" if says_rho else "reverse, 2 correctors")
         rows += [
             {"variant": name, "seed": seed, "sampler": order}
             for seed in range(1, options.seeds + 1)

@@ -7,10 +7,10 @@ from operator import itemgetter
 from scripts.lab.results import best_at_most, load, mean, share, source, table
 
 
-def puzzles():
+def puzzles(file):
     """Share of puzzles that each sampler solves, always by the likeliest digit, at its best setting
     of at most so much NFE."""
-    file, groups, limits = "ablations/puzzles.csv", {}, (2, 4, 8, 16, 24, 64)
+    groups, limits = {}, (2, 4, 8, 16, 24, 64)
     for row in load(file):
         if row["temperature"] == "0.0":
             groups.setdefault(row["sampler"].partition(":")[0], []).append(row)

@@ -291,6 +291,7 @@ def puzzles(options):
     return {
         "masked": {},
         "uniform noise": uniform,
+        "uniform noise, cross entropy": config.CANVAS | {"ar_weight": 0.0},
         "autoregressive": {"objective": "ar"},
         "masked, pairs": asked,
         "blocks of 7, pairs": asked | {"block_len": 7},
