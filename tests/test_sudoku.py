@@ -377,7 +377,7 @@ def test_families_solve_puzzles_that_are_counted(monkeypatch, capsys):
     words = "puzzle_families --base sudoku --iters 2 --num_samples 2 --device cpu --out_dir out"
     code, _, err = run(ablate.main, words, monkeypatch, capsys)
     rows = ablate.read_table("out/puzzle_families_sudoku.csv")
-    assert code == 0 and trained == ["sudoku6"] * 3 + ["sudoku6_asked"] * 3 + ["sudoku6_solver"]
+    assert code == 0 and trained == ["sudoku6"] * 4 + ["sudoku6_asked"] * 3 + ["sudoku6_solver"]
     assert all(float(row["bound"]) > 0 for row in rows), err
     assert {row["variant"] for row in rows if not row["solved"]} == {"autoregressive"}
     assert {row["sampler"] for row in rows if row["variant"] == "masked"} == set(
