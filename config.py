@@ -148,8 +148,8 @@ class SampleConfig:
     seed: int = field(1337, "of the first sample; the next has the next number", low=0, high=SEEDS)
 
     sampler: str = field("", "policy that says which tokens are unmasked next, NAME or "
-        "NAME:NUMBER; --list shows all (default: entropy_bounded; reverse under uniform noise)",
-        "how")
+        "NAME:NUMBER; --list shows all (default: entropy_bounded; under uniform noise reverse, but "
+        "for what learned cross entropy in blocks)", "how")
     steps: int = field(None, "most steps; more is better and slower (default: as many as there are "
         "tokens to generate, or, under uniform noise, in the text)", low=1, high=LONGEST)
     schedule: str = field("linear", "mask ratio over the steps")

@@ -436,7 +436,7 @@ def stands(number, unit, values):
 # parts that link results only large ones, of steps say.
 STATED = {
     "README.md": """
-    886,272 4,194,304 11,403,264 12,228,480 10,963,200 6,446,080 135,266,304 268,435,456 84,977,664
+    886,272 902,656 4,194,304 11,403,264 12,228,480 10,963,200 6,446,080 135,266,304 268,435,456 84,977,664
     85,330,944 10,667,520 10,706,304 1,180,800 787,328 3,541,248 889,600 1,024 1,700 3.11
     """,
     "learning.md": """
@@ -464,7 +464,7 @@ def test_parameter_counts(row):
         # of the grammar, of the 65 and 27 characters, of BPE
         vocab_size = (
             corpus.load(cfg).tokenizer.vocab_size
-            if name in ("tales", "tales_asked")
+            if cfg.data in ("tales", "tales_asked")
             else BUILT_IN[cfg.data].side + 3  # a line break, an end, MASK
             if cfg.data in BUILT_IN
             else 66

@@ -620,12 +620,23 @@ def test_how_many_are_accepted():
     for sampler, expected in (
         ("entropy_bounded:0.1", [1, 2, 3, 4]),
         ("entropy_bounded_strict:0.1", [1, 1, 1, 4]),
-        ("entropy_bounded", [3, 3, 3, 4]),  # three times log 3 but one is below 3
+        ("entropy_bounded", [1, 2, 3, 4]),
+        ("entropy_bounded:3", [3, 3, 3, 4]),  # three times log 3 but one is below 3
         ("confidence", [1, 2, 3, 4]),
         ("threshold:0.9", [1, 2, 3, 4]),
     ):
         steps = sample(Unsure(), canvas, sampler=sampler, **how)
         assert [(L - step.masked.sum(1)).tolist() for step in steps] == [[n] * 3 for n in expected]
+
+
+def test_the_usual_sampler():
+    """The reverse process; accept and renoise for what says rho in blocks."""
+    told = {"block_len": 2, "seq_len": L}
+    found = [
+        of_loss(*name, **more).usual
+        for name, more in ((["elbo"], {}), (["elbo"], told), (["full"], {}), (["full"], told))
+    ]
+    assert found == ["reverse"] * 3 + ["entropy_bounded"]
 
 
 def test_it_stops_when_all_is_accepted_and_nothing_changes():

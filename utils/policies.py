@@ -322,7 +322,7 @@ UNIFORM_SAMPLERS = {
     for name, policy, key, value in (
         ("confidence", best_first, max_probability, None),
         ("threshold", threshold, max_probability, 0.9),
-        ("entropy_bounded", entropy_bounded, negative_entropy, 3.0),
+        ("entropy_bounded", entropy_bounded, negative_entropy, 1.0),
         ("entropy_bounded_strict", entropy_bounded_strict, negative_entropy, 0.1),
     )
 }

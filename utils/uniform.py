@@ -17,7 +17,7 @@ from utils import blocks, draws, importance, kv_cache, self_conditioning
 from utils.cli import UserError
 from utils.corruption import Corruption, loss_per_pass
 from utils.denoisers import Denoiser, MaskNoise, Plain
-from utils.policies import UNIFORM_SAMPLERS, find_sampler, left_to_right, reverse
+from utils.policies import UNIFORM_SAMPLERS, USUAL, find_sampler, left_to_right, reverse
 
 # noise level of training and of the bound: what is left out is a millionth of a nat per token
 MOST = 1 - 1e-3
@@ -195,7 +195,7 @@ class Uniform:
                     left to right: one network that refines blocks and generates token by token
     """
 
-    exact, procedure, carries_over, usual = False, None, False, "reverse"
+    exact, procedure, carries_over = False, None, False
     needs = {
         "guidance": (0,),
         "decode_block": (0,),
@@ -228,6 +228,8 @@ class Uniform:
             own = {"time_sampling": ("uniform",), "decode_block": (0, self.block_len)}
         else:
             own = {"ar_weight": (0,)}
+        # by scripts/lab/ablate.py canvas, for what says rho in blocks
+        self.usual = USUAL if self.says_rho and self.block_len else "reverse"
         self.needs, left = self.needs | own, bool(cfg.ar_weight)
         self.samplers = {k: v for k, v in UNIFORM_SAMPLERS.items() if left or k != LEFT_TO_RIGHT}
 
