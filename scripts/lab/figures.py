@@ -286,6 +286,8 @@ def of_canvas(rows, title, path):
     axes[0].set(xlabel="NELBO, % above exact" if exact else "NELBO (nats a token)")
     axes[0].set(xscale="log" if exact else "linear", yticks=range(len(names)))
     axes[0].set_yticklabels(names)
+    for formatted in (axes[0].xaxis.set_major_formatter, axes[0].xaxis.set_minor_formatter):
+        formatted("{x:g}")
     axes[0].invert_yaxis()
     axes[1].set(xlabel="NFE", ylabel=f"% {what}, best at most so many NFE", xlim=(0, None))
     axes[1].legend(fontsize=8)
