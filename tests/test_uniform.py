@@ -566,6 +566,31 @@ def test_uniform_blocks_generate_the_data(n, cache):
     assert last.row_nfe.unique().tolist() == [64]
 
 
+def test_a_block_with_little_noise_is_not_told_that_it_is_clean(monkeypatch):
+    """The clean half says something else, the next token with ar_weight; the bound of a network
+    that took the one for the other was thirteen times what it should be."""
+    told = {"block_len": 4, "ar_weight": 0.5, "time_conditioning": "adaln"}
+    kind, model, seen = (of_loss("full", **told), toy.network(6, 5, **CANVAS | told), [])
+    forward = model.forward
+    monkeypatch.setattr(
+        model,
+        "forward",
+        lambda ids, level, **more: (seen.append(level), forward(ids, level, **more))[1],
+    )
+    x0 = torch.randint(5, (3, 12), generator=generator(1))
+    kind.predict(
+        model, x0, kind.drawn(12, torch.ones(3, 3), torch.full((3, 3), 1e-5), generator(2))
+    )
+    [levels] = seen
+    assert (levels[:, :12] == uniform.LEAST_TOLD).all() and (levels[:, 12:] == 0).all()
+    for cache in ("auto", "none"):
+        seen.clear()
+        how = {"loss_weighting": "full", "sampler": "entropy_bounded:9", "cache": cache}
+        *_, last = sample(model, torch.full((2, 12), 5), steps=9, **CANVAS | told | how)
+        inside = torch.stack([levels.max(1).values for levels in seen])
+        assert (inside >= uniform.LEAST_TOLD - 1e-9).all() and (inside < 0.011).any()
+
+
 def test_correctors_in_blocks():
     """Each block has its own, none before its first step or after its last; they bring the samples
     nearer to the data."""

@@ -22,6 +22,9 @@ from utils.policies import UNIFORM_SAMPLERS, USUAL, find_sampler, left_to_right,
 # noise level of training and of the bound: what is left out is a millionth of a nat per token
 MOST = 1 - 1e-3
 LEAST = 1e-6  # noise level at which rho is turned into pi: below, pi would be all error of rho
+# least noise level that a network is told of a block. What is beside it and clean is told 0, and
+# says something else: nothing, or with ar_weight the next token
+LEAST_TOLD = 0.01
 
 
 def nelbo(logits, xt, x0, level):
@@ -301,7 +304,8 @@ class Uniform:
             self.cfg,
             model,
             torch.cat((xt, x0), 1),
-            F.pad(level, (0, L)),  # and the clean half is clean
+            # and the clean half is clean
+            F.pad(torch.where(level > 0, level.clamp(min=LEAST_TOLD), 0), (0, L)),
             *more,
             attention=blocks.doubled_attention(L, *rest),
             positions=place.repeat(2),
@@ -428,7 +432,7 @@ class Uniform:
 
         def levels(x, seen):  # what is finished is clean
             inside = torch.arange(x.size(1), device=x.device) >= seen.start
-            return torch.where(inside, seen.turn.m_t[seen.rows].float(), 0)
+            return torch.where(inside, seen.turn.m_t[seen.rows].float().clamp(min=LEAST_TOLD), 0)
 
         def ask(x, index, seen):
             place = torch.arange(x.size(1), device=x.device)
