@@ -245,6 +245,7 @@ LONG = ("entropy_bounded", "local_entropy:64", "local_entropy:48", "local_entrop
 TABLES = {
     "samplers": samplers,
     "puzzles": functools.partial(pair_tables.puzzles, "ablations/puzzles.csv"),
+    "puzzles_of_9": functools.partial(pair_tables.puzzles, "ablations/sudoku9/puzzles.csv"),
     "difficulty": pair_tables.difficulty,
     "puzzle_families": pair_tables.puzzle_families,
     "guidance": functools.partial(listed, "ablations/guidance.csv", pair_tables.GUIDANCE),
