@@ -568,7 +568,7 @@ def test_uniform_blocks_generate_the_data(n, cache):
 
 def test_a_block_with_little_noise_is_not_told_that_it_is_clean(monkeypatch):
     """The clean half says something else, the next token with ar_weight; the bound of a network
-    that took the one for the other was thirteen times what it should be."""
+    that took the one for the other was many times what it should be."""
     told = {"block_len": 4, "ar_weight": 0.5, "time_conditioning": "adaln"}
     kind, model, seen = (of_loss("full", **told), toy.network(6, 5, **CANVAS | told), [])
     forward = model.forward
