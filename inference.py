@@ -63,9 +63,8 @@ class Sample:
     tokens_per_second: float  # of all those, up to the texts' ends
     tokens: list = dataclasses.field(repr=False)  # str of each position of the row
     confidence: list = dataclasses.field(repr=False)  # probability of the likeliest token there
-    step: list = dataclasses.field(
-        repr=False
-    )  # in which each settled; 0: given, or as in the draft
+    # in which each settled; 0: given, or as in the draft
+    step: list = dataclasses.field(repr=False)
     trace: tuple = dataclasses.field(default=None, repr=False)  # trace.Trace, if recorded
 
     def __str__(self):
@@ -239,15 +238,14 @@ def generate(model, how, record=False):
     for members in canvas.batches(rows, family, tokenizer.vocab_size, device):
         first, blank = 0 in members, torch.tensor([rows[i][0] for i in members], device=device)
         top = ALTERNATIVES if first and record and (how.viz_html or not viewed) else 0
+        begun = model.begun(blank, how)
         watch = Stopwatch(model.steps(blank, how, [rows[i][1] for i in members], top), device)
         steps, frames = iter(watch), []
         if first and record:
-            frames, steps = trace.record(
-                steps, blank, tokenizer.mask, every, model.begun(blank, how)
-            )
+            frames, steps = trace.record(steps, blank, tokenizer.mask, every, begun)
         if first and how.live:
             given = (blank[0] != tokenizer.mask).tolist()
-            noisy = (model.begun(blank, how)[0] == tokenizer.mask).tolist()
+            noisy = (begun[0] == tokenizer.mask).tolist()
             steps = terminal.live(steps, tokenizer, given, how.frame_ms, noisy)
         with model.hardware.autocast():
             last, settled = follow(steps, blank == tokenizer.mask, quiet=first and how.live)

@@ -124,10 +124,13 @@ def marked(shown, given):
     wrote."""
     spans = []
     for i, token in enumerate(shown.tokens):
-        fresh, changed = shown.fresh[i] and not shown.changed[i], shown.changed[i]
-        states = {"mask": token is None, "again": shown.remasked[i], "fresh": fresh}
-        states["changed"] = changed
-        states["noise"] = shown.noisy[i] and token is not None
+        changed, masked = shown.changed[i], token is None
+        states = {
+            "mask": masked,
+            "again": shown.remasked[i],
+            "fresh": shown.fresh[i] and not changed,
+        }
+        states |= {"changed": changed, "noise": shown.noisy[i] and not masked}
         kinds = [kind for kind, here in (states | {"given": given[i]}).items() if here]
         plain = given[i] or shown.noisy[i]
         share = 0 if plain else 0.9 * (1 - (shown.confidence[i] or 1))

@@ -20,6 +20,7 @@ from config import Config, SampleConfig
 from scripts.lab import variants
 from scripts.lab.compare_samplers import generate
 from scripts.lab.compare_training import run_and_keep
+from scripts.lab.stories import WORD
 from utils import canvas, cli, families, repair, runtime, samples, tales
 from utils.built_in import BUILT_IN
 from utils.cli import UserError
@@ -142,9 +143,6 @@ def words_of(path):
     """The words (set of str) of a text file."""
     with open(path, encoding="utf-8") as file:
         return {word for line in file for word in WORD.findall(line)}
-
-
-WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")
 
 
 def solved(kept, family, setting, count):
